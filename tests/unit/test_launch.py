@@ -1,0 +1,345 @@
+"""The launcher: settings in, one checked `vllm serve` command out."""
+
+import contextlib
+import json
+import os
+import stat
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import ROOT
+from vllm import launch
+
+HEADS = 9
+# A machine that is busy with something else is no failure.
+any_time = settings(deadline=None)
+Start = Callable[..., tuple[int, str, list[str]]]
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder of models with one in it, org/small."""
+    folder = tmp_path / "models" / "org" / "small"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": HEADS}))
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def start(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
+    """Runs the launcher on an engine file's text and environment: (exit status, standard error, vLLM's arguments)."""
+
+    def run(engine: str = "model: org/small", **environment: str) -> tuple[int, str, list[str]]:
+        engine_file = tmp_path / "engine.yaml"
+        engine_file.write_text(engine)
+        executed: list[list[str]] = []
+        monkeypatch.setattr(launch, "ENGINE_FILE", engine_file)
+        monkeypatch.setattr(launch, "MODELS", models)
+        monkeypatch.setattr(launch, "CACHE", tmp_path / "cache")
+        monkeypatch.setattr(launch, "PID_FILE", tmp_path / "pid")
+        monkeypatch.setattr(os, "environ", {"PATH": os.environ.get("PATH", ""), **environment})
+        monkeypatch.setattr(os, "execve", lambda _path, arguments, _environment: executed.append(arguments))
+        status = launch.main([])
+        return status, capsys.readouterr().err, executed[0] if executed else []
+
+    return run
+
+
+def value_of(arguments: list[str], flag: str) -> str:
+    """What follows a flag."""
+    return arguments[arguments.index(flag) + 1]
+
+
+def test_starts_the_model_of_the_folder_under_its_own_name(start: Start, models: Path) -> None:
+    status, _, arguments = start()
+    assert status == 0
+    assert arguments[1].endswith("api.py")
+    assert (models.parent / "pid").read_text() == str(os.getpid())
+    assert arguments[2:4] == ["serve", str(models / "org/small")]
+    assert value_of(arguments, "--served-model-name") == "org/small"
+    assert value_of(arguments, "--shutdown-timeout") == "120"
+    assert "--trust-remote-code" not in arguments
+
+
+def test_the_environment_wins_over_the_file_and_an_empty_value_is_none(start: Start) -> None:
+    engine = "model: org/small\nmax_num_seqs: 7\nmax-model-len: 100"
+    _, _, arguments = start(engine, MAX_NUM_SEQS="9", MAX_MODEL_LEN="", SERVED_MODEL_NAME="chat")
+    assert value_of(arguments, "--max-num-seqs") == "9"
+    assert value_of(arguments, "--max-model-len") == "100"
+    assert value_of(arguments, "--served-model-name") == "chat"
+
+
+def test_every_setting_reaches_vllm(start: Start, models: Path) -> None:
+    (models / "plain.jinja").write_text("{{ messages }}")
+    _, _, arguments = start(
+        DTYPE="float16",
+        QUANTIZATION="bitsandbytes",
+        TENSOR_PARALLEL_SIZE="3",
+        PIPELINE_PARALLEL_SIZE="2",
+        FLEET_DEVICE="gpu",
+        NVIDIA_VISIBLE_DEVICES="0,1,2,3,4,5",
+        MAX_MODEL_LEN="2048",
+        GPU_MEMORY_UTILIZATION="0.5",
+        CPU_OFFLOAD_GB="2.5",
+        KV_CACHE_GB="0.5",
+        MAX_NUM_SEQS="8",
+        MAX_NUM_BATCHED_TOKENS="512",
+        MAX_NUM_QUEUED_REQS="64",
+        ENABLE_PREFIX_CACHING="false",
+        ENFORCE_EAGER="true",
+        KV_CACHE_DTYPE="fp8",
+        SPECULATIVE_CONFIG='{"method": "ngram", "num_speculative_tokens": 4}',
+        CHAT_TEMPLATE="plain.jinja",
+        TOOL_CALL_PARSER="hermes",
+        TRUST_REMOTE_CODE="true",
+        EXTRA_ARGS="--seed 7 --generation-config 'a b'",
+        DRAIN_SECONDS="33",
+    )
+    expected = {
+        "--dtype": "float16",
+        "--quantization": "bitsandbytes",
+        "--tensor-parallel-size": "3",
+        "--pipeline-parallel-size": "2",
+        "--max-model-len": "2048",
+        "--gpu-memory-utilization": "0.5",
+        "--cpu-offload-gb": "2.5",
+        "--kv-cache-memory-bytes": str(2**29),
+        "--max-num-seqs": "8",
+        "--max-num-batched-tokens": "512",
+        "--max-num-queued-reqs": "64",
+        "--kv-cache-dtype": "fp8",
+        "--speculative-config": '{"method": "ngram", "num_speculative_tokens": 4}',
+        "--chat-template": str(models / "plain.jinja"),
+        "--tool-call-parser": "hermes",
+        "--shutdown-timeout": "33",
+    }
+    assert {flag: value_of(arguments, flag) for flag in expected} == expected
+    assert {"--no-enable-prefix-caching", "--enforce-eager", "--enable-auto-tool-choice"} <= set(arguments)
+    assert "--trust-remote-code" in arguments
+    assert arguments[-4:] == ["--seed", "7", "--generation-config", "a b"]  # last, so that they win
+
+
+MISTAKES = [
+    (
+        "unknown setting",
+        "model: org/small\nmax_model_length: 1",
+        {},
+        ["engine.yaml", "max_model_length", "max_model_len?"],
+    ),
+    (
+        "wrong type in the file",
+        "model: org/small\nmax_num_seqs: many",
+        {},
+        ["engine.yaml: max_num_seqs", "'many'", "whole"],
+    ),
+    (
+        "wrong type in .env",
+        "model: org/small",
+        {"TENSOR_PARALLEL_SIZE": "two"},
+        [".env: TENSOR_PARALLEL_SIZE", "'two'"],
+    ),
+    ("zero GPUs", "model: org/small", {"TENSOR_PARALLEL_SIZE": "0"}, [".env: TENSOR_PARALLEL_SIZE", "1 or more"]),
+    ("above a share", "model: org/small", {"GPU_MEMORY_UTILIZATION": "90"}, ["GPU_MEMORY_UTILIZATION", "up to 1"]),
+    ("unknown dtype", "model: org/small", {"DTYPE": "bf16"}, ["DTYPE", "'bf16'", "bfloat16"]),
+    ("no truth value", "model: org/small", {"TRUST_REMOTE_CODE": "maybe"}, ["TRUST_REMOTE_CODE", "true or false"]),
+    ("broken JSON", "model: org/small", {"SPECULATIVE_CONFIG": "{"}, ["SPECULATIVE_CONFIG", "not JSON", "ngram"]),
+    ("JSON, no object", "model: org/small", {"SPECULATIVE_CONFIG": "[1]"}, ["SPECULATIVE_CONFIG", "JSON object"]),
+    ("open quote", "model: org/small", {"EXTRA_ARGS": "--a 'b"}, ["EXTRA_ARGS", "quot"]),
+    ("no model", "dtype: auto", {}, ["model is not set", "org/name"]),
+    ("no such folder", "model: small", {}, ["'small'", "folder below models/", "org/name"]),
+    ("no chat template", "model: org/small", {"CHAT_TEMPLATE": "x.jinja"}, ["CHAT_TEMPLATE", "x.jinja", "models/"]),
+    ("heads do not divide", "model: org/small", {"TENSOR_PARALLEL_SIZE": "2"}, ["9 attention heads", "1, 3, 9"]),
+    ("stages on a CPU", "model: org/small", {"PIPELINE_PARALLEL_SIZE": "2"}, ["PIPELINE_PARALLEL_SIZE", "on a CPU"]),
+    ("broken YAML", "model: [org", {}, ["engine.yaml", "line"]),
+    ("no mapping", "- model", {}, ["engine.yaml", "name: value"]),
+    (
+        "GPU image, no GPU",
+        "model: org/small",
+        {"FLEET_DEVICE": "gpu", "PATH": "/nowhere"},
+        ["sees none", "container toolkit"],
+    ),
+    (
+        "more workers than GPUs",
+        "model: org/small",
+        {"FLEET_DEVICE": "gpu", "PATH": "/nowhere", "NVIDIA_VISIBLE_DEVICES": "0,1", "TENSOR_PARALLEL_SIZE": "3"},
+        ["needs 3 GPUs", "pinned to 2", "device_ids"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("engine", "environment", "says"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_one_line_and_status_2(
+    start: Start, engine: str, environment: dict[str, str], says: list[str]
+) -> None:
+    status, errors, arguments = start(engine, **environment)
+    assert status == 2
+    assert arguments == []
+    assert len(errors.splitlines()) == 1, errors
+    assert [word for word in says if word not in errors] == [], errors
+
+
+def test_each_mistake_is_told(start: Start) -> None:
+    _, errors, _ = start(MAX_NUM_SEQS="x", MAX_MODEL_LEN="y")
+    assert [line.split()[2] for line in errors.splitlines()] == ["MAX_MODEL_LEN", "MAX_NUM_SEQS"]
+
+
+def test_a_missing_engine_file_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(launch.SettingsError, match="cannot be read"):
+        launch.read_settings(tmp_path / "none.yaml", {})
+
+
+@pytest.mark.parametrize("content", [None, "{", ""])
+def test_a_folder_without_a_whole_config_is_a_mistake(models: Path, content: str | None) -> None:
+    config = models / "org/small/config.json"
+    config.unlink()
+    if content is not None:
+        config.write_text(content)
+    with pytest.raises(launch.SettingsError, match=r"config\.json.*fetch the model again"):
+        launch.find_model("org/small", models)
+
+
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        ("GatedRepoError", "gated.*licence"),
+        ("RepositoryNotFoundError", "not on the hub.*spelling"),
+        ("LocalEntryNotFoundError", r"cannot be reached; put it into models/org/far"),
+        ("EntryNotFoundError", r"no config\.json"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_in_one_line(
+    models: Path, monkeypatch: pytest.MonkeyPatch, failure: str, says: str
+) -> None:
+    names = ("EntryNotFoundError", "RepositoryNotFoundError", "GatedRepoError", "LocalEntryNotFoundError")
+    errors = types.SimpleNamespace(**{name: type(name, (Exception,), {}) for name in names})
+
+    def download(_model: str, _file: str) -> str:
+        raise getattr(errors, failure)
+
+    hub = types.SimpleNamespace(hf_hub_download=download)
+    monkeypatch.setattr(launch, "import_module", lambda name: errors if name.endswith("errors") else hub)
+    with pytest.raises(launch.SettingsError, match=says) as raised:
+        launch.find_model("org/far", models)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_model_on_the_hub_is_left_to_vllm(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"num_attention_heads": 8}')
+    hub = types.SimpleNamespace(hf_hub_download=lambda _model, _file: str(config))
+    monkeypatch.setattr(launch, "import_module", lambda _name: hub)
+    assert launch.find_model("org/far", models) == ("org/far", {"num_attention_heads": 8})
+
+
+TWO_GPUS = "GPU 0: NVIDIA H200 (UUID: GPU-1)\nGPU 1: NVIDIA H200 (UUID: GPU-2)\n"
+SLICES = (
+    "GPU 0: NVIDIA H100 (UUID: GPU-1)\n  MIG 3g.40gb Device 0: (UUID: MIG-1)\n  MIG 3g.40gb Device 1: (UUID: MIG-2)\n"
+)
+
+
+@pytest.mark.parametrize(("listing", "count"), [(TWO_GPUS, 2), (SLICES, 2), (TWO_GPUS.splitlines()[0], 1)])
+def test_counts_the_gpus_that_the_driver_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listing: str, count: int
+) -> None:
+    (tmp_path / "listing").write_text(listing)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f'#!/bin/sh\n[ "$1" = -L ] && exec cat {tmp_path}/listing\n')
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    # the image says "all" whatever the container got
+    assert launch.count_gpus({"NVIDIA_VISIBLE_DEVICES": "all"}) == count
+
+
+@pytest.mark.parametrize("visible", ["", "all", "none", "void"])
+def test_no_gpu_is_a_mistake(monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(launch.SettingsError, match="sees none"):
+        launch.count_gpus({"NVIDIA_VISIBLE_DEVICES": visible})
+
+
+def test_metrics_are_told_apart_by_replica_and_unset_nccl_settings_stay_unset() -> None:
+    environment = {"NCCL_DEBUG": "", "NCCL_P2P_DISABLE": "1", "OTHER": ""}
+    chosen = launch.Settings(model="org/small")
+    process = launch.process_environment(chosen, environment, "vllm-7")
+    assert process["OTEL_RESOURCE_ATTRIBUTES"] == "service.instance.id=vllm-7"
+    assert process["OTEL_SERVICE_NAME"] == "vllm-api"
+    assert process["HOME"].endswith("/vllm-7")
+    assert "NCCL_DEBUG" not in process
+    assert process["NCCL_P2P_DISABLE"] == "1"
+
+
+@pytest.mark.parametrize("eager", [True, False, None])
+def test_nothing_is_compiled_where_compiling_is_off(eager: bool | None) -> None:
+    chosen = launch.Settings(model="org/small", enforce_eager=eager)
+    assert ("TORCHDYNAMO_DISABLE" in launch.process_environment(chosen, {}, "vllm-0")) is (eager is True)
+
+
+@pytest.mark.parametrize(
+    ("cores", "asked", "tp", "threads"),
+    [(2, None, 1, "1"), (16, None, 1, "8"), (16, None, 4, "2"), (2, None, 3, "1"), (16, 12, 3, "4")],
+)
+def test_replicas_on_a_cpu_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, asked: int | None, tp: int, threads: str
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
+    chosen = launch.Settings(model="org/small", cpu_threads=asked, tensor_parallel_size=tp)
+    assert launch.process_environment(chosen, {}, "vllm-0")["OMP_NUM_THREADS"] == threads
+    assert "OMP_NUM_THREADS" not in launch.process_environment(chosen, {"FLEET_DEVICE": "gpu"}, "vllm-0")
+
+
+@pytest.mark.parametrize("name", ["engine.yaml", "engine.gpu.yaml"])
+def test_the_engine_files_that_we_ship_are_right(name: str) -> None:
+    launch.read_settings(ROOT / "vllm" / name, {})
+
+
+@any_time
+@given(text=st.text() | st.text(st.sampled_from("model:- 0123{}[]'\"#&*!\n")))
+@example(text="max_model_len: 2001-99-99")
+def test_no_engine_file_makes_a_traceback(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    with contextlib.suppress(launch.SettingsError):
+        launch.read_settings(path, {})
+
+
+@any_time
+@given(name=st.sampled_from(sorted(launch.Settings.model_fields)), value=st.text(st.characters(codec="utf-8")))
+def test_no_value_in_the_environment_makes_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, name: str, value: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "model.yaml"
+    path.write_text("model: org/small")
+    with contextlib.suppress(launch.SettingsError):
+        launch.serve_command(launch.read_settings(path, {name.upper(): value}), "org/small", None)
+
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "max_model_len": st.integers(1, 10**7),
+    "tensor_parallel_size": st.integers(1, 64),
+    "gpu_memory_utilization": st.floats(0.01, 1),
+    "kv_cache_gb": st.floats(0.01, 1000),
+    "enforce_eager": st.booleans(),
+    "dtype": st.sampled_from(["auto", "bfloat16", "float16", "float32"]),
+    "speculative_config": st.dictionaries(st.text("abc", min_size=1), st.integers()),
+}
+
+
+@any_time
+@given(values=st.fixed_dictionaries({}, optional=VALUES))
+def test_a_value_means_the_same_in_the_file_and_in_the_environment(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "full.yaml").write_text(yaml.safe_dump({"model": "a/b", **values}))
+    (folder / "bare.yaml").write_text("model: a/b")
+    texts = {
+        name.upper(): json.dumps(value) if isinstance(value, dict) else str(value) for name, value in values.items()
+    }
+    assert launch.read_settings(folder / "full.yaml", {}) == launch.read_settings(folder / "bare.yaml", texts)

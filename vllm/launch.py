@@ -1,0 +1,362 @@
+"""Starts a replica: settings in, one checked `vllm serve` command out, which this process then becomes.
+
+Settings are read from /etc/vllm/engine.yaml and from the environment (which Compose fills from .env); the environment
+wins. A setting has one name: `max_model_len` in the file, `MAX_MODEL_LEN` in the environment. An empty value counts as
+unset. A mistake gives one line that says what is wrong, where, and what to do, and exit status 2.
+
+    launch.py            start the replica
+    launch.py --print    show the command and stop
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
+
+ENGINE_FILE = Path("/etc/vllm/engine.yaml")
+MODELS = Path("/models")
+CACHE = Path("/cache/compiled")
+PID_FILE = Path("/tmp/replica.pid")  # noqa: S108 - a file system of this container's own; health.py reads it
+API_PORT = 8000
+METRICS_PORT = 9464
+# Longer than the gateway keeps an idle connection (60 s), or it would send a request into one that just closed.
+KEEP_ALIVE_S = 90
+NCCL_NAMES = ("NCCL_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_DEBUG")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class SettingsError(Exception):
+    """Settings that cannot be started. Each line of its text is one mistake: what is wrong, where, what to do."""
+
+
+def _mapping(value: object) -> object:
+    """A mapping from YAML as it is; a text is read as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _words(value: object) -> object:
+    """A list from YAML as it is; a text is split as a shell would."""
+    return shlex.split(value) if isinstance(value, str) else value
+
+
+class Settings(BaseModel):
+    """What a replica can be told. Each description completes the sentence "it must be …"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="a folder below models/ or a name on the Hugging Face hub, org/name")
+    served_model_name: str | None = Field(default=None, description="the name that clients ask for")
+    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = Field(
+        default="auto", description="auto, half, float16, bfloat16, float or float32"
+    )
+    quantization: str | None = Field(
+        default=None, description="a method of vLLM, such as bitsandbytes, fp8, awq or gptq"
+    )
+    tensor_parallel_size: PositiveInt = Field(default=1, description="a whole number of GPUs, 1 or more")
+    pipeline_parallel_size: PositiveInt = Field(default=1, description="a whole number of stages, 1 or more")
+    max_model_len: PositiveInt | None = Field(default=None, description="a whole number of tokens, 1 or more")
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1, description="a share above 0 and up to 1")
+    cpu_offload_gb: float | None = Field(default=None, ge=0, description="a number of GiB, 0 or more")
+    cpu_threads: PositiveInt | None = Field(default=None, description="a whole number of threads, 1 or more")
+    kv_cache_gb: float | None = Field(default=None, gt=0, description="a number of GiB above 0")
+    max_num_seqs: PositiveInt | None = Field(default=None, description="a whole number of requests, 1 or more")
+    max_num_batched_tokens: PositiveInt | None = Field(default=None, description="a whole number of tokens, 1 or more")
+    max_num_queued_reqs: PositiveInt | None = Field(default=None, description="a whole number of requests, 1 or more")
+    enable_prefix_caching: bool | None = Field(default=None, description="true or false")
+    enforce_eager: bool | None = Field(default=None, description="true or false")
+    kv_cache_dtype: str | None = Field(default=None, description="a KV cache type of vLLM, such as auto or fp8")
+    speculative_config: Annotated[dict[str, Any], BeforeValidator(_mapping)] | None = Field(
+        default=None, description='a JSON object, such as {"method": "ngram", "num_speculative_tokens": 4}'
+    )
+    chat_template: str | None = Field(default=None, description="a file below models/")
+    tool_call_parser: str | None = Field(default=None, description="a tool call parser of vLLM, such as hermes")
+    trust_remote_code: bool = Field(default=False, description="true or false")
+    extra_args: Annotated[list[str], BeforeValidator(_words)] = Field(
+        default=[], description="further arguments of `vllm serve`, quoted as in a shell"
+    )
+    drain_seconds: PositiveInt = Field(default=120, description="a whole number of seconds, 1 or more")
+
+
+# Settings that `vllm serve` knows by the same name.
+SAME_NAME = (
+    "dtype",
+    "quantization",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "max_model_len",
+    "gpu_memory_utilization",
+    "cpu_offload_gb",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_num_queued_reqs",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "kv_cache_dtype",
+    "speculative_config",
+    "tool_call_parser",
+)
+
+
+def read_settings(engine_file: Path, environment: dict[str, str]) -> Settings:
+    """The settings of the file, overridden by those of the environment. Raises SettingsError where they are wrong."""
+    values = _read_file(engine_file)
+    from_environment = {name for name in Settings.model_fields if environment.get(name.upper(), "").strip()}
+    values |= {name: environment[name.upper()].strip() for name in from_environment}
+    try:
+        return Settings(**values)
+    except ValidationError as errors:
+        lines = []
+        for error in errors.errors():
+            name = str(error["loc"][0])
+            description = Settings.model_fields[name].description
+            place, shown = (".env", name.upper()) if name in from_environment else (str(engine_file), name)
+            if error["type"] == "missing":
+                lines.append(f"{place}: {shown} is not set; it must be {description}")
+            else:
+                why = f" ({error['ctx']['error']})" if error["type"] == "value_error" else ""
+                lines.append(f"{place}: {shown} is {values[name]!r}{why}; it must be {description}")
+        raise SettingsError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); restore vllm/engine.yaml") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "unreadable text"
+        raise SettingsError(f"{path}: not valid YAML{line} ({problem}); write one `name: value` a line") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: holds a {type(content).__name__}; write one `name: value` a line")
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_").lower()
+        if name not in Settings.model_fields:
+            near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else "pass an argument that has no setting through extra_args"
+            raise SettingsError(f"{path}: unknown setting {key}; {hint}")
+        if value is not None and value != "":
+            values[name] = value
+    return values
+
+
+def find_model(model: str, models: Path) -> tuple[str, dict[str, Any]]:
+    """What to hand to vLLM for a model's name (a folder, or the name itself for the hub), and the model's config.json.
+
+    Raises SettingsError where there is no such model, or its folder is not complete.
+    """
+    folder = models / model
+    if folder.is_dir():
+        config = folder / "config.json"
+        if not config.is_file():
+            raise SettingsError(
+                f"{folder}: no config.json; the download is not complete or this is not a model's folder: "
+                "remove it or fetch the model again, then restart the replica"
+            )
+        try:
+            content = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"{config}: cannot be read ({error}); fetch the model again") from None
+        return str(folder), content
+    if not HUB_NAME.fullmatch(model):
+        raise SettingsError(
+            f"MODEL is {model!r}: neither a folder below models/ nor a hub name like org/name; check the spelling"
+        )
+    return model, _hub_config(model)
+
+
+def _hub_config(model: str) -> dict[str, Any]:
+    """The model's config.json from the hub or its cache, where vLLM will look for it next."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is told below
+    hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
+    try:
+        path = hub.hf_hub_download(model, "config.json")
+    except errors.GatedRepoError:
+        problem = f"is gated; accept its licence on the hub and fetch it into models/{model} with your token"
+    except errors.RepositoryNotFoundError:
+        problem = "is not on the hub, or is private; check the spelling"
+    except errors.LocalEntryNotFoundError:
+        problem = f"is not below models/, and the hub cannot be reached; put it into models/{model}"
+    except errors.EntryNotFoundError:
+        problem = "has no config.json on the hub; take one in the format of transformers"
+    else:
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return content
+    raise SettingsError(f"MODEL {model} {problem}")
+
+
+def count_gpus(environment: dict[str, str]) -> int:
+    """GPUs (or MIG slices) that this container sees. Raises SettingsError where there is none."""
+    listing = ""
+    if shutil.which("nvidia-smi"):
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    lines = listing.splitlines()
+    slices = [line for line in lines if line.lstrip().startswith("MIG ")]
+    gpus = slices or [line for line in lines if line.startswith("GPU ")]
+    if not gpus:
+        ids = environment.get("NVIDIA_VISIBLE_DEVICES", "")
+        gpus = [] if ids in ("", "all", "none", "void") else ids.split(",")
+    if not gpus:
+        raise SettingsError(
+            "this replica's image is for GPUs, but it sees none: check `nvidia-smi` and the NVIDIA container toolkit "
+            "on the host, or start without docker-compose.gpu.yml"
+        )
+    return len(gpus)
+
+
+def check_fit(settings: Settings, config: dict[str, Any], gpus: int | None) -> None:
+    """Raises SettingsError where the parallel sizes fit neither the GPUs (None: a CPU) nor the model."""
+    tp, pp = settings.tensor_parallel_size, settings.pipeline_parallel_size
+    if gpus is None and pp > 1:
+        raise SettingsError(
+            f"PIPELINE_PARALLEL_SIZE is {pp}, but on a CPU vLLM ends at the first request with stages: set it to 1, "
+            "and TENSOR_PARALLEL_SIZE to share the work"
+        )
+    if gpus is not None and tp * pp > gpus:
+        raise SettingsError(
+            f"TENSOR_PARALLEL_SIZE {tp} times PIPELINE_PARALLEL_SIZE {pp} needs {tp * pp} GPUs, "
+            f"but this replica is pinned to {gpus}: lower them or give it more device_ids"
+        )
+    heads = config.get("num_attention_heads", config.get("text_config", {}).get("num_attention_heads"))
+    if isinstance(heads, int) and heads % tp:
+        sizes = ", ".join(str(size) for size in range(1, min(heads, 16) + 1) if heads % size == 0)
+        raise SettingsError(
+            f"TENSOR_PARALLEL_SIZE is {tp}, but {settings.model} has {heads} attention heads; "
+            f"it must divide them: {sizes}"
+        )
+
+
+def find_chat_template(template: str, models: Path) -> str:
+    """The path of a chat template; a relative one is below the models folder. Raises SettingsError if none."""
+    path = models / template
+    if not path.is_file():
+        raise SettingsError(
+            f"CHAT_TEMPLATE is {template!r}, but there is no file {path}; put it below models/ and name it from there"
+        )
+    return str(path)
+
+
+def serve_command(settings: Settings, model: str, chat_template: str | None) -> list[str]:
+    """The arguments after `vllm`, for a model's folder or hub name and the path of a chat template."""
+    command = ["serve", model, "--host", "0.0.0.0", "--port", str(API_PORT)]
+    command += ["--served-model-name", settings.served_model_name or settings.model]
+    for name in SAME_NAME:
+        value = getattr(settings, name)
+        flag = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    if settings.kv_cache_gb is not None:
+        command += ["--kv-cache-memory-bytes", str(round(settings.kv_cache_gb * 2**30))]
+    if settings.tool_call_parser is not None:
+        command.append("--enable-auto-tool-choice")
+    if chat_template is not None:
+        command += ["--chat-template", chat_template]
+    if settings.trust_remote_code:
+        command.append("--trust-remote-code")
+    # The gateway and Prometheus ask for these every second or so.
+    command += ["--disable-access-log-for-endpoints", "/health,/metrics"]
+    command += ["--middleware", "begin.Begin", "--middleware", "drain.Drain"]
+    command += ["--shutdown-timeout", str(settings.drain_seconds)]
+    return command + settings.extra_args
+
+
+def process_environment(settings: Settings, environment: dict[str, str], replica: str) -> dict[str, str]:
+    """The environment of the vLLM process of the named replica."""
+    home = str(CACHE / replica)
+    unset = {name for name in NCCL_NAMES if not environment.get(name)}
+    return {name: value for name, value in environment.items() if name not in unset} | {
+        # Whatever is compiled (vLLM, torch, Triton, FlashInfer, CUDA) is kept below the home folder. Each replica has
+        # its own, as two that compile at once would write the same files.
+        "HOME": home,
+        "TORCHINDUCTOR_CACHE_DIR": f"{home}/torchinductor",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
+        "OTEL_SERVICE_NAME": "vllm-api",
+        "OTEL_RESOURCE_ATTRIBUTES": f"service.instance.id={replica}",
+        "OTEL_METRICS_EXPORTER": "prometheus",
+        "OTEL_EXPORTER_PROMETHEUS_HOST": "0.0.0.0",
+        "OTEL_EXPORTER_PROMETHEUS_PORT": str(METRICS_PORT),
+        "OTEL_TRACES_EXPORTER": "none",
+        "OTEL_LOGS_EXPORTER": "none",
+        "OTEL_SEMCONV_STABILITY_OPT_IN": "http",
+        # The gateway's polling is no traffic.
+        "OTEL_PYTHON_FASTAPI_EXCLUDED_URLS": "/health$,/metrics$",
+        # A third more series, which say when each began.
+        "PROMETHEUS_DISABLE_CREATED_SERIES": "true",
+        # vLLM's sampler compiles some functions even so, and needs a C++ compiler for that on a CPU.
+        **({"TORCHDYNAMO_DISABLE": "1"} if settings.enforce_eager else {}),
+        **({} if environment.get("FLEET_DEVICE") == "gpu" else _cpu_environment(settings)),
+    }
+
+
+def _cpu_environment(settings: Settings) -> dict[str, str]:
+    # Two replicas share the cores. With a thread for each core in both, and threads that spin for 200 ms after each
+    # operation as is OpenMP's default, they get a fraction of the work done (measured on 2 cores: a tenth to a half).
+    cores = len(os.sched_getaffinity(0))
+    threads = settings.cpu_threads or max(1, cores // 2)
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(max(1, threads // settings.tensor_parallel_size)),
+        "KMP_BLOCKTIME": "5",
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Becomes the vLLM process, or returns an exit status."""
+    parser = argparse.ArgumentParser(description="Start a replica from /etc/vllm/engine.yaml and the environment.")
+    parser.add_argument("--print", action="store_true", help="show the command and stop")
+    only_print = parser.parse_args(arguments).print
+    environment = dict(os.environ)
+    try:
+        settings = read_settings(ENGINE_FILE, environment)
+        model, config = find_model(settings.model, MODELS)
+        template = find_chat_template(settings.chat_template, MODELS) if settings.chat_template else None
+        check_fit(settings, config, count_gpus(environment) if environment.get("FLEET_DEVICE") == "gpu" else None)
+    except SettingsError as error:
+        for line in str(error).splitlines():
+            print(f"launch: {line}", file=sys.stderr)
+        return 2
+    command = serve_command(settings, model, template)
+    print("launch:", shlex.join(["vllm", *command]), file=sys.stdout if only_print else sys.stderr, flush=True)
+    if not only_print:
+        become_vllm(command, process_environment(settings, environment, socket.gethostname()))
+    return 0
+
+
+def become_vllm(command: list[str], environment: dict[str, str]) -> NoReturn:
+    """Replaces this process by vLLM, so that a stop reaches it as a signal of its own."""
+    Path(environment["HOME"]).mkdir(parents=True, exist_ok=True)
+    PID_FILE.write_text(str(os.getpid()))
+    api = Path(__file__).with_name("api.py")
+    os.execve(sys.executable, [sys.executable, str(api), *command], environment)  # noqa: S606 - no shell is wanted
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
