@@ -1,0 +1,184 @@
+// The fleet as the gateway sees it: which replicas there are, what state each is in, how many requests it has in flight.
+//
+// health.js keeps a record of each replica in the shared dictionary `fleet`; `publish` makes of all records one table that
+// every request reads. Requests in flight are counted in `load`, per replica, and per replica and worker, so that the
+// count of a worker that was killed can be taken back.
+
+import fs from 'fs';
+
+const shared = ngx.shared.fleet;
+const load = ngx.shared.load;
+
+const WORK_LEFT = Math.exp(-1 / 5);   // after a second: work counts for some five seconds
+
+const worker = ` ${process.pid}`;   // asking for it costs more than counting
+
+// Reads nginx/fleet/*.conf: one {name, host, weight} an upstream block, in the order of the files.
+function read() {
+    const folder = `${ngx.prefix}fleet/`;
+    const replicas = [];
+    for (const file of fs.readdirSync(folder).filter((name) => name.endsWith('.conf')).sort()) {
+        replicas.push(...parse(fs.readFileSync(folder + file, 'utf8')));
+    }
+    return replicas;
+}
+
+// The upstream blocks of a fleet file's text.
+function parse(text) {
+    const replicas = [];
+    for (const [, name, body] of text.replace(/#.*/g, '').matchAll(/\bupstream\s+(\S+)\s*\{([^}]*)\}/g)) {
+        const server = /\bserver\s+([^\s;]+)([^;]*);/.exec(body);
+        if (server) {
+            const weight = /\bweight=(\d+)/.exec(server[2]);
+            replicas.push({ name, host: server[1], weight: weight ? Number(weight[1]) : 1 });
+        }
+    }
+    return replicas;
+}
+
+// A JSON value of the shared dictionary.
+function get(key, otherwise) {
+    const text = shared.get(key);
+    return text === undefined ? otherwise : JSON.parse(text);
+}
+
+function set(key, value) {
+    shared.set(key, JSON.stringify(value));
+}
+
+// The last look at a replica (health.js).
+function record(name) {
+    return get(`look:${name}`, { alive: null, reason: 'not asked yet', models: [], cards: [], metrics: {} });
+}
+
+// [state, reason] of a replica, from the last look, the last one-token request, the last failed connection and the
+// operator's word.
+function stateOf(name, look) {
+    const down = get(`down:${name}`);
+    const probe = get(`probe:${name}`);
+    if (down) {
+        return ['unreachable', down.reason];
+    }
+    if (!look.alive) {
+        return [look.alive === null ? 'unknown' : look.state, look.reason];
+    }
+    if (!probe) {
+        return ['loading', 'has not answered a one-token request yet'];
+    }
+    if (!probe.ok) {
+        return ['wedged', probe.reason];
+    }
+    if (shared.has(`drain:${name}`)) {
+        return ['draining', 'drained by the operator'];
+    }
+    return ['ready', ''];
+}
+
+// Makes the table anew from all records, and returns it:
+// {replicas: [{id, name, host, weight, state, reason, models, canary, suspect, metrics}], models: {model: [index]}, canary: its share or null}
+function publish() {
+    const ids = get('ids', {});
+    const canary = get('canary', { share: null, replicas: [] });
+    const table = { replicas: [], models: {}, canary: canary.share };
+    read().forEach((replica, index) => {
+        const look = record(replica.name);
+        const [state, reason] = stateOf(replica.name, look);
+        // A replica keeps its number when others come and go: prefix.js remembers by number.
+        ids[replica.name] = ids[replica.name] || Object.keys(ids).length % 255 + 1;
+        table.replicas.push({
+            id: ids[replica.name],
+            name: replica.name,
+            host: replica.host,
+            weight: replica.weight,
+            state,
+            reason,
+            models: look.models,
+            canary: canary.replicas.includes(replica.name),
+            suspect: state === 'unknown' || (look.alive && (state === 'unreachable' || state === 'loading')),
+            metrics: look.metrics,
+        });
+        for (const model of look.models) {
+            (table.models[model] = table.models[model] || []).push(index);
+        }
+    });
+    started();
+    set('ids', ids);
+    set('table', table);
+    return table;
+}
+
+let seen = '';
+let parsed = null;
+
+// The table. It is parsed anew only when it has changed.
+function table() {
+    const text = shared.get('table');
+    if (text === undefined) {
+        return publish();
+    }
+    if (text !== seen) {
+        parsed = JSON.parse(text);
+        seen = text;
+    }
+    return parsed;
+}
+
+// The indices of the replicas that serve this model, or undefined.
+function serving(now, model) {
+    return Object.hasOwn(now.models, model) ? now.models[model] : undefined;
+}
+
+// When this gateway began, in milliseconds; a reload does not count.
+function started() {
+    shared.add('started', String(Date.now()));
+    return Number(shared.get('started'));
+}
+
+// A connection to the replica failed: it leaves the route at once; health.js brings it back.
+function unreachable(name) {
+    set(`down:${name}`, { reason: 'a connection failed', at: Date.now() });
+    publish();
+}
+
+function enter(name) {
+    load.incr(name, 1, 0);
+    load.incr(name + worker, 1, 0);
+}
+
+function leave(name) {
+    load.incr(name, -1, 0);
+    load.incr(name + worker, -1, 0);
+}
+
+function inFlight(name) {
+    return load.get(name) || 0;
+}
+
+// How many characters of prompt a replica was sent lately that it had not in its cache: what keeps it from new prompts.
+function work(name) {
+    return load.get(`work:${name}`) || 0;
+}
+
+function addWork(name, characters) {
+    load.incr(`work:${name}`, characters, 0);
+}
+
+// Called once a second.
+function ageWork(name) {
+    load.set(`work:${name}`, work(name) * WORK_LEFT);
+}
+
+// A worker that was killed never counted its requests out.
+function forgetDeadWorkers() {
+    for (const key of load.keys()) {
+        const [name, pid] = key.split(' ');
+        if (pid && !fs.existsSync(`/proc/${pid}`)) {
+            load.incr(name, -load.pop(key), 0);
+        }
+    }
+}
+
+export default {
+    read, parse, get, set, record, publish, table, serving, started, unreachable, enter, leave, inFlight, work, addWork, ageWork,
+    forgetDeadWorkers,
+};

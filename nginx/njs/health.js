@@ -1,0 +1,221 @@
+// The watch over the replicas. Both functions run in one worker only.
+//
+// `watch` looks at each replica once a second: does it live, what models has it, how much has it to do.
+// `probe` sends real one-token requests where being alive does not say enough: to a replica that has just come, that has work
+// but has made no token for a while, or that has been idle for long. No answer: wedged. It comes back with its first token.
+
+import fs from 'fs';
+import fleet from './fleet.js';
+import metrics from './metrics.js';
+import settings from './settings.js';
+
+const shared = ngx.shared.fleet;
+
+const MISSES = 3;                // looks without an answer; a busy replica may miss one
+const MODELS_MS = 5000;          // adapters come and go at run time
+const PATIENCE_MS = 3000;        // without a token, before a replica with work is asked for one
+const PATIENCE_MOST_MS = 60000;
+const IDLE_MS = 30000;
+const AGAIN_MS = 1000;           // between two one-token requests to a replica that gave no token
+const TURN_MS = 50000;           // and four seconds more are less than js_periodic's interval: a turn is never cut short
+
+const NAMES = {
+    'vllm:num_requests_running': 'running',
+    'vllm:num_requests_waiting': 'waiting',
+    'vllm:kv_cache_usage_perc': 'kv',
+    'vllm:prefix_cache_queries_total': 'queries',
+    'vllm:prefix_cache_hits_total': 'hits',
+    'vllm:prompt_tokens_total': 'prompt',
+    'vllm:generation_tokens_total': 'tokens',
+    'vllm:time_to_first_token_seconds_sum': 'ttft',
+    'vllm:time_to_first_token_seconds_count': 'firsts',
+};
+
+// The metrics that count here, by short name, summed over a replica's engines (of KV use: the fullest one's).
+function parse(text) {
+    const found = {};
+    for (const line of text.split('\n')) {
+        if (line.startsWith('vllm:')) {
+            const key = NAMES[line.slice(0, line.search(/[{ ]/))];
+            if (key) {
+                const value = Number(line.slice(line.lastIndexOf(' ') + 1));
+                found[key] = key === 'kv' ? Math.max(found.kv || 0, value) : (found[key] || 0) + value;
+            }
+        }
+    }
+    return found;
+}
+
+// One request to a replica: {status, text}; status 0 and the reason where there was no answer.
+async function ask(replica, path, body) {
+    const options = { headers: { 'X-Gateway-Probe': '1' } };
+    if (body) {
+        options.method = 'POST';
+        options.body = JSON.stringify(body);
+        options.headers['Content-Type'] = 'application/json';
+    }
+    try {
+        const answer = await ngx.fetch(`http://${replica.host}${path}`, options);
+        return { status: answer.status, text: await answer.text() };
+    } catch (e) {
+        return { status: 0, text: String(e.message) };
+    }
+}
+
+// ---- once a second
+
+async function look(replica) {
+    const name = replica.name;
+    const old = fleet.record(name);
+    const began = Date.now();
+    const due = began - (old.asked || 0) > MODELS_MS;
+    const [health, measured, models] = await Promise.all([
+        ask(replica, '/health'), ask(replica, '/metrics'), due ? ask(replica, '/v1/models') : null,
+    ]);
+    const now = Object.assign({}, old, { misses: 0, at: began });
+    if (health.status === 200) {
+        now.alive = true;
+        now.ever = true;
+        now.reason = '';
+        const down = fleet.get(`down:${name}`);
+        if (down && down.at < began) {
+            shared.delete(`down:${name}`);
+            shared.delete(`probe:${name}`);
+        }
+    } else if (health.status) {
+        now.alive = false;
+        now.state = 'loading';
+        now.reason = `/health says ${health.status}`;
+    } else {
+        now.misses = (old.misses || 0) + 1;
+        now.reason = health.text;
+        const refused = health.text === 'connect failed';
+        if (refused || !health.text.includes('timed out') || now.misses >= MISSES) {
+            now.alive = false;
+            // Nobody listens yet: a replica opens its port when its model is loaded.
+            now.state = refused && !old.ever ? 'loading' : 'unreachable';
+        }
+    }
+    if (!now.alive) {
+        shared.delete(`probe:${name}`);
+        now.metrics = {};
+        now.asked = 0;
+    } else if (measured.status === 200) {
+        measure(replica, now, old, parse(measured.text));
+    }
+    if (now.alive && models && models.status === 200) {
+        now.cards = JSON.parse(models.text).data;
+        now.models = now.cards.map((card) => card.id);
+        now.asked = began;
+    }
+    metrics.looked(name, health.status === 200);
+    fleet.set(`look:${name}`, now);
+}
+
+// Takes new metrics into the record `now`, and says what they tell of progress.
+function measure(replica, now, old, found) {
+    const before = old.metrics;
+    const seconds = (now.at - old.at) / 1000;
+    const made = found.tokens - before.tokens;
+    const firsts = found.firsts - before.firsts;
+    found.rate = made >= 0 && seconds > 0 ? made / seconds : 0;
+    // Until the next first token the last one stands.
+    found.ttft_ms = firsts > 0 ? (found.ttft - before.ttft) / firsts * 1000 : before.ttft_ms;
+    now.metrics = found;
+
+    const busy = found.running > 0 || found.waiting > 0 || fleet.inFlight(replica.name) > 0;
+    const moved = found.tokens !== before.tokens || found.prompt !== before.prompt;
+    now.busy = busy;
+    if (moved || !busy || found.tokens === undefined) {
+        const verdict = fleet.get(`probe:${replica.name}`);
+        if (moved && verdict && !verdict.ok) {
+            // It was slow, not wedged: it gets more time from now on.
+            now.patience = Math.min(PATIENCE_MOST_MS, 2 * (now.at - old.progress));
+            fleet.set(`probe:${replica.name}`, { ok: true, at: now.at });
+        }
+        now.progress = now.at;
+    }
+    if (moved) {
+        now.token = now.at;
+    }
+}
+
+async function watch() {
+    fleet.forgetDeadWorkers();
+    const replicas = fleet.read();
+    replicas.forEach((replica) => fleet.ageWork(replica.name));
+    await Promise.all(replicas.map((replica) => look(replica).catch((e) => {
+        ngx.log(ngx.ERR, `looking at ${replica.name}: ${e.message}`);
+    })));
+    fleet.publish();
+}
+
+// ---- one token
+
+// Why the replica should be asked for a token now, or ''.
+function need(name, now) {
+    const record = fleet.record(name);
+    if (!record.alive || !record.models.length) {
+        return '';
+    }
+    const last = fleet.get(`probe:${name}`);
+    if (!last) {
+        return 'new';
+    }
+    if (now - last.at < AGAIN_MS) {
+        return '';
+    }
+    if (!last.ok) {
+        return 'wedged';
+    }
+    if (record.busy) {
+        return now - Math.max(record.progress, last.at) > (record.patience || PATIENCE_MS) ? 'no progress' : '';
+    }
+    return now - Math.max(record.token || 0, last.at) > IDLE_MS ? 'idle' : '';
+}
+
+async function oneToken(replica) {
+    const model = fleet.record(replica.name).models[0];
+    const began = Date.now();
+    let answer = await ask(replica, '/v1/completions', { model, prompt: 'a', max_tokens: 1, user: 'gateway-probe' });
+    if (answer.status >= 400 && answer.status < 500) {
+        answer = await ask(replica, '/v1/embeddings', { model, input: 'a', user: 'gateway-probe' });
+    }
+    const ok = answer.status >= 200 && answer.status < 500;
+    metrics.probed(replica.name, ok);
+    // Full is not wedged: what it was stays.
+    if (answer.status !== 503) {
+        const seconds = ((Date.now() - began) / 1000).toFixed(1);
+        const reason = ok ? '' : `no token for a one-token request in ${seconds} s (${answer.status || answer.text})`;
+        fleet.set(`probe:${replica.name}`, { ok, at: Date.now(), reason });
+        fleet.publish();
+    }
+}
+
+// A worker that Nginx has told to end says so in its title. It stays while anything is pending, so a turn ends then.
+function ending() {
+    return fs.readFileSync('/proc/self/cmdline', 'utf8').includes('shutting down');
+}
+
+async function probe() {
+    const turn = String(Date.now() + Math.random());
+    const end = Date.now() + TURN_MS;
+    const running = new Set();
+    if (settings.complaint) {
+        ngx.log(ngx.WARN, settings.complaint);
+    }
+    // Another turn that began later, in a new worker, takes over.
+    shared.set('turn', turn);
+    while (Date.now() < end && shared.get('turn') === turn && !ending()) {
+        for (const replica of fleet.read()) {
+            if (!running.has(replica.name) && need(replica.name, Date.now())) {
+                running.add(replica.name);
+                oneToken(replica).catch((e) => ngx.log(ngx.ERR, `probing ${replica.name}: ${e.message}`))
+                    .finally(() => running.delete(replica.name));
+            }
+        }
+        await new Promise((resolve) => setTimeout(resolve, 200));
+    }
+}
+
+export default { watch, probe, parse };

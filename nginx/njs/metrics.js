@@ -1,0 +1,181 @@
+// The gateway's own metrics, in Prometheus' text format.
+//
+// One counter holds a request's labels and both its histogram buckets: a request costs three additions in all.
+
+import fleet from './fleet.js';
+
+const counters = ngx.shared.counters;
+
+const STATES = ['ready', 'loading', 'wedged', 'draining', 'unreachable'];
+const CAUSES = { retry: ['connect', 'reset', 'timeout', 'refused'], refusal: ['full', 'none_ready', 'unknown_model', 'closed'] };
+const FIRST_BYTE = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
+const DURATION = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600];
+
+function add(key, value) {
+    try {
+        counters.incr(key, value, 0);
+    } catch (e) {
+        ngx.log(ngx.ERR, `a metric is lost: ${e.message}`);
+    }
+}
+
+function bucket(bounds, value) {
+    let i = 0;
+    while (i < bounds.length && value > bounds[i]) {
+        i++;
+    }
+    return i;
+}
+
+// A request is over. `firstByte` is NaN where none came from a replica.
+function served(replica, model, status, reason, firstByte, seconds) {
+    const first = firstByte >= 0 ? bucket(FIRST_BYTE, firstByte) : '';
+    add(`request|${replica}|${model}|${status}|${reason}|${first}|${bucket(DURATION, seconds)}`, 1);
+    add(`seconds|${replica}`, seconds);
+    if (firstByte >= 0) {
+        add(`first|${replica}`, firstByte);
+    }
+}
+
+function refused(cause) {
+    add(`refusal|${cause}`, 1);
+}
+
+function retried(replica, cause) {
+    add(`retry|${replica}|${cause}`, 1);
+}
+
+function cut(replica) {
+    add(`cut|${replica}`, 1);
+}
+
+function probed(replica, ok) {
+    add(`probe|${replica}|${ok ? 'token' : 'no_token'}`, 1);
+}
+
+function looked(replica, ok) {
+    add(`probe|${replica}|${ok ? 'alive' : 'dead'}`, 1);
+}
+
+function blocks(matched, missed) {
+    if (matched) {
+        add('blocks|matched', matched);
+    }
+    if (missed) {
+        add('blocks|missed', missed);
+    }
+}
+
+function refusals() {
+    const found = {};
+    for (const cause of CAUSES.refusal) {
+        found[cause] = counters.get(`refusal|${cause}`) || 0;
+    }
+    return found;
+}
+
+// ---- the text
+
+function escape(value) {
+    return String(value).replace(/\\/g, '\\\\').replace(/"/g, '\\"').replace(/\n/g, '\\n');
+}
+
+function line(name, labels, value) {
+    const pairs = Object.keys(labels).map((key) => `${key}="${escape(labels[key])}"`);
+    return `${name}${pairs.length ? `{${pairs}}` : ''} ${value}\n`;
+}
+
+function head(name, type, help) {
+    return `# HELP ${name} ${help}\n# TYPE ${name} ${type}\n`;
+}
+
+function histogram(name, help, bounds, of, sums) {
+    let text = head(name, 'histogram', help);
+    for (const replica of Object.keys(of)) {
+        let count = 0;
+        bounds.concat('+Inf').forEach((le, i) => {
+            count += of[replica][i] || 0;
+            text += line(`${name}_bucket`, { replica, le }, count);
+        });
+        text += line(`${name}_sum`, { replica }, sums(replica)) + line(`${name}_count`, { replica }, count);
+    }
+    return text;
+}
+
+// Everything, as text. What is known to be countable shows from the start, at 0: rate() sees no birth.
+function text() {
+    const table = fleet.table();
+    const requests = {};
+    const first = {};
+    const total = {};
+    for (const { name } of table.replicas) {
+        first[name] = {};
+        total[name] = {};
+    }
+    const plus = (to, key, value) => { to[key] = (to[key] || 0) + value; };
+    for (const [key, value] of counters.items()) {
+        const [kind, replica, model, status, reason, f, d] = key.split('|');
+        if (kind === 'request') {
+            plus(requests, JSON.stringify({ replica, model, status, reason }), value);
+            if (replica) {
+                if (f !== '') {
+                    plus(first[replica] = first[replica] || {}, f, value);
+                }
+                plus(total[replica] = total[replica] || {}, d, value);
+            }
+        }
+    }
+    const sum = (kind) => (replica) => counters.get(`${kind}|${replica}`) || 0;
+    const count = (...key) => counters.get(key.join('|')) || 0;
+
+    let out = head('gateway_requests_total', 'counter', 'Requests that are over, by why the replica was chosen.');
+    for (const labels of Object.keys(requests).sort()) {
+        out += line('gateway_requests_total', JSON.parse(labels), requests[labels]);
+    }
+    out += histogram('gateway_time_to_first_byte_seconds', 'From the request to the first byte of the answer.', FIRST_BYTE,
+        first, sum('first'));
+    out += histogram('gateway_request_duration_seconds', 'From the request to the end of the answer.', DURATION, total,
+        sum('seconds'));
+    out += head('gateway_requests_in_flight', 'gauge', 'Requests that a replica has now.');
+    for (const { name } of table.replicas) {
+        out += line('gateway_requests_in_flight', { replica: name }, fleet.inFlight(name));
+    }
+    out += head('gateway_replica_state', 'gauge', 'Whether the replica is in this state.');
+    for (const { name, state } of table.replicas) {
+        for (const one of STATES) {
+            out += line('gateway_replica_state', { replica: name, state: one }, Number(state === one));
+        }
+    }
+    out += head('gateway_retries_total', 'counter', 'Tries that failed before the first byte, by the replica that failed.');
+    for (const { name } of table.replicas) {
+        for (const cause of CAUSES.retry) {
+            out += line('gateway_retries_total', { replica: name, cause }, count('retry', name, cause));
+        }
+    }
+    out += head('gateway_streams_cut_total', 'counter', 'Streams that had begun when their replica was lost.');
+    for (const { name } of table.replicas) {
+        out += line('gateway_streams_cut_total', { replica: name }, count('cut', name));
+    }
+    out += head('gateway_probes_total', 'counter', 'Looks at a replica (alive, dead) and one-token requests (token, no_token).');
+    for (const { name } of table.replicas) {
+        for (const result of ['alive', 'dead', 'token', 'no_token']) {
+            out += line('gateway_probes_total', { replica: name, result }, count('probe', name, result));
+        }
+    }
+    out += head('gateway_refusals_total', 'counter', 'Requests that the gateway itself refused.');
+    for (const cause of CAUSES.refusal) {
+        out += line('gateway_refusals_total', { cause }, count('refusal', cause));
+    }
+    out += head('gateway_prefix_blocks_total', 'counter', 'Cuts of prompts that the chosen replica had been sent before.');
+    for (const result of ['matched', 'missed']) {
+        out += line('gateway_prefix_blocks_total', { result }, count('blocks', result));
+    }
+    return out;
+}
+
+function show(r) {
+    r.headersOut['Content-Type'] = 'text/plain; version=0.0.4; charset=utf-8';
+    r.return(200, text());
+}
+
+export default { served, refused, retried, cut, probed, looked, blocks, refusals, text, show };

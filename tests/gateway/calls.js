@@ -1,0 +1,52 @@
+// Lets a test call a function of a gateway's module inside real njs: POST {"module", "name", "arguments"} gives its value.
+
+import answers from './answers.js';
+import fleet from './fleet.js';
+import health from './health.js';
+import metrics from './metrics.js';
+import prefix from './prefix.js';
+import route from './route.js';
+import settings from './settings.js';
+import stream from './stream.js';
+
+const MODULES = { answers, fleet, health, metrics, prefix, route, settings, stream };
+
+// Passes chunks through stream.js as Nginx would; `lost` is the chunk at which the connection to the replica was lost.
+function filtered(type, chunks, lost) {
+    let out = Buffer.alloc(0);
+    const request = {
+        headersOut: { 'Content-Type': type },
+        variables: { upstream_response_time: '-', replica: 'vllm-0', id: 'r1' },
+        sendBuffer(data, flags) {
+            out = Buffer.concat([out, Buffer.from(data), Buffer.from(flags.last ? '<last>' : '')]);
+        },
+        done() {
+            this.over = true;
+        },
+    };
+    chunks.forEach((chunk, i) => {
+        if (i === lost) {
+            request.variables.upstream_response_time = '1.234';
+        }
+        if (!request.over) {
+            stream.pass(request, Buffer.from(chunk, 'base64'), { last: lost < 0 && i === chunks.length - 1 });
+        }
+    });
+    return out.toString('base64');
+}
+
+// Reads a body of this content type.
+function read(type, text) {
+    return route.read({ headersIn: { 'Content-Type': type } }, text);
+}
+
+async function call(r) {
+    const asked = JSON.parse(await r.readRequestText());
+    const value = asked.name === 'filtered' ? filtered(...asked.arguments)
+        : asked.name === 'read' ? read(...asked.arguments)
+        : asked.name === undefined ? MODULES[asked.module]
+            : MODULES[asked.module][asked.name](...asked.arguments);
+    r.return(200, JSON.stringify(value === undefined ? null : value));
+}
+
+export default { call };

@@ -1,0 +1,111 @@
+"""Whatever a client sends: no crash, and no 5xx of the gateway's own making."""
+
+import json
+import socket
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.gateway.conftest import chat
+from tests.sim.fleet import Gateway
+
+PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize"]
+BODIES = {
+    "nothing": b"",
+    "a NUL": b"\0",
+    "no JSON": b"hello",
+    "half of JSON": b'{"model":"sim","messages":[{"role":"us',
+    "invalid UTF-8": b'{"model":"sim","messages":[{"role":"user","content":"\xff\xfe\xc3("}]}',
+    "a lone surrogate": b'{"model":"sim","messages":[{"role":"user","content":"\\ud800"}]}',
+    "a NUL inside": b'{"model":"sim","messages":[{"role":"user","content":"a\\u0000b\0"}]}',
+    "deep arrays": b'{"model":"sim","messages":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+    "deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "a huge array": b'{"model":"sim","prompt":[' + b"1," * 500_000 + b"1]}",
+    "many messages": json.dumps({"model": "sim", "messages": [{"role": "user", "content": "a"}] * 20_000}).encode(),
+    "duplicate keys": b'{"model":"x","model":"sim","messages":[],"messages":[{"role":"user","content":"hi"}]}',
+    "messages that are none": b'{"model":"sim","messages":[null,1,"a",{},{"content":{}},{"role":[]}]}',
+    "parts of every kind": b'{"model":"sim","messages":[{"role":"user","content":[null,1,{},{"text":5},{"a":1}]}]}',
+    "numbers for names": b'{"model":1e999,"messages":5,"prompt":{},"prompt_cache_key":[]}',
+    "a number": b"17",
+    "a prototype": b'{"__proto__":{"model":"x"},"constructor":1,"model":"__proto__"}',
+    "a byte order mark": b'\xef\xbb\xbf{"model":"sim","prompt":"a"}',
+}
+
+
+def own_failure(answer: httpx.Response) -> bool:
+    """Whether the gateway, rather than a replica, failed."""
+    return answer.status_code >= 500 and "x-replica" not in answer.headers
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", BODIES)
+def test_odd_bodies_do_no_harm(client: httpx.Client, gateway: Gateway, name: str, path: str) -> None:
+    answer = client.post(path, content=BODIES[name], headers={"Content-Type": "application/json"})
+    assert not own_failure(answer), answer.text
+    assert client.post("/v1/chat/completions", json=chat("still there?")).status_code == 200
+    for sign in ("exited on signal", "js exception", "unhandled rejection", "choosing:"):
+        assert sign not in gateway.log()
+
+
+@pytest.mark.parametrize("name", ["nothing", "a huge array", "invalid UTF-8"])
+def test_a_chunked_body_is_read_as_well(client: httpx.Client, name: str) -> None:
+    def chunks() -> Iterator[bytes]:
+        for at in range(0, len(BODIES[name]), 70_001):
+            yield BODIES[name][at : at + 70_001]
+
+    assert not own_failure(client.post("/v1/completions", content=chunks()))
+
+
+def test_a_chunked_chat_is_routed_by_its_model(client: httpx.Client) -> None:
+    answer = client.post("/v1/chat/completions", content=iter([json.dumps(chat("in", model="no-such")).encode()]))
+    assert answer.status_code == 404
+    answer = client.post(
+        "/v1/chat/completions", content=iter([b'{"model":"si', b'm",', json.dumps(chat("x")).encode()[1:]])
+    )
+    assert answer.status_code == 200
+
+
+def test_a_body_that_never_comes_whole_costs_nobody_else(client: httpx.Client, gateway: Gateway) -> None:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 5) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        assert client.post("/v1/chat/completions", json=chat("meanwhile")).status_code == 200
+    assert all(replica["in_flight"] == 0 for replica in gateway.status()["replicas"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary(max_size=300)
+    | st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(["model", "messages", "role", "content", "prompt", "input", "text", "prompt_cache_key"])
+                | st.text(),
+                inner,
+            )
+        ),
+        max_leaves=15,
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_no_body_makes_the_gateway_fail(client: httpx.Client, body: bytes) -> None:
+    assert not own_failure(client.post("/v1/chat/completions", content=body))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Session-Id": "a" * 8000},
+        {"X-Session-Id": ""},
+        {"Content-Type": "multipart/form-data; boundary=x"},
+        {"Content-Type": "\xff"},
+        {"X-Request-Id": "a" * 8000},
+    ],
+)
+def test_odd_headers_do_no_harm(client: httpx.Client, headers: dict[str, str]) -> None:
+    raw = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
+    assert client.post("/v1/chat/completions", json=chat("odd headers"), headers=raw).status_code == 200

@@ -1,0 +1,220 @@
+"""What had not begun to stream does not fail; what had ends with an error event."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.gateway.conftest import chat
+from tests.gateway.test_public import error_of
+from tests.gateway.test_routing import Held, ask, counted
+from tests.sim.fleet import Gateway, Replicas, wait_until
+from tests.sim.load import Outcome, session, stream
+
+
+def under_load(gateway: Gateway, act: Callable[[], object], seconds: float = 3.0, clients: int = 8) -> list[Outcome]:
+    """What became of the requests of some clients, while `act` happens after a third of the time."""
+
+    async def run() -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        end = time.monotonic() + seconds
+
+        async def one(number: int) -> None:
+            n = 0
+            while time.monotonic() < end:
+                n += 1
+                outcomes.append(await stream(http, gateway.url, chat(f"load {number} {n}", max_tokens=10), 30))
+
+        async with session() as http:
+            work = [asyncio.create_task(one(n)) for n in range(clients)]
+            await asyncio.sleep(seconds / 3)
+            await asyncio.to_thread(act)
+            await asyncio.gather(*work)
+        return outcomes
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("forget", [True, False], ids=["name gone", "name kept"])
+def test_a_replica_killed_under_load_fails_nothing_that_had_not_begun(
+    gateway: Gateway, fleet: Replicas, forget: bool
+) -> None:
+    outcomes = under_load(gateway, lambda: fleet["vllm-0"].kill(forget=forget))
+    assert len(outcomes) > 50
+    assert [outcome.why for outcome in outcomes if outcome.failed] == []
+    cut = [outcome for outcome in outcomes if outcome.cut]
+    assert all(outcome.error_event and outcome.replica == "vllm-0" for outcome in cut)
+    assert len(cut) <= 8
+    fleet["vllm-0"].start()
+
+
+def test_a_killed_replica_leaves_the_route_within_a_second_of_load(gateway: Gateway, fleet: Replicas) -> None:
+    fleet["vllm-2"].kill(forget=False)
+    killed = time.monotonic()
+    with httpx.Client(base_url=gateway.url) as client:
+        while gateway.states()["vllm-2"] == "ready":
+            ask(client, f"go round {time.monotonic()}")
+    assert time.monotonic() - killed < 1
+    fleet["vllm-2"].start()
+
+
+def test_a_replica_under_a_new_address_is_found_without_a_reload(gateway: Gateway, fleet: Replicas) -> None:
+    outcomes = under_load(gateway, fleet["vllm-1"].move, seconds=4)
+    assert [outcome.why for outcome in outcomes if outcome.failed] == []
+    gateway.wait_states({"vllm-1": "ready"}, 10)
+    with httpx.Client(base_url=gateway.url) as client:
+        wait_until(lambda: ask(client, f"moved {time.monotonic()}") == "vllm-1", "vllm-1 answers again", 5)
+
+
+def test_a_full_replica_passes_the_request_on(gateway: Gateway, fleet: Replicas) -> None:
+    fleet["vllm-0"].fault("status", status=503)
+    refused = 'gateway_retries_total{replica="vllm-0",cause="refused"}'
+    before = counted(gateway, refused)
+    with httpx.Client(base_url=gateway.url) as client:
+
+        def passed_on() -> bool:
+            assert ask(client, f"full {time.monotonic()}") in {"vllm-1", "vllm-2"}
+            return counted(gateway, refused) > before
+
+        # New prompts go to whom was sent least lately, which the tests before decide for some seconds.
+        wait_until(passed_on, "the full replica was tried", 15)
+    assert gateway.states()["vllm-0"] == "ready"
+
+
+def test_all_full_is_a_quick_429_that_says_when_to_come_back(gateway: Gateway, fleet: Replicas) -> None:
+    for sim in fleet:
+        sim.fault("status", status=503)
+    began = time.monotonic()
+    answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("no room"))
+    assert time.monotonic() - began < 1
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) >= 1
+    assert error_of(answer)["code"] == "fleet_full"
+    assert counted(gateway, 'gateway_refusals_total{cause="full"}') >= 1
+    for sim in fleet:
+        assert sum("no room" in request["body"] for request in sim.state()["seen"]) == 1
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 429])
+def test_a_4xx_is_the_clients_and_moves_nothing(gateway: Gateway, fleet: Replicas, status: int) -> None:
+    for sim in fleet:
+        sim.fault("status", status=status)
+    before = counted(gateway, "gateway_retries_total")
+    with httpx.Client(base_url=gateway.url) as client:
+        answers = [client.post("/v1/chat/completions", json=chat(f"wrong {n}")) for n in range(6)]
+    assert {answer.status_code for answer in answers} == {status}
+    assert counted(gateway, "gateway_retries_total") == before
+    assert set(gateway.states().values()) == {"ready"}
+
+
+def test_a_500_of_the_replica_is_its_answer(gateway: Gateway, fleet: Replicas) -> None:
+    for sim in fleet:
+        sim.fault("status", status=500)
+    answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("broken"))
+    assert answer.status_code == 500
+    assert answer.headers["x-replica"].startswith("vllm-")
+
+
+@pytest.mark.parametrize("fault", ["reset", "crash"])
+def test_a_connection_that_breaks_before_the_first_byte_goes_to_the_next_replica(
+    gateway: Gateway, fleet: Replicas, fault: str
+) -> None:
+    fleet["vllm-0"].fault(fault)
+    with httpx.Client(base_url=gateway.url) as client:
+        assert {ask(client, f"broken {n}", max_tokens=3) for n in range(6)} <= {"vllm-1", "vllm-2"}
+    assert counted(gateway, 'gateway_retries_total{replica="vllm-0"') >= 1
+    if fault == "crash":
+        fleet["vllm-0"].kill(forget=False)
+        fleet["vllm-0"].start()
+
+
+def test_the_retried_request_has_its_whole_body(gateway: Gateway, fleet: Replicas) -> None:
+    text = "x" * 3_000_000  # more than Nginx keeps in memory
+    for name in ("vllm-0", "vllm-1"):
+        fleet[name].fault("reset")
+    answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat(text), timeout=30)
+    assert answer.headers["x-replica"] == "vllm-2"
+    assert sum(text in request["body"] for request in fleet["vllm-2"].state()["seen"]) == 1
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error_event(gateway: Gateway, fleet: Replicas) -> None:
+    for sim in fleet:
+        sim.fault("cut", after_tokens=3)
+    before = counted(gateway, "gateway_streams_cut_total")
+    body = chat("cut me", stream=True, max_tokens=50)
+    text = ""
+    with httpx.stream("POST", gateway.url + "/v1/chat/completions", json=body) as answer:
+        assert answer.status_code == 200
+        # The message is left unfinished, so that no client uses this connection again.
+        with pytest.raises(httpx.RemoteProtocolError):  # noqa: PT012 what came before the break is wanted
+            for piece in answer.iter_text():
+                text += piece
+    events = text.strip().split("\n\n")
+    assert '"code":"stream_lost"' in events[-1]
+    assert answer.headers["x-request-id"] in events[-1]
+    assert "[DONE]" not in text
+    assert counted(gateway, "gateway_streams_cut_total") == before + 1
+
+
+def test_none_ready_says_how_many_are_loading() -> None:
+    with Replicas(2) as replicas:
+        for sim in replicas:
+            sim.kill(forget=False)
+        with Gateway(replicas) as gateway:
+            gateway.wait_states({"vllm-0": "loading", "vllm-1": "loading"})
+            answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("hello?"))
+            assert answer.status_code == 503
+            assert "2 of 2 loading" in str(error_of(answer)["message"])
+            assert answer.headers["retry-after"]
+            assert httpx.get(gateway.url + "/ready").status_code == 503
+            assert httpx.get(gateway.url + "/health").status_code == 200
+            assert httpx.get(gateway.url + "/v1/models").status_code == 503
+
+
+def test_a_single_replica_that_restarts_is_tried_again() -> None:
+    with Replicas(1) as replicas, Gateway(replicas) as gateway:
+        gateway.wait_ready()
+        replicas["vllm-0"].kill(forget=False)
+        assert httpx.post(gateway.url + "/v1/chat/completions", json=chat("gone")).status_code == 503
+        replicas["vllm-0"].start()
+        wait_until(lambda: gateway.states()["vllm-0"] == "ready", "it is back", 5)
+        assert httpx.post(gateway.url + "/v1/chat/completions", json=chat("back")).status_code == 200
+
+
+def test_a_reload_under_load_fails_nothing(gateway: Gateway) -> None:
+    outcomes = under_load(gateway, gateway.reload)
+    assert [outcome.why for outcome in outcomes if not outcome.done] == []
+    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "nothing in flight", 10)
+
+
+def test_killed_workers_leave_no_request_in_flight(gateway: Gateway) -> None:
+    with pytest.raises(httpx.HTTPError), Held(gateway, 8):  # noqa: PT012 the streams fail at the block's end
+        assert counted(gateway, "gateway_requests_in_flight") == 8
+        for _ in range(2):
+            gateway.kill_worker()
+        wait_until(
+            lambda: counted(gateway, "gateway_requests_in_flight") == 0, "the dead workers' requests are gone", 5
+        )
+
+
+def test_old_workers_end_soon_after_a_reload_and_all_at_a_stop() -> None:
+    with Replicas(1) as replicas, Gateway(replicas) as gateway, httpx.Client() as client:
+        gateway.wait_ready()
+        assert client.get(gateway.url + "/health").status_code == 200  # and stays connected
+        old = set(gateway.workers())
+        gateway.reload()
+        assert wait_until(lambda: not old & set(gateway.workers()), "the old workers ended", 30) < 8
+        wait_until(lambda: "vllm-0" in gateway.states(), "the new workers serve")
+        master = gateway.master()
+        os.kill(master, signal.SIGQUIT)
+
+        def ended() -> bool:
+            status = Path(f"/proc/{master}/stat")
+            return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+        assert wait_until(ended, "Nginx ended", 30) < 8

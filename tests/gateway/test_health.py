@@ -1,0 +1,167 @@
+"""A replica's state: what it is, how soon it is seen, and that it comes back by itself."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.gateway.conftest import chat
+from tests.gateway.test_routing import ask, counted
+from tests.sim.fleet import Gateway, Replicas, wait_until
+
+
+def reason(gateway: Gateway, name: str) -> str:
+    return next(str(replica["reason"]) for replica in gateway.status()["replicas"] if replica["name"] == name)
+
+
+@pytest.fixture
+def asking(gateway: Gateway) -> Iterator[list[int]]:
+    """Clients that ask all the while, each time something new; the list takes the status of each answer."""
+    statuses: list[int] = []
+    over = threading.Event()
+
+    def run(client_number: int) -> None:
+        n = 0
+        with httpx.Client(base_url=gateway.url, timeout=60) as client:
+            while not over.is_set():
+                n += 1
+                statuses.append(client.post("/v1/chat/completions", json=chat(f"{client_number} {n}")).status_code)
+
+    clients = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+    for client in clients:
+        client.start()
+    yield statuses
+    over.set()
+    for client in clients:
+        client.join()
+
+
+def test_a_replica_is_ready_once_it_gave_a_token_and_loading_before() -> None:
+    with Replicas(2) as replicas:
+        replicas["vllm-1"].kill(forget=False)
+        with Gateway(replicas) as gateway:
+            gateway.wait_states({"vllm-0": "ready", "vllm-1": "loading"})
+            replicas["vllm-1"].start()
+            replicas["vllm-1"].fault("hang")
+            gateway.wait_states({"vllm-1": "wedged"})
+            replicas["vllm-1"].fault()
+            gateway.wait_states({"vllm-1": "ready"}, 5)
+            assert counted(gateway, 'gateway_probes_total{replica="vllm-0",result="token"}') >= 1
+            assert counted(gateway, 'gateway_probes_total{replica="vllm-1",result="no_token"}') >= 1
+
+
+def test_a_failing_health_check_is_loading(gateway: Gateway, fleet: Replicas) -> None:
+    fleet["vllm-0"].fault(health=503)
+    gateway.wait_states({"vllm-0": "loading"}, 5)
+    assert "503" in reason(gateway, "vllm-0")
+    fleet["vllm-0"].fault()
+    gateway.wait_states({"vllm-0": "ready"}, 5)
+
+
+@pytest.mark.parametrize("forget", [True, False], ids=["name gone", "name kept"])
+def test_a_killed_replica_is_unreachable_within_two_seconds_and_comes_back(
+    gateway: Gateway, fleet: Replicas, forget: bool
+) -> None:
+    fleet["vllm-0"].kill(forget=forget)
+    assert gateway.wait_states({"vllm-0": "unreachable"}, 10) < 4
+    fleet["vllm-0"].start()
+    assert gateway.wait_states({"vllm-0": "ready"}, 10) < 6
+
+
+@pytest.mark.timeout(120)
+def test_a_wedged_replica_leaves_the_route_within_ten_seconds_and_comes_back(
+    gateway: Gateway, fleet: Replicas, asking: list[int]
+) -> None:
+    fleet["vllm-0"].fault("hang")
+    assert gateway.wait_states({"vllm-0": "wedged"}, 30) < 10
+    assert "no token" in reason(gateway, "vllm-0")
+    served = fleet["vllm-0"].state()["generations"]
+    with httpx.Client(base_url=gateway.url) as client:
+        assert "vllm-0" not in {ask(client, f"while wedged {n}") for n in range(9)}
+    assert fleet["vllm-0"].state()["generations"] <= served + 5  # one-token requests only
+    fleet["vllm-0"].fault()
+    gateway.wait_states({"vllm-0": "ready"}, 10)
+    assert set(asking) == {200}
+
+
+def test_a_stopped_process_leaves_the_route_within_ten_seconds_and_comes_back(
+    gateway: Gateway, fleet: Replicas
+) -> None:
+    fleet["vllm-1"].pause()
+    assert gateway.wait_states({"vllm-1": "unreachable"}, 30) < 10
+    fleet["vllm-1"].resume()
+    gateway.wait_states({"vllm-1": "ready"}, 10)
+
+
+def test_a_slow_replica_is_not_wedged(gateway: Gateway, fleet: Replicas, asking: list[int]) -> None:
+    for sim in fleet:
+        sim.fault(slow=60.0)  # a step takes 0.6 s
+    end = time.monotonic() + 12
+    while time.monotonic() < end:
+        assert set(gateway.states().values()) == {"ready"}
+        time.sleep(0.2)  # the state is sampled all the time
+    for sim in fleet:
+        sim.fault()
+
+
+def test_what_a_replica_has_to_do_is_shown(gateway: Gateway, fleet: Replicas) -> None:
+    body = chat("work", stream=True, max_tokens=5000)
+    with httpx.stream("POST", gateway.url + "/v1/chat/completions", json=body, timeout=30) as answer:
+        name = answer.headers["x-replica"]
+
+        def working() -> bool:
+            now = next(replica for replica in gateway.status()["replicas"] if replica["name"] == name)
+            return bool(
+                now["in_flight"] == 1
+                and now["running"] == 1
+                and now["kv_usage"] > 0
+                and now["tokens_per_s"] > 10
+                and now["ttfb_ms"] > 0
+            )
+
+        wait_until(working, "the replica's load is shown", 5)
+        assert counted(gateway, f'gateway_requests_in_flight{{replica="{name}"}}') == 1
+    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "nothing in flight", 5)
+
+
+def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(gateway: Gateway) -> None:
+    with httpx.Client(base_url=gateway.url, timeout=30) as client:
+        body = chat("before the drain", stream=True, max_tokens=100)
+        with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            name = answer.headers["x-replica"]
+            assert gateway.admin("PUT", f"/replicas/{name}/drain") == {
+                "name": name,
+                "state": "draining",
+                "in_flight": 1,
+            }
+            assert name not in {ask(client, f"during the drain {n}") for n in range(9)}
+            assert "[DONE]" in answer.read().decode()
+        assert gateway.states()[name] == "draining"
+        gateway.reload()
+        assert gateway.states()[name] == "draining"
+        assert gateway.admin("DELETE", f"/replicas/{name}/drain")["state"] == "ready"
+        assert name in {ask(client, f"after the drain {n}") for n in range(9)}
+
+
+def test_draining_what_is_not_there_says_so(gateway: Gateway) -> None:
+    answer = httpx.put(gateway.admin_url + "/replicas/vllm-99/drain")
+    assert answer.status_code == 404
+    assert "vllm-99" in answer.json()["error"]["message"]
+
+
+def test_replicas_are_added_and_removed_by_a_reload() -> None:
+    with Replicas(3) as replicas, Gateway(replicas, upstreams=replicas.upstreams(["vllm-0"])) as gateway:
+        gateway.wait_states({"vllm-0": "ready"})
+        assert list(gateway.states()) == ["vllm-0"]
+        gateway.write_fleet(replicas.upstreams(["vllm-0", "vllm-1", "vllm-2"]))
+        gateway.reload()
+        gateway.wait_states({"vllm-0": "ready", "vllm-1": "ready", "vllm-2": "ready"}, 5)
+        targets = httpx.get(gateway.metrics_url + "/fleet").json()
+        assert targets[2] == {"targets": ["vllm-2:9464"], "labels": {"replica": "vllm-2"}}
+        gateway.write_fleet(replicas.upstreams(["vllm-1"]))
+        gateway.reload()
+        wait_until(lambda: list(gateway.states()) == ["vllm-1"], "only vllm-1 is left", 5)
+        with httpx.Client(base_url=gateway.url) as client:
+            assert {ask(client, f"{n}") for n in range(4)} == {"vllm-1"}

@@ -1,0 +1,199 @@
+"""What clients reach, and what they do not."""
+
+import itertools
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.gateway.conftest import chat, seen_by
+from tests.sim.fleet import Gateway, Replicas, wait_until
+
+
+def error_of(answer: httpx.Response) -> dict[str, object]:
+    """The error of an answer, whose shape and request id are checked."""
+    assert answer.headers["content-type"].startswith("application/json"), answer.text
+    error: dict[str, object] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert answer.headers["x-request-id"] in str(error["message"])
+    return error
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/metrics",
+        "/v1",
+        "/v1/",
+        "/v1/load_lora_adapter",
+        "/pause",
+        "/invocations",
+        "/version",
+        "/docs",
+        "/fleet",
+        "/replicas",
+        "/v1/chat/completions/",
+        "/v1/chat/completions/../../metrics",
+        "/_sim",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_what_is_not_listed_is_not_there(client: httpx.Client, path: str, method: str) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == 404
+    assert error_of(answer)["code"] == "not_found"
+
+
+@pytest.mark.parametrize(("method", "path", "allowed"), [
+    ("GET", "/v1/chat/completions", "POST"), ("DELETE", "/v1/completions", "POST"), ("POST", "/v1/models", "GET"),
+])  # fmt: skip
+def test_the_wrong_method_is_named(client: httpx.Client, method: str, path: str, allowed: str) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == allowed
+    error_of(answer)
+
+
+def test_too_large_a_body_is_refused_whether_announced_or_not(client: httpx.Client) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(70):
+            yield b" " * 2**20
+
+    for content in (b" " * (65 * 2**20), chunks()):
+        try:
+            answer = client.post("/v1/chat/completions", content=content)
+        except httpx.WriteError:
+            continue  # the gateway answered and closed before all was sent
+        assert answer.status_code == 413
+        error_of(answer)
+
+
+def test_bytes_that_are_no_http_get_a_plain_400(gateway: Gateway) -> None:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 5) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n")
+        assert b" 400 " in connection.recv(65536).split(b"\r\n")[0]
+
+
+def test_an_error_of_the_replica_passes_untouched(client: httpx.Client) -> None:
+    answer = client.post("/v1/chat/completions", content=b"{not json")
+    assert answer.status_code == 400
+    assert answer.headers["x-replica"].startswith("vllm-")
+
+
+def test_an_unknown_model_is_refused_with_the_names_there_are(client: httpx.Client) -> None:
+    answer = client.post("/v1/chat/completions", json=chat("hi", model="gpt-9"))
+    assert answer.status_code == 404
+    error = error_of(answer)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "gpt-9" in str(error["message"])
+    assert "sim" in str(error["message"])
+
+
+def test_a_request_id_is_made_kept_returned_logged_and_passed_on(
+    client: httpx.Client, gateway: Gateway, fleet: Replicas
+) -> None:
+    mine = client.post("/v1/chat/completions", json=chat("id one"), headers={"X-Request-Id": "my-id.1"})
+    assert mine.headers.get_list("x-request-id") == ["my-id.1"]
+    made = client.post("/v1/chat/completions", json=chat("id two")).headers["x-request-id"]
+    bad = client.post("/v1/chat/completions", json=chat("id three"), headers={"X-Request-Id": 'x"y z'})
+    assert re.fullmatch("[0-9a-f]{32}", made)
+    assert re.fullmatch("[0-9a-f]{32}", bad.headers["x-request-id"])
+    heads = [request["head"] for sim in fleet for request in seen_by(sim, "id one")]
+    assert len(heads) == 1
+    assert "X-Request-Id: my-id.1" in heads[0]
+    wait_until(lambda: "my-id.1" in gateway.log(), "the request is in the log")
+
+
+def test_the_log_tells_of_each_request_where_it_went_and_why(client: httpx.Client, gateway: Gateway) -> None:
+    answer = client.post("/v1/chat/completions", json=chat("log me"))
+    wait_until(lambda: answer.headers["x-request-id"] in gateway.log(), "the request is in the log")
+    lines = [json.loads(line) for line in gateway.log().splitlines() if line.startswith("{")]
+    line = next(line for line in lines if line["id"] == answer.headers["x-request-id"])
+    assert line["status"] == 200
+    assert line["path"] == "/v1/chat/completions"
+    assert line["model"] == "sim"
+    assert line["replica"] == answer.headers["x-replica"]
+    assert line["reason"] == "load"
+    assert line["upstream_status"] == "200"
+    assert float(line["ttfb"]) > 0
+
+
+def test_headers_reach_the_replica_and_come_back(client: httpx.Client, fleet: Replicas) -> None:
+    answer = client.post("/v1/chat/completions", json=chat("headers"), headers={"Authorization": "Bearer k"})
+    head = next(request["head"] for sim in fleet for request in seen_by(sim, "headers"))
+    assert "Authorization: Bearer k" in head
+    assert "X-Forwarded-For: 127." in head
+    assert answer.headers["server"] == "nginx"
+
+
+def test_tokens_come_one_by_one(client: httpx.Client) -> None:
+    with client.stream("POST", "/v1/chat/completions", json=chat("stream", stream=True, max_tokens=40)) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        times = [time.monotonic() for line in answer.iter_lines() if line.startswith("data: {")]
+    assert len(times) >= 40
+    # 40 steps of 10 ms: held back, they would all come at the end.
+    assert times[-1] - times[0] > 0.2
+    assert sum(later - earlier > 0.003 for earlier, later in itertools.pairwise(times)) > 20
+
+
+def test_a_client_that_hangs_up_stops_the_generation(client: httpx.Client, gateway: Gateway, fleet: Replicas) -> None:
+    def aborted() -> int:
+        return sum(sim.state()["finished"]["abort"] for sim in fleet)
+
+    before = aborted()
+    with client.stream("POST", "/v1/chat/completions", json=chat("bye", stream=True, max_tokens=5000)) as answer:
+        next(answer.iter_lines())
+    wait_until(lambda: aborted() == before + 1, "the replica stopped", 3)
+    wait_until(lambda: all(replica["in_flight"] == 0 for replica in gateway.status()["replicas"]), "none in flight", 3)
+
+
+def test_models_are_those_of_all_replicas(client: httpx.Client) -> None:
+    listed = client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert [card["id"] for card in listed["data"]] == ["sim"]
+    assert client.get("/v1/models/sim").json()["id"] == "sim"
+    missing = client.get("/v1/models/gpt-9")
+    assert missing.status_code == 404
+    error_of(missing)
+
+
+def test_health_ready_and_status_answer(client: httpx.Client) -> None:
+    assert client.get("/health").text == "ok\n"
+    assert client.get("/ready").json() == {"ready": 3, "replicas": 3}
+    status = client.get("/status.json").json()
+    assert status["models"] == ["sim"]
+    assert status["gateway"]["policy"] == "prefix"
+    assert set(status["replicas"][0]) == {
+        "name", "state", "reason", "models", "weight", "in_flight", "running", "waiting", "kv_usage", "prefix_hit_rate",
+        "tokens_per_s", "ttfb_ms",
+    }  # fmt: skip
+
+
+def test_the_status_page_is_served_and_locked_down(client: httpx.Client) -> None:
+    page = client.get("/status")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for path in ("/status/status.js", "/status/status.css"):
+        assert client.get(path).status_code == 200
+    assert client.get("/status/../nginx.conf").status_code == 404
+    assert client.get("/status/%2e%2e/nginx.conf").status_code == 404
+
+
+@pytest.mark.parametrize(("settings", "status"), [
+    ({"BIND_ADDRESS": "0.0.0.0"}, 401), ({"BIND_ADDRESS": "0.0.0.0", "GATEWAY_AUTH": "off"}, 200),
+    ({"BIND_ADDRESS": "127.0.0.1"}, 200),
+])  # fmt: skip
+def test_beyond_loopback_nobody_is_let_in_without_keys_unless_told_so(settings: dict[str, str], status: int) -> None:
+    with Replicas(1) as replicas, Gateway(replicas, env=settings) as gateway:
+        gateway.wait_ready()
+        answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("hi"))
+        assert answer.status_code == status
+        if status == 401:
+            assert "GATEWAY_AUTH=off" in str(error_of(answer)["message"])
