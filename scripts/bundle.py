@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Packs the stack for a host without a network: images, models, pins, docs and this checkout, in one archive.
+
+On that host, which has Docker with Compose and Python 3.11 or newer:
+
+    tar xf vllm-fleet-DATE.tar && vllm-fleet/install.sh && cd vllm-fleet && make up"""
+
+import gzip
+import hashlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stack.compose import Compose
+from stack.console import Problem, console, one_line_for_mistakes, step
+from stack.images import present
+from stack.shell import ROOT, ask
+
+NAME = "vllm-fleet"
+INSTALL = """\
+#!/bin/sh
+# Installs the stack from this bundle: checks it, loads the images, makes .venv. Needs no network. Can be run again.
+set -eu
+cd "$(dirname "$0")"
+echo "Checking the files ..."
+sha256sum --check --quiet SHA256SUMS
+echo "Loading the images ..."
+docker load --quiet --input images.tar.gz
+echo "Making .venv ..."
+PIP_NO_INDEX=1 PIP_FIND_LINKS="$PWD/wheels" scripts/bootstrap.sh
+echo "Done. Start it with: make up"
+"""
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the archive.")] = ROOT / "dist",
+    model: Annotated[
+        list[str] | None, typer.Option(help="Only this model of models/; repeatable. Left out: all that are there.")
+    ] = None,
+) -> None:
+    """Pack images, models, pins and docs in one archive for a host without a network."""
+    with one_line_for_mistakes():
+        images = sorted({service.image for service in Compose().config().services.values()})
+        have = [image for image in images if present(image)]
+        for image in sorted(set(images) - set(have)):
+            console.print(f"[yellow]{image} is not on this machine and is left out[/]")
+        if not have:
+            raise Problem("none of the stack's images is on this machine", "bring the stack up once: make up")
+        folders = [ROOT / "models" / name for name in model] if model else [ROOT / "models"]
+        for folder in folders:
+            if not folder.is_dir():
+                raise Problem(f"there is no {folder}", "bring the model with scripts/download_model.py")
+        out.mkdir(parents=True, exist_ok=True)
+        _check_disk(out, have, folders)
+        archive = out / f"{NAME}-{datetime.now(UTC):%Y-%m-%d}.tar"
+        with tempfile.TemporaryDirectory(dir=out) as scratch:
+            _pack(archive, Path(scratch), have, folders)
+        console.print(f"{archive}: {archive.stat().st_size / 2**30:.1f} GiB. There: tar xf it, then {NAME}/install.sh")
+
+
+def _check_disk(out: Path, images: list[str], folders: list[Path]) -> None:
+    sizes = ask("docker", "image", "inspect", "--format", "{{.Size}}", *images).stdout.split()
+    models = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    # the images lie there twice while they are packed
+    needed = 2 * sum(map(int, sizes)) + models
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise Problem(
+            f"{out} has {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB may be needed",
+            "free some, or name another folder with --out",
+        )
+
+
+def _pack(archive: Path, scratch: Path, images: list[str], folders: list[Path]) -> None:
+    files = {name: ROOT / name for name in _checkout()}
+    for folder in folders:
+        files |= {str(path.relative_to(ROOT)): path for path in sorted(folder.rglob("*")) if _belongs(path)}
+    with step(f"Saving {len(images)} images") as now:
+        files["images.tar.gz"] = scratch / "images.tar.gz"
+        with subprocess.Popen(["docker", "save", *images], stdout=subprocess.PIPE) as save:
+            assert save.stdout
+            # level 1: layers hardly shrink further
+            with gzip.open(files["images.tar.gz"], "wb", compresslevel=1) as packed:
+                shutil.copyfileobj(save.stdout, packed, 1 << 20)
+        if save.returncode:
+            raise Problem("docker save failed", "see what it says above")
+        now.result = ", ".join(images)
+    with step("Gathering Python packages") as now:
+        wheels = scratch / "wheels"
+        # bootstrap.sh brings pip up to date first
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(wheels), "pip>=25.1"]
+        run = subprocess.run([*download, "--group", f"{ROOT / 'pyproject.toml'}:scripts"])
+        if run.returncode:
+            raise Problem("pip could not fetch the packages", "see what it says above")
+        files |= {f"wheels/{path.name}": path for path in sorted(wheels.iterdir())}
+        now.result = f"{len(list(wheels.iterdir()))} packages for Python {sys.version_info[0]}.{sys.version_info[1]}"
+    install = scratch / "install.sh"
+    install.write_text(INSTALL)
+    install.chmod(0o755)
+    files["install.sh"] = install
+    with step("Writing the archive") as now:
+        sums = scratch / "SHA256SUMS"
+        with sums.open("w") as lines:
+            for name, path in files.items():
+                now.say(name)
+                lines.write(f"{_sha256(path)}  {name}\n")
+        with tarfile.open(archive, "w") as tar:
+            for name, path in [*files.items(), ("SHA256SUMS", sums)]:
+                now.say(name)
+                tar.add(path, f"{NAME}/{name}", recursive=False)
+
+
+def _checkout() -> list[str]:
+    """The files of this checkout that belong to the stack, and the plan for its replicas if there is one."""
+    listed = ask("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard").stdout.splitlines()
+    planned = [name for name in ("docker-compose.override.yml", "fleet/default.conf") if (ROOT / name).exists()]
+    return [name for name in [*listed, *planned] if (ROOT / name).is_file() and not name.startswith("models/")]
+
+
+def _belongs(path: Path) -> bool:
+    return path.is_file() and ".partial" not in path.parts and ".cache" not in path.parts
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    typer.run(main)

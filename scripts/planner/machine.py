@@ -1,0 +1,89 @@
+"""The host as the planner sees it: its GPUs, how they are linked, and what is left of them."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stack.console import Problem
+
+GIB = 1 << 30
+
+LinkKind = Literal["nvlink", "pix", "pxb", "phb", "node", "sys"]
+# NVLink, then PCIe as `nvidia-smi topo -m` names it: one switch, several switches, one host bridge, one node, beyond.
+LINK_ORDER: tuple[LinkKind, ...] = ("nvlink", "pix", "pxb", "phb", "node", "sys")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Gpu(_Record):
+    """One GPU, or one MIG slice. Sizes in bytes, speeds as the hardware states them."""
+
+    index: int = Field(ge=0)
+    id: str  # what Compose's device_ids takes: the index, or the UUID of a MIG slice
+    name: str
+    total: int = Field(gt=0)  # what CUDA can hand out: the driver's own reserve is already off
+    free: int = Field(ge=0)
+    compute_capability: tuple[int, int]
+    bandwidth_gb_s: float = Field(gt=0)  # of its memory
+    bf16_tflops: float = Field(gt=0)  # dense, through the tensor cores
+    numa: int = 0
+    mig: bool = False
+    programs: tuple[str, ...] = ()  # what else runs there
+
+    @property
+    def size(self) -> tuple[str, int, tuple[int, int]]:
+        """What two GPUs share when they can work in one replica."""
+        return (self.name, round(self.total / GIB), self.compute_capability)
+
+
+class Link(_Record):
+    """The path between two GPUs. Speed in GB/s, one direction."""
+
+    a: int
+    b: int
+    kind: LinkKind
+    gb_s: float = Field(gt=0)
+
+
+class Machine(_Record):
+    """A host. Recorded with `plan.py --record FILE`, planned for with `--machine FILE`."""
+
+    name: str
+    cpu_cores: int = Field(gt=0)
+    memory: int = Field(gt=0)
+    memory_free: int = Field(gt=0)
+    driver: str = ""
+    gpus: tuple[Gpu, ...] = ()
+    links: tuple[Link, ...] = ()
+
+    def link(self, a: int, b: int) -> Link:
+        """The path between GPUs a and b; the slowest kind where none was recorded."""
+        for link in self.links:
+            if {link.a, link.b} == {a, b}:
+                return link
+        return Link(a=a, b=b, kind="sys", gb_s=8.0)
+
+    def only(self, indices: list[int]) -> "Machine":
+        """The same host with no other GPUs than these."""
+        known = {gpu.index for gpu in self.gpus}
+        if missing := sorted(set(indices) - known):
+            have = ", ".join(str(index) for index in sorted(known)) or "none"
+            raise Problem(f"--gpus: there is no GPU {missing[0]} here", f"choose from {have}")
+        return self.model_copy(update={"gpus": tuple(gpu for gpu in self.gpus if gpu.index in indices)})
+
+
+def load_machine(path: Path) -> Machine:
+    """A machine recorded earlier. Raises Problem for a file that is none."""
+    try:
+        return Machine.model_validate_json(path.read_text())
+    except OSError as error:
+        raise Problem(f"--machine: cannot read {path}: {error.strerror}", "make one with --record FILE") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise Problem(
+            f"--machine: {path} is not a recorded machine: {where}: {first['msg']}", "make one with --record FILE"
+        ) from error

@@ -1,0 +1,203 @@
+"""How vLLM spends a GPU's memory, and what is left for the KV cache.
+
+The account is vLLM's own (`determine_available_memory` in vllm/v1/worker/gpu_worker.py, 0.26 to 0.32):
+
+    KV cache = utilization x total - weights - peak activations - what is not torch's - CUDA graphs, where profiled
+
+Sizes are bytes a GPU, lengths are tokens. The constants were fitted on two H200 (docs/benchmarks/gpu.md)."""
+
+from dataclasses import dataclass
+from math import ceil, floor
+
+from planner.machine import GIB, Gpu
+from planner.model import Model
+
+BLOCK = 16  # tokens; vLLM's KV block
+DEFAULT_UTILIZATION = 0.92  # vLLM's own default
+NOT_TORCH = 256 << 20  # attention workspaces and the like, inside what vLLM asks for
+# What a replica takes besides what it asks for: CUDA context, library handles; with several GPUs NCCL's buffers too.
+CONTEXT, CONTEXT_NCCL = 900 << 20, 1800 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the planner hands to vLLM besides the layout."""
+
+    max_num_seqs: int
+    max_batched_tokens: int
+    kv_bytes: int = 2  # a number in the KV cache: 1 for fp8
+    offload: int = 0  # bytes of weights a GPU keeps in host memory
+    eager: bool = False
+
+    @staticmethod
+    def default(gpu: Gpu) -> "Settings":
+        """vLLM's own choice for an API server on such a GPU (`get_batch_defaults` in vllm/engine/arg_utils.py)."""
+        if gpu.total >= 160 * GIB:
+            return Settings(1024, 16384)
+        if gpu.total >= 70 * GIB and "a100" not in gpu.name.lower():
+            return Settings(1024, 8192)
+        return Settings(256, 2048)
+
+
+@dataclass(frozen=True)
+class Account:
+    """One GPU's memory, in bytes; the tightest GPU of the replica."""
+
+    total: int
+    utilization: float
+    weights: int
+    activations: int
+    graphs: int
+    other: int  # not torch's
+    outside: int  # CUDA context, NCCL: not counted by vLLM
+    kv: int  # what is left; negative where it does not fit
+    kv_tokens: int
+    max_requests: float  # of full length at once
+
+    @property
+    def used(self) -> int:
+        """What the replica takes once it serves."""
+        return self.weights + self.activations + self.graphs + self.other + self.outside + max(0, self.kv)
+
+
+def outside(model: Model, tp: int, pp: int, settings: Settings) -> int:
+    """What a GPU needs besides what vLLM asks for: CUDA's context, and the graphs where vLLM does not profile them."""
+    graphs = 0 if _profiles_graphs(model) else graph_bytes(model, ceil(model.layers / pp), settings)
+    return graphs + (CONTEXT_NCCL if tp * pp > 1 else CONTEXT)
+
+
+def utilization(gpu: Gpu, needed_outside: int) -> float:
+    """`--gpu-memory-utilization`, in hundredths: vLLM's default, or less where other programs or a small GPU leave
+    less: vLLM refuses to start where utilization x total is more than what is free."""
+    return max(0.0, min(DEFAULT_UTILIZATION, floor(100 * (gpu.free - needed_outside) / gpu.total) / 100))
+
+
+def _profiles_graphs(model: Model) -> bool:
+    """Dense models run on vLLM's second model runner, which captures CUDA graphs after the KV cache is laid out
+    (`_is_default_v2_model_runner_model` in vllm/config/vllm.py)."""
+    return model.weights.experts > 0
+
+
+def stage_layers(layers: int, pp: int) -> list[int]:
+    """Layers of each pipeline stage: what does not divide goes to the later stages but the last, which has the head
+    (`get_pp_indices` in vllm/distributed/utils.py)."""
+    stages = [layers // pp] * pp
+    for position in range(2, layers % pp + 2):
+        stages[-position] += 1
+    return stages
+
+
+def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
+    """Weights that one GPU of a stage holds.
+
+    vLLM splits all linear layers by rows and columns, the experts too, the embedding and head by vocabulary (padded to
+    64). Each GPU keeps whole the norms, a router, MLA's down-projections, and its KV heads where there are fewer of
+    them than GPUs.
+    """
+    width = model.bits / 8
+    split = model.weights.split
+    layer = split * (16 / 8 if model.quantized_experts_only else width)
+    if model.quantized_experts_only:
+        layer += model.weights.experts * (width - 2)
+    per_gpu = layer / tp + 2 * model.weights.replicated
+    attention = model.attention
+    if attention.kv_heads and tp > attention.kv_heads:
+        copies = tp / attention.kv_heads - 1
+        per_gpu += width * 2 * model.hidden * attention.kv_heads * attention.head_dim * copies / tp
+    bytes_ = per_gpu * stage_layers(model.layers, pp)[stage]
+    padded = ceil(model.vocabulary / 64) / (model.vocabulary / 64)
+    embedding = 2 * model.weights.embedding * padded / tp
+    if stage == 0:
+        bytes_ += embedding
+    if stage == pp - 1 and (model.weights.head or pp > 1):
+        bytes_ += embedding if not model.pooling else 0
+    if model.disk_bytes:
+        # files say more than the language model's shape where there is a vision tower, which each GPU may hold whole
+        rest = model.disk_bytes * 2 / model.checkpoint_dtype_bytes - 2 * model.parameters
+        bytes_ += max(0.0, rest) if model.quantization is None else 0
+    return round(bytes_)
+
+
+def total_weight_bytes(model: Model) -> int:
+    """Weights of the model on one GPU."""
+    return weight_bytes(model, 1, 1, 0)
+
+
+def kv_bytes_per_token(model: Model, tp: int, layers: int, kv_bytes: int = 2) -> int:
+    """What one GPU keeps for one token in `layers` layers that see all of it: a key and a value for each of its KV
+    heads, at least one of them; with MLA the latent vector, whole on each GPU."""
+    attention = model.attention
+    if model.pooling:
+        return 0
+    if attention.latent:
+        return layers * attention.latent * kv_bytes
+    return layers * 2 * max(1, ceil(attention.kv_heads / tp)) * attention.head_dim * kv_bytes
+
+
+def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Settings) -> int:
+    """What one GPU keeps for one request of `length` tokens. A layer with a sliding window keeps its window and the
+    tokens of one step (`SlidingWindowSpec.max_memory_usage_bytes` in vllm/v1/kv_cache_interface.py)."""
+    full = ceil(length / BLOCK) * BLOCK
+    seen = min(ceil((model.window - 1 + settings.max_batched_tokens) / BLOCK) * BLOCK + BLOCK, full)
+    sliding = round(layers * model.sliding_layers / model.layers)
+    per_layer = kv_bytes_per_token(model, tp, 1, settings.kv_bytes)
+    return per_layer * (full * (layers - sliding) + seen * sliding)
+
+
+def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings) -> int:
+    """Peak of one step at full batch: the widest layer, or on the last stage the sampler over the vocabulary. A sampled
+    row takes 4 bytes a word, 6 where tp gathers the logits: measured."""
+    attention = model.attention
+    heads = (
+        attention.heads * max(attention.head_dim, attention.latent // 8) + 2 * attention.kv_heads * attention.head_dim
+    )
+    widest = max(3 * model.intermediate, 2 * heads) / tp
+    forward = 2 * settings.max_batched_tokens * (6 * model.hidden + widest)
+    if model.pooling or not last_stage:
+        return round(forward)
+    return round(max(forward, settings.max_num_seqs * model.vocabulary * (4 if tp == 1 else 6)))
+
+
+def graph_bytes(model: Model, layers: int, settings: Settings) -> int:
+    """CUDA graphs of up to 51 batch sizes, captured twice: mostly per layer and size."""
+    if settings.eager or model.pooling:
+        return 0
+    sizes = min(51, 3 + settings.max_num_seqs // 6)
+    return round(layers * sizes * 0.5 * (1 << 20))
+
+
+def account(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Settings) -> Account:
+    """The tightest GPU of a replica of tp x pp GPUs like `gpu`, for requests of up to `length` tokens."""
+    needed_outside = outside(model, tp, pp, settings)
+    share = utilization(gpu, needed_outside)
+    requested = ceil(gpu.total * share)
+    accounts = []
+    for stage, layers in enumerate(stage_layers(model.layers, pp)):
+        weights = max(0, weight_bytes(model, tp, pp, stage) - settings.offload)
+        activations = activation_bytes(model, tp, stage == pp - 1, settings)
+        graphs = graph_bytes(model, layers, settings) if _profiles_graphs(model) else 0
+        kv = requested - weights - activations - graphs - NOT_TORCH
+        one = request_bytes(model, tp, layers, length, settings)
+        requests = max(0.0, kv / one) if one else float(settings.max_num_seqs if kv > 0 else 0)
+        if model.sliding_layers:
+            tokens = floor(requests * length)
+        else:
+            per_token = kv_bytes_per_token(model, tp, layers, settings.kv_bytes)
+            tokens = max(0, kv) // (per_token * BLOCK) * BLOCK if per_token else 0
+        parts = (weights, activations, graphs, NOT_TORCH, needed_outside, kv, tokens, round(requests, 2))
+        accounts.append(Account(gpu.total, share, *parts))
+    return min(accounts, key=lambda one: (one.kv_tokens, one.kv))
+
+
+def longest(model: Model, gpu: Gpu, tp: int, pp: int, settings: Settings) -> int:
+    """The longest request that fits, in tokens: the model's own limit, or as many thousands as one request can have."""
+    if account(model, gpu, tp, pp, model.max_length, settings).max_requests >= 1:
+        return model.max_length
+    low, high = 0, model.max_length // 1024
+    while low < high:
+        middle = (low + high + 1) // 2
+        if account(model, gpu, tp, pp, middle * 1024, settings).max_requests >= 1:
+            low = middle
+        else:
+            high = middle - 1
+    return low * 1024

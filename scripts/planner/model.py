@@ -1,0 +1,308 @@
+"""A model as the planner sees it: what its config.json says about weights and KV cache."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from planner.hub import fetch_config
+from stack.console import Problem
+
+DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
+# Layers that keep a state instead of keys and values: this arithmetic does not describe them.
+STATE_SPACE = ("mamba", "ssm", "rwkv", "linear_attention", "recurrent")
+# Families whose MLP has two matrices; all others gate theirs with a third.
+UNGATED = (
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "opt",
+    "phi",
+    "falcon",
+    "starcoder2",
+    "bloom",
+    "mpt",
+    "bert",
+    "roberta",
+    "xlm-roberta",
+)
+NOT_A_MODEL = "give the folder or the hub's name of a language model"
+ENCODERS = (
+    "BertModel",
+    "RobertaModel",
+    "XLMRobertaModel",
+    "BertForMaskedLM",
+    "NomicBertModel",
+    "GteModel",
+    "ModernBertModel",
+)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What one layer keeps for a token. `kv_heads` is 0 with MLA, where one latent vector serves all heads."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    latent: int = 0  # kv_lora_rank + qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of parameters, by how vLLM spreads them over the GPUs of a replica."""
+
+    embedding: int  # vocabulary × hidden, split by tp; on the first stage
+    head: int  # the same again where it is not tied; on the last stage
+    split: int  # of one average layer, split by tp
+    replicated: int  # of one average layer, whole on each GPU
+    experts: int = 0  # the part of `split` that are routed experts
+    active_share: float = 1.0  # of the experts, the share that one token uses
+
+    def layer(self) -> int:
+        """Parameters of one average layer."""
+        return self.split + self.replicated
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's shape. Lengths in tokens, widths in numbers, `bits` of a linear layer's weight."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int  # widest MLP that one token goes through, summed over the experts it uses
+    vocabulary: int
+    attention: Attention
+    weights: Weights
+    max_length: int
+    sliding_layers: int = 0
+    window: int = 0
+    checkpoint_dtype_bytes: int = 2
+    bits: float = 16.0
+    quantization: str | None = None  # the method of a checkpoint that is quantized already
+    quantized_experts_only: bool = False
+    group_size: int = 0
+    disk_bytes: int | None = None  # of the weights, where the files are at hand
+    pooling: bool = False
+    dense_intermediate: int = 0  # one MLP's or one expert's width, which tp has to divide
+
+    @property
+    def parameters(self) -> int:
+        """All of them, tied embeddings once."""
+        return self.weights.embedding + self.weights.head + self.layers * self.weights.layer()
+
+    @property
+    def active_parameters(self) -> float:
+        """Those that one token is multiplied with: the embedding is a look-up, an unused expert rests."""
+        idle = self.weights.experts * (1 - self.weights.active_share)
+        return max(self.weights.head, self.weights.embedding) + self.layers * (self.weights.layer() - idle)
+
+    def tp_sizes(self, limit: int) -> list[int]:
+        """Tensor-parallel sizes up to `limit` that vLLM takes: dividing the heads and the MLP width, and either
+        dividing the KV heads or a multiple of them, each then held by several GPUs."""
+        sizes = []
+        for tp in range(1, limit + 1):
+            kv = self.attention.kv_heads
+            if self.attention.heads % tp or self.dense_intermediate % tp:
+                continue
+            if kv and kv % tp and tp % kv:
+                continue
+            if self.group_size and (self.dense_intermediate // tp) % self.group_size:
+                continue
+            sizes.append(tp)
+        return sizes
+
+    def quantized(self, method: str) -> "Model":
+        """The same model with its linear layers quantized while loading, by vLLM's name of the method."""
+        return Model(**{**self.__dict__, "bits": ONLINE_BITS[method], "quantization": method, "disk_bytes": None})
+
+
+# Bits a weight with its scales, of the methods that vLLM can apply to an unquantized checkpoint while it loads:
+# bitsandbytes NF4 keeps a 32-bit scale for every 64 weights; fp8 one for a whole matrix.
+ONLINE_BITS = {"fp8": 8.0, "bitsandbytes": 4.5}
+
+
+def read_model(config: Mapping[str, Any], name: str, disk_bytes: int | None = None) -> Model:
+    """The shape in a config.json. Raises Problem where it is not one whose arithmetic is known."""
+    text = config.get("text_config") or config.get("llm_config") or config
+    if not isinstance(text, Mapping):
+        raise Problem(f"{name}: text_config in config.json is not an object", NOT_A_MODEL)
+    architecture = (config.get("architectures") or [""])[0]
+
+    def number(*keys: str, default: int | None = None) -> int:
+        for key in keys:
+            value = text.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+                return value
+        if default is None:
+            raise Problem(f"{name}: config.json has no {keys[0]}", NOT_A_MODEL)
+        return default
+
+    kinds = " ".join([str(text.get("model_type", "")), *map(str, text.get("layer_types") or [])]).lower()
+    if any(word in kinds for word in STATE_SPACE) or "mamba_d_state" in text:
+        raise Problem(
+            f"{name} keeps a recurrent state, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml"
+        )
+
+    hidden = number("hidden_size", "n_embd", "d_model")
+    layers = number("num_hidden_layers", "n_layer", "num_layers")
+    heads = number("num_attention_heads", "n_head")
+    vocabulary = number("vocab_size")
+    if not (hidden and layers and heads and vocabulary):
+        raise Problem(
+            f"{name}: config.json says 0 for hidden_size, num_hidden_layers, num_attention_heads or vocab_size",
+            NOT_A_MODEL,
+        )
+    head_dim = number("head_dim", default=0) or hidden // heads
+    kv_heads = number("num_key_value_heads", "num_kv_heads", default=heads) or heads
+    intermediate = number("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden) or 4 * hidden
+    pooling = architecture in ENCODERS
+    matrices = 2 if text.get("model_type") in UNGATED else 3
+
+    if latent_rank := number("kv_lora_rank", default=0):
+        nope, rope = number("qk_nope_head_dim"), number("qk_rope_head_dim")
+        value = number("v_head_dim")
+        query_rank = number("q_lora_rank", default=0)
+        query_in = query_rank or hidden
+        attention_split = heads * (query_in * (nope + rope) + latent_rank * (nope + value) + value * hidden)
+        attention_replicated = hidden * (latent_rank + rope) + hidden * query_rank
+        attention = Attention(heads, 0, value, latent=latent_rank + rope)
+    else:
+        bias = 1 if text.get("attention_bias") or architecture.startswith("Qwen2") or pooling else 0
+        attention_split = 2 * hidden * heads * head_dim + (2 * hidden + 2 * bias) * kv_heads * head_dim
+        attention_split += bias * heads * head_dim
+        attention_replicated = 0
+        attention = Attention(heads, kv_heads, head_dim)
+
+    experts = number("num_local_experts", "n_routed_experts", "num_experts", default=0)
+    if experts:
+        width = number("moe_intermediate_size", default=intermediate) or intermediate
+        used = number("num_experts_per_tok", "experts_per_token", default=2)
+        shared_width = number("shared_expert_intermediate_size", default=0)
+        shared_width = shared_width or number("n_shared_experts", default=0) * width
+        moe_layers = _moe_layers(text, layers)
+        routed = matrices * hidden * width * experts * moe_layers
+        dense = matrices * hidden * (shared_width * moe_layers + intermediate * (layers - moe_layers))
+        mlp_split = (routed + dense) // layers
+        weights_experts = routed // layers
+        router = hidden * experts * moe_layers // layers
+        active_width = max(used * width + shared_width, intermediate if moe_layers < layers else 0)
+        dense_width = width
+    else:
+        mlp_split, weights_experts, router = matrices * hidden * intermediate, 0, 0
+        used, active_width, dense_width = 1, intermediate, intermediate
+    share = used / experts if experts else 1.0
+
+    tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))) or pooling
+    window, sliding = _sliding(text, layers)
+    bits, method, group, experts_only = _quantization(config, text)
+    return Model(
+        name=name,
+        layers=layers,
+        hidden=hidden,
+        intermediate=active_width,
+        vocabulary=vocabulary,
+        attention=attention,
+        weights=Weights(
+            embedding=vocabulary * hidden,
+            head=0 if tied else vocabulary * hidden,
+            split=attention_split + mlp_split,
+            replicated=attention_replicated + router + 2 * hidden,
+            experts=weights_experts,
+            active_share=share,
+        ),
+        max_length=_max_length(text, architecture),
+        sliding_layers=sliding,
+        window=window,
+        checkpoint_dtype_bytes=DTYPE_BYTES.get(
+            str(text.get("torch_dtype") or text.get("dtype") or config.get("torch_dtype")), 2
+        ),
+        bits=bits,
+        quantization=method,
+        quantized_experts_only=experts_only,
+        group_size=group,
+        disk_bytes=disk_bytes,
+        pooling=pooling,
+        dense_intermediate=dense_width,
+    )
+
+
+def _moe_layers(text: Mapping[str, Any], layers: int) -> int:
+    """How many layers route to experts: DeepSeek starts with some dense ones, Qwen may take every n-th."""
+    first_dense = int(text.get("first_k_dense_replace") or 0)
+    step = int(text.get("decoder_sparse_step") or text.get("moe_layer_freq") or 1)
+    only_dense = len(text.get("mlp_only_layers") or [])
+    return max(0, ceil((layers - first_dense) / max(1, step)) - only_dense)
+
+
+def _sliding(text: Mapping[str, Any], layers: int) -> tuple[int, int]:
+    """(window, how many layers see only that far)."""
+    window = text.get("sliding_window")
+    if not isinstance(window, int) or text.get("use_sliding_window") is False:
+        return 0, 0
+    if kinds := text.get("layer_types"):
+        return window, sum(kind == "sliding_attention" for kind in kinds)
+    if pattern := text.get("sliding_window_pattern"):
+        return window, layers - layers // int(pattern)
+    if text.get("model_type") == "gemma2":
+        return window, layers - layers // 2
+    return window, layers
+
+
+def _max_length(text: Mapping[str, Any], architecture: str) -> int:
+    """The longest input: RoPE scaling multiplies it where the config states the unscaled one."""
+    length = text.get("max_position_embeddings") or text.get("n_positions") or text.get("seq_length") or 2048
+    if "Roberta" in architecture:
+        length -= 2  # its positions begin after the padding index
+    scaling = text.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    original = scaling.get("original_max_position_embeddings")
+    if kind == "yarn" and original and length == original:
+        length = int(original * scaling.get("factor", 1))
+    return int(length)
+
+
+def _quantization(config: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[float, str | None, int, bool]:
+    """(bits a weight with its scales, method, group size, only the experts are quantized)."""
+    found = config.get("quantization_config") or text.get("quantization_config")
+    if not found:
+        return 16.0, None, 0, False
+    method = str(found.get("quant_method", "")).lower()
+    if method in ("gptq", "awq", "gptq_marlin", "awq_marlin"):
+        bits, group = int(found.get("bits", 4)), int(found.get("group_size", 128))
+        # a 16-bit scale and a zero point for each group
+        return (bits + (16 + bits) / group if group > 0 else bits), method, max(0, group), False
+    if method == "fp8":
+        return 8.0, method, 0, False
+    if method == "bitsandbytes":
+        return (ONLINE_BITS[method] if found.get("load_in_4bit") else 8.0), method, 0, False
+    if method == "mxfp4":
+        return 4.25, method, 32, True
+    if method == "compressed-tensors":
+        for group_config in (found.get("config_groups") or {}).values():
+            scheme = group_config.get("weights") or {}
+            group = int(scheme.get("group_size") or 0)
+            return int(scheme.get("num_bits", 8)) + (16 / group if group > 0 else 0), method, max(0, group), False
+    return 16.0, method or None, 0, False
+
+
+def weight_files_bytes(folder: Path) -> int | None:
+    """Bytes of the weights in a model folder, None where they are not there."""
+    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    return sum(sizes) or None
+
+
+def load_model(name: str, models: Path) -> Model:
+    """The model `name`: a folder, a folder under `models`, or a repository on the hub (its config.json alone)."""
+    for folder in (Path(name), models / name):
+        if (path := folder / "config.json").is_file():
+            try:
+                return read_model(json.loads(path.read_text()), name, weight_files_bytes(folder))
+            except json.JSONDecodeError as error:
+                raise Problem(f"{path} is not JSON: {error}", "fetch the model again") from error
+    if Path(name).is_dir():
+        raise Problem(f"{name}: the folder has no config.json", NOT_A_MODEL)
+    return read_model(fetch_config(name), name)

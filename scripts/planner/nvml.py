@@ -1,0 +1,166 @@
+"""Reads this host's GPUs through NVML, the library behind nvidia-smi."""
+
+import os
+import platform
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pynvml
+
+from planner.machine import Gpu, Link, LinkKind, Machine
+
+# Dense bf16 FLOP per clock and SM with 32-bit sums, from NVIDIA's papers on A100, GA102, Ada, H100 and Blackwell.
+FLOP_PER_CLOCK_SM = {(7, 5): 512, (8, 0): 2048, (8, 6): 512, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 1024}
+CORES_PER_SM = {(7, 5): 64, (8, 0): 64}
+# GB/s one direction of one link, by NVLink version as NVML reports it.
+NVLINK_GB_S = {1: 20.0, 2: 25.0, 3: 25.0, 4: 25.0, 5: 50.0}
+# GB/s one direction of one lane, by PCIe generation.
+PCIE_GB_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.97, 5: 3.94, 6: 7.56}
+ANCESTOR: dict[int, LinkKind] = {0: "pix", 10: "pix", 20: "pxb", 30: "phb", 40: "node", 50: "sys"}
+
+
+def read_machine() -> Machine:
+    """This host. Without an NVIDIA driver it simply has no GPUs."""
+    memory = {
+        key: int(value.split()[0]) * 1024
+        for key, _, value in (line.partition(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    }
+    host: dict[str, Any] = {
+        "name": platform.node(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory": memory["MemTotal"],
+        "memory_free": memory["MemAvailable"],
+    }
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return Machine.model_validate(host)
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        gpus = [gpu for index, handle in enumerate(handles) for gpu in _read_gpu(index, handle)]
+        whole = {gpu.index for gpu in gpus if not gpu.mig}
+        links = [_read_link(a, b, handles) for a, b in combinations(sorted(whole), 2)]
+        return Machine(**host, driver=pynvml.nvmlSystemGetDriverVersion(), gpus=tuple(gpus), links=tuple(links))
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _read_gpu(index: int, handle: Any) -> list[Gpu]:
+    """The GPU, or its MIG slices where it is cut into some."""
+    capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+    cores = pynvml.nvmlDeviceGetNumGpuCores(handle)
+    multiprocessors = cores // CORES_PER_SM.get(capability, 128)
+    clock = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM) * 1e6
+    tflops = multiprocessors * clock * FLOP_PER_CLOCK_SM.get(capability, 1024) / 1e12
+    # two transfers a clock; bus width in bits
+    memory_clock = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM) * 1e6
+    bandwidth = 2 * memory_clock * pynvml.nvmlDeviceGetMemoryBusWidth(handle) / 8 / 1e9
+    memory = _memory(handle)
+    whole = Gpu(
+        index=index,
+        id=str(index),
+        name=pynvml.nvmlDeviceGetName(handle),
+        total=memory[0],
+        free=memory[1],
+        compute_capability=capability,
+        bandwidth_gb_s=round(bandwidth, 1),
+        bf16_tflops=round(tflops, 1),
+        numa=_numa_node(handle),
+        programs=_programs(handle),
+    )
+    slices = _read_slices(handle, whole)
+    return slices or [whole]
+
+
+def _read_slices(handle: Any, whole: Gpu) -> list[Gpu]:
+    try:
+        if pynvml.nvmlDeviceGetMigMode(handle)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
+            return []
+    except pynvml.NVMLError:
+        return []
+    slices = []
+    for position in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        try:
+            part = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, position)
+        except pynvml.NVMLError:
+            continue
+        total, free = _memory(part)
+        attributes = pynvml.nvmlDeviceGetAttributes_v2(part)
+        share = attributes.memorySizeMB * (1 << 20) / whole.total
+        slices.append(
+            whole.model_copy(
+                update={
+                    "index": whole.index * 100 + position,
+                    "id": pynvml.nvmlDeviceGetUUID(part),
+                    "name": pynvml.nvmlDeviceGetName(part),
+                    "total": total,
+                    "free": free,
+                    "bandwidth_gb_s": round(whole.bandwidth_gb_s * share, 1),
+                    "bf16_tflops": round(whole.bf16_tflops * attributes.gpuInstanceSliceCount / 7, 1),
+                    "mig": True,
+                    "programs": (),
+                }
+            )
+        )
+    return slices
+
+
+def _memory(handle: Any) -> tuple[int, int]:
+    """Total without the driver's reserve, as CUDA counts it, and free."""
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+        return memory.total - memory.reserved, memory.free
+    except pynvml.NVMLError:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return memory.total, memory.free
+
+
+def _numa_node(handle: Any) -> int:
+    bus = pynvml.nvmlDeviceGetPciInfo(handle).busId
+    address = (bus.decode() if isinstance(bus, bytes) else bus)[-12:].lower()
+    path = Path(f"/sys/bus/pci/devices/{address}/numa_node")
+    # -1 where the firmware says nothing
+    return max(0, int(path.read_text())) if path.exists() else 0
+
+
+def _programs(handle: Any) -> tuple[str, ...]:
+    names = []
+    for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+        try:
+            name = Path(pynvml.nvmlSystemGetProcessName(process.pid)).name
+        except pynvml.NVMLError:
+            name = "a program"
+        names.append(f"{name} (pid {process.pid})")
+    return tuple(names)
+
+
+def _read_link(a: int, b: int, handles: list[Any]) -> Link:
+    if bandwidth := _nvlink_gb_s(handles[a], handles[b]):
+        return Link(a=a, b=b, kind="nvlink", gb_s=bandwidth)
+    level = pynvml.nvmlDeviceGetTopologyCommonAncestor(handles[a], handles[b])
+    speeds = [
+        PCIE_GB_S.get(pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle), 0.985)
+        * pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
+        for handle in (handles[a], handles[b])
+    ]
+    return Link(a=a, b=b, kind=ANCESTOR.get(level, "sys"), gb_s=round(min(speeds), 1))
+
+
+def _nvlink_gb_s(a: Any, b: Any) -> float:
+    """GB/s one way over the NVLinks that join a and b, directly or through NVSwitches; 0 where there are none."""
+    other = pynvml.nvmlDeviceGetPciInfo(b).busId
+    total = 0.0
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            if pynvml.nvmlDeviceGetNvLinkState(a, link) != pynvml.NVML_FEATURE_ENABLED:
+                continue
+            through_switch = (
+                pynvml.nvmlDeviceGetNvLinkRemoteDeviceType(a, link) == pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH
+            )
+            if through_switch or pynvml.nvmlDeviceGetNvLinkRemotePciInfo(a, link).busId == other:
+                total += NVLINK_GB_S.get(pynvml.nvmlDeviceGetNvLinkVersion(a, link), 25.0)
+        except pynvml.NVMLError:
+            # fewer links than the library's limit
+            continue
+    return total

@@ -1,0 +1,354 @@
+"""Writes a plan down: for people as a table, for programs as JSON, for Compose and the gateway as files."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from planner import memory
+from planner.choose import Plan, Replica
+from planner.machine import GIB, Machine
+from planner.speed import ANSWER, CONCURRENT, PROMPT
+from stack.replica_gpus import dump_compose, gpu_service
+
+MIB = 1 << 20
+LINK_NAMES = {
+    "nvlink": "NVLink",
+    "pix": "one PCIe switch",
+    "pxb": "PCIe switches",
+    "phb": "PCIe host bridge",
+    "node": "PCIe, one NUMA node",
+    "sys": "PCIe between NUMA nodes",
+}
+HEADER = re.compile(r"\A# Written by `make plan`.*\n(?:#.*\n)*?# sha256 ([0-9a-f]{16})\n")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of the fleet: its plan, the name vLLM knows it by, and a preset's settings."""
+
+    plan: Plan
+    model: str
+    extra: Mapping[str, str]
+
+
+def reasons(plan: Plan) -> list[tuple[str, str, str]]:
+    """(number, its value, why) of the first replica and the fleet."""
+    replica, model = plan.replicas[0], plan.model
+    account, settings = replica.account, plan.settings
+    rows = [("layout", plan.layout, _layout_reason(plan))]
+    if plan.quantization or model.quantization:
+        why = "; ".join(plan.reasons) or "the checkpoint is quantized"
+        rows.append(("quantization", f"{plan.quantization or model.quantization}, {model.bits:.3g} bits a weight", why))
+    if settings.offload:
+        rows.append(("CPU offload", _gib(settings.offload), plan.reasons[-1]))
+    rows.append(("max model length", f"{plan.max_length:,} tokens", _length_reason(plan)))
+    if not replica.gpus:
+        rows.append(
+            ("memory of a replica", _gib(account.total), "weights, KV cache and vLLM itself; " + plan.reasons[0])
+        )
+        rows.append(("KV cache", f"{account.kv_tokens:,} tokens", f"{_gib(account.kv)} for each replica"))
+        return rows
+    layers = max(memory.stage_layers(model.layers, replica.pp))
+    per_token = memory.kv_bytes_per_token(model, replica.tp, layers, settings.kv_bytes)
+    tight = min(replica.gpus, key=lambda gpu: gpu.free)
+    others = tight.total - tight.free
+    share_reason = "vLLM's default"
+    if account.utilization < memory.DEFAULT_UTILIZATION:
+        who = f"{', '.join(tight.programs) or 'other programs'} hold {_gib(others)} of GPU {tight.index}"
+        share_reason = (
+            who if others > GIB else "a small GPU"
+        ) + f"; CUDA and its graphs need {_gib(account.outside)} besides"
+    rows += [
+        ("GPU memory utilization", f"{account.utilization:.2f}", share_reason),
+        ("weights", f"{_gib(account.weights)} a GPU", _weights_reason(plan, replica)),
+        (
+            "reserve",
+            f"{_gib(account.activations + account.graphs + account.other)} a GPU",
+            _reserve_reason(plan, replica),
+        ),
+    ]
+    if per_token:
+        rows.append(("KV cache", f"{_gib(account.kv)} a GPU", "what is left"))
+        rows.append(("KV tokens", f"{account.kv_tokens:,} a replica", _kv_reason(plan, replica, layers, per_token)))
+        rows.append(
+            (
+                "full-length requests",
+                f"{account.max_requests:g} a replica",
+                f"of {plan.max_length:,} tokens at the same time",
+            )
+        )
+    rows.append(
+        (
+            "max sequences, batch",
+            f"{settings.max_num_seqs:,}, {settings.max_batched_tokens:,} tokens",
+            "vLLM's own for such a GPU",
+        )
+    )
+    if len({one.weight for one in plan.replicas}) > 1:
+        weights = ", ".join(str(one.weight) for one in plan.replicas)
+        rows.append(("route weights", weights, "the replicas' expected tokens/s"))
+    return rows
+
+
+def _gib(bytes_: float) -> str:
+    return f"{bytes_ / GIB:.1f} GiB"
+
+
+def _layout_reason(plan: Plan) -> str:
+    replica = plan.replicas[0]
+    if plan.wish.replicas or plan.wish.tp or plan.wish.pp:
+        return "as asked for"
+    if not replica.gpus:
+        return "so that one serves while the other is replaced" if len(plan.replicas) > 1 else "memory holds one"
+    if not plan.runners_up:
+        return "the only one that fits"
+    if plan.wish.goal == "latency":
+        return f"the shortest answer: {plan.latency:.2f} s for {PROMPT} tokens in and {ANSWER} out"
+    load = f"{CONCURRENT} requests a GPU, {PROMPT} tokens in, {ANSWER} out"
+    return f"the most tokens/s: about {plan.tokens_per_s:,.0f} with {load}"
+
+
+def _length_reason(plan: Plan) -> str:
+    if plan.wish.context:
+        return "asked for"
+    if plan.max_length == plan.model.max_length:
+        return "the model's own limit"
+    if not plan.replicas[0].gpus:
+        return "enough for chats; --context N for more"
+    of = "on the smallest replica" if len({one.account.total for one in plan.replicas}) > 1 else "here"
+    return f"what one request can have {of}; the model's limit is {plan.model.max_length:,}"
+
+
+def _weights_reason(plan: Plan, replica: Replica) -> str:
+    model = plan.model
+    text = f"{model.parameters / 1e9:.2f} B parameters × {model.bits:.3g} bits"
+    parts = [f"tp {replica.tp}"] * (replica.tp > 1) + [f"pp {replica.pp}"] * (replica.pp > 1)
+    text += f" over {' × '.join(parts)}" if parts else ""
+    return text + (f", {_gib(plan.settings.offload)} of it in host memory" if plan.settings.offload else "")
+
+
+def _reserve_reason(plan: Plan, replica: Replica) -> str:
+    account, settings = replica.account, plan.settings
+    step = f"activations of {settings.max_batched_tokens:,} tokens and {settings.max_num_seqs:,} samplings"
+    graphs = f", CUDA graphs {_gib(account.graphs)}" if account.graphs else ""
+    return f"{step} {_gib(account.activations)}{graphs}, workspaces {_gib(account.other)}"
+
+
+def _kv_reason(plan: Plan, replica: Replica, layers: int, per_token: int) -> str:
+    attention = plan.model.attention
+    size = f"{per_token / 1024:g} KiB a token and GPU: {layers} layers × "
+    if attention.latent:
+        text = size + f"a latent of {attention.latent} × {plan.settings.kv_bytes} bytes, whole on each GPU"
+    else:
+        heads = max(1, -(-attention.kv_heads // replica.tp))
+        text = size + f"2 × {heads} KV heads × {attention.head_dim} × {plan.settings.kv_bytes} bytes"
+    if plan.model.sliding_layers:
+        text += f"; {plan.model.sliding_layers} of {plan.model.layers} layers keep only {plan.model.window:,} tokens"
+    return text
+
+
+def print_part(console: Console, machine: Machine, part: Part) -> None:
+    """The plan of one model as tables: replicas, reasons, runners-up."""
+    plan = part.plan
+    replicas = Table(box=None, pad_edge=False, header_style="bold")
+    for column in (
+        "replica",
+        "GPUs",
+        "tp × pp",
+        "path between them",
+        "KV tokens",
+        "full-length requests",
+        "tokens/s",
+        "weight",
+    ):
+        replicas.add_column(column, justify="left" if column in ("replica", "GPUs", "path between them") else "right")
+    for number, one in enumerate(plan.replicas):
+        gpus = ", ".join(str(gpu.index) for gpu in one.gpus) or "CPU"
+        path = f"{LINK_NAMES[one.link.kind]}, {one.link.gb_s:g} GB/s" if one.link else "–"
+        replicas.add_row(
+            str(number), gpus, f"{one.tp} × {one.pp}", path, f"{one.account.kv_tokens:,}",
+            f"{one.account.max_requests:g}", f"{one.speed.tokens_per_s:,.0f}", str(one.weight),
+        )  # fmt: skip
+    why = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("number", "value", "reason"):
+        why.add_column(column, overflow="fold")
+    for row in reasons(plan):
+        why.add_row(*row)
+    blocks: list[Any] = [
+        Text(_title(machine, part), style="bold cyan"),
+        replicas,
+        Text(),
+        why,
+    ]
+    if plan.idle:
+        blocks.append(Text())
+        blocks += [
+            Text(f"GPU {gpu.index} ({gpu.name}) stays idle: {reason}", style="yellow") for gpu, reason in plan.idle
+        ]
+    if plan.runners_up:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("runner-up", "tokens/s", "one answer", "KV tokens", "max length"):
+            table.add_column(column, justify="left" if column == "runner-up" else "right")
+        for other in plan.runners_up:
+            table.add_row(
+                other.layout,
+                f"{other.tokens_per_s:,.0f} ({_change(other.tokens_per_s, plan.tokens_per_s)})",
+                f"{other.latency:.2f} s ({_change(other.latency, plan.latency)})",
+                f"{other.kv_tokens:,} ({_change(other.kv_tokens, plan.kv_tokens)})",
+                f"{other.max_length:,}",
+            )
+        blocks += [Text(), table]
+    console.print(Padding(Group(*blocks), (0, 0, 1, 0)))
+
+
+def _title(machine: Machine, part: Part) -> str:
+    names = [gpu.name for replica in part.plan.replicas for gpu in replica.gpus]
+    where = " + ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "the CPU"
+    return f"{part.model} on {where} of {machine.name}, for {part.plan.wish.goal}"
+
+
+def _change(value: float, base: float) -> str:
+    return f"{100 * (value / base - 1):+.0f} %" if base else "–"
+
+
+def as_json(machine: Machine, parts: list[Part]) -> dict[str, Any]:
+    """The plan for programs. Sizes in bytes, times in seconds."""
+    return {"machine": machine.name, "models": [_part_json(part) for part in parts]}
+
+
+def _part_json(part: Part) -> dict[str, Any]:
+    plan = part.plan
+    return {
+        "model": part.model,
+        "goal": plan.wish.goal,
+        "layout": plan.layout,
+        "quantization": plan.quantization,
+        "max_model_len": plan.max_length,
+        "tokens_per_s": round(plan.tokens_per_s, 1),
+        "latency_s": round(plan.latency, 4),
+        "replicas": [
+            {
+                "gpus": [gpu.id for gpu in one.gpus],
+                "tensor_parallel_size": one.tp,
+                "pipeline_parallel_size": one.pp,
+                "weight": one.weight,
+                "memory": {
+                    "weights": one.account.weights,
+                    "activations": one.account.activations,
+                    "graphs": one.account.graphs,
+                    "other": one.account.other,
+                    "kv": one.account.kv,
+                    "utilization": one.account.utilization,
+                },
+                "kv_tokens": one.account.kv_tokens,
+                "full_length_requests": one.account.max_requests,
+                "tokens_per_s": round(one.speed.tokens_per_s, 1),
+            }
+            for one in plan.replicas
+        ],
+        "idle": [{"gpu": gpu.id, "reason": reason} for gpu, reason in plan.idle],
+        "reasons": [{"what": what, "value": value, "why": why} for what, value, why in reasons(plan)],
+        "runners_up": [
+            {
+                "layout": other.layout,
+                "tokens_per_s": round(other.tokens_per_s, 1),
+                "latency_s": round(other.latency, 4),
+                "kv_tokens": other.kv_tokens,
+                "max_model_len": other.max_length,
+            }
+            for other in plan.runners_up
+        ],
+    }
+
+
+def environment(part: Part, replica: Replica) -> dict[str, str]:
+    """The settings of one replica, by the names of .env."""
+    plan = part.plan
+    found = {
+        "MODEL": part.model,
+        "TENSOR_PARALLEL_SIZE": str(replica.tp),
+        "PIPELINE_PARALLEL_SIZE": str(replica.pp),
+        "MAX_MODEL_LEN": str(plan.max_length),
+    }
+    if replica.gpus:
+        found["GPU_MEMORY_UTILIZATION"] = f"{replica.account.utilization:.2f}"
+        found["MAX_NUM_SEQS"] = str(plan.settings.max_num_seqs)
+        found["MAX_NUM_BATCHED_TOKENS"] = str(plan.settings.max_batched_tokens)
+    else:
+        found["KV_CACHE_GB"] = str(replica.account.kv // GIB)
+    if plan.quantization:
+        found["QUANTIZATION"] = plan.quantization
+    if plan.settings.kv_bytes == 1:
+        found["KV_CACHE_DTYPE"] = "fp8"
+    if plan.settings.offload:
+        found["CPU_OFFLOAD_GB"] = str(plan.settings.offload // GIB)
+    return {**found, **part.extra}
+
+
+def override_file(parts: list[Part], base: Path) -> str:
+    """docker-compose.override.yml, over docker-compose.yml (`base`): the planned replicas and no others."""
+    in_base = [name for name in yaml.safe_load(base.read_text())["services"] if re.fullmatch(r"vllm-\d+", name)]
+    services: dict[str, Any] = {"gateway": {"volumes": ["./fleet:/etc/nginx/fleet:ro"]}}
+    for name, part, replica in _named(parts):
+        service: dict[str, Any] = {}
+        if name not in in_base:
+            service |= {"extends": {"file": base.name, "service": in_base[0]}, "hostname": name}
+        settings = environment(part, replica)
+        if replica.gpus:
+            service |= gpu_service([gpu.id for gpu in replica.gpus], replica.tp, replica.pp, settings)
+            if offload := part.plan.settings.offload:
+                service["mem_limit"] = f"{32 + offload * len(replica.gpus) // GIB}g"
+        else:
+            service |= {"environment": settings, "mem_limit": f"{-(-replica.account.total * 11 // 10 // MIB)}m"}
+        services[name] = service
+    text = dump_compose({"services": services})
+    return text + "".join(f"  {name}: !reset null\n" for name in in_base if name not in services)
+
+
+def fleet_file(parts: list[Part]) -> str:
+    """The gateway's fleet: one upstream a replica, its weight where they differ."""
+    lines = []
+    weighted = any(replica.weight > 1 for _, _, replica in _named(parts))
+    for name, _, replica in _named(parts):
+        weight = f" weight={replica.weight}" if weighted else ""
+        lines.append(f"upstream {name} {{ zone {name} 64k; server {name}:8000 resolve{weight}; keepalive 64; }}")
+    return "\n".join(lines) + "\n"
+
+
+def _named(parts: list[Part]) -> list[tuple[str, Part, Replica]]:
+    every = [(part, replica) for part in parts for replica in part.plan.replicas]
+    return [(f"vllm-{number}", part, replica) for number, (part, replica) in enumerate(every)]
+
+
+def signed(body: str, what: str) -> str:
+    """`body` under a header that says who wrote it and lets `changed_by_hand` see whether it is still the same."""
+    day = datetime.now(UTC).date()
+    lines = [
+        f"# Written by `make plan` on {day}: {what}.",
+        "# Change it as you like: `make plan` asks before it writes over a changed file.",
+        f"# sha256 {_hash(body)}",
+    ]
+    return "\n".join(lines) + "\n" + body
+
+
+def changed_by_hand(path: Path) -> bool:
+    """Whether a person wrote or changed the file. A file that is not there was not changed."""
+    if not path.exists():
+        return False
+    text = path.read_text()
+    header = HEADER.match(text)
+    return header is None or header[1] != _hash(text[header.end() :])
+
+
+def _hash(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()[:16]

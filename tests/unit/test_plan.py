@@ -1,0 +1,347 @@
+"""The planner: recorded machines x real models, and what has to hold for any of them."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner import choose, memory
+from planner.choose import DoesNotFitError, Plan, Wish
+from planner.machine import GIB, Gpu, Link, Machine, load_machine
+from planner.memory import Settings
+from planner.model import Model, load_model, read_model
+from stack.console import Problem
+
+TESTS = Path(__file__).resolve().parents[1]
+MACHINES = {path.stem: load_machine(path) for path in sorted((TESTS / "machines").glob("*.json"))}
+MODELS = {
+    path.parent.name: read_model(json.loads(path.read_text()), path.parent.name)
+    for path in sorted((TESTS / "models").glob("*/config.json"))
+    if path.parent.name != "mamba-2.8b"
+}
+H200 = MACHINES["two-h200"].gpus[0]
+
+
+def check(machine: Machine, plan: Plan) -> None:
+    """What holds for every plan."""
+    used = Counter(gpu.index for one in plan.replicas for gpu in one.gpus)
+    assert all(count == 1 for count in used.values()), "a GPU is in two replicas"
+    assert set(used) | {gpu.index for gpu, _ in plan.idle} == {gpu.index for gpu in machine.gpus}
+    model = plan.model
+    for one in plan.replicas:
+        assert len({gpu.size for gpu in one.gpus}) <= 1, "two kinds of GPU in one replica"
+        assert model.attention.heads % one.tp == 0
+        kv = model.attention.kv_heads
+        assert not kv or kv % one.tp == 0 or one.tp % kv == 0
+        assert one.account.max_requests >= 1, "not even one request of full length fits"
+        if machine.gpus:
+            assert len(one.gpus) == one.tp * one.pp
+            for gpu in one.gpus:
+                assert one.account.used <= gpu.free, "more memory than is free"
+        else:
+            assert one.account.used <= one.account.total
+    if not machine.gpus:
+        assert sum(one.account.total for one in plan.replicas) <= machine.memory_free
+
+
+@pytest.mark.parametrize("goal", ["throughput", "latency"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_machine_with_every_model_gets_a_sound_plan_or_a_way_out(
+    machine: str, model: str, goal: choose.Goal
+) -> None:
+    try:
+        plan = choose.choose(MACHINES[machine], MODELS[model], Wish(goal=goal))
+    except DoesNotFitError as error:
+        what, fix = error.what, error.fix
+        assert fix
+        assert "GiB" in what, "says by how much"
+    else:
+        check(MACHINES[machine], plan)
+
+
+# ---- models: parameters as their makers state them, in billions
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),
+    [
+        ("SmolLM2-135M-Instruct", 0.1345, None),
+        ("DeepSeek-R1-Distill-Qwen-1.5B", 1.777, None),
+        ("Llama-3.1-8B-Instruct", 8.030, None),
+        ("Mistral-7B-v0.1", 7.242, None),
+        ("Qwen2.5-7B-Instruct-AWQ", 7.616, None),
+        ("Qwen2.5-32B-Instruct", 32.76, None),
+        ("Llama-3.3-70B-Instruct", 70.55, None),
+        ("gemma-3-27b-it", 27.0, None),
+        ("gpt-oss-20b", 20.9, 3.6),
+        ("Qwen3-30B-A3B", 30.5, 3.3),
+        ("Mixtral-8x7B-Instruct-v0.1", 46.7, 12.9),
+        ("DeepSeek-V3", 671.0, 37.0),
+        ("bge-m3", 0.568, None),
+    ],
+)
+def test_parameters_are_counted_as_published(name: str, billions: float, active: float | None) -> None:
+    assert MODELS[name].parameters / 1e9 == pytest.approx(billions, rel=0.02)
+    if active:
+        assert MODELS[name].active_parameters / 1e9 == pytest.approx(active, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "bytes_"),
+    [
+        ("Llama-3.1-8B-Instruct", 1, 131072),  # 32 layers x 2 x 8 heads x 128 x 2 bytes
+        ("Llama-3.1-8B-Instruct", 2, 65536),
+        ("Llama-3.1-8B-Instruct", 16, 16384),  # 8 KV heads on 16 GPUs: each keeps one
+        ("DeepSeek-V3", 1, 70272),  # 61 layers x (512 + 64) x 2 bytes, whatever tp
+        ("DeepSeek-V3", 8, 70272),
+        ("bge-m3", 1, 0),
+    ],
+)
+def test_kv_bytes_of_a_token(name: str, tp: int, bytes_: int) -> None:
+    assert memory.kv_bytes_per_token(MODELS[name], tp, MODELS[name].layers) == bytes_
+
+
+def test_a_sliding_window_keeps_little_of_a_long_request() -> None:
+    gemma = MODELS["gemma-3-27b-it"]
+    assert (gemma.window, gemma.sliding_layers) == (1024, 52)
+    settings = Settings(256, 2048)
+    everything = memory.request_bytes(replace(gemma, sliding_layers=0), 1, 62, 131072, settings)
+    assert memory.request_bytes(gemma, 1, 62, 131072, settings) < everything / 5
+    assert MODELS["Qwen2.5-32B-Instruct"].sliding_layers == 0, "use_sliding_window is false there"
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [("Qwen2.5-7B-Instruct-AWQ", 5.2), ("gpt-oss-20b", 12.8), ("DeepSeek-V3", 641.0), ("Llama-3.1-8B-Instruct", 14.96)],
+)
+def test_weights_of_quantized_checkpoints(name: str, gib: float) -> None:
+    assert memory.total_weight_bytes(MODELS[name]) / GIB == pytest.approx(gib, rel=0.05)
+
+
+def test_a_recurrent_model_is_refused_in_one_line() -> None:
+    with pytest.raises(Problem, match="recurrent state"):
+        load_model(str(TESTS / "models" / "mamba-2.8b"), TESTS)
+
+
+@pytest.mark.parametrize("config", [{}, {"hidden_size": 0}, {"text_config": []}, {"hidden_size": "big"}])
+def test_a_config_that_is_no_language_model_is_refused_in_one_line(config: dict[str, object]) -> None:
+    with pytest.raises(Problem):
+        read_model({"architectures": ["X"], **config} if config else {}, "x")
+
+
+def test_layers_go_to_stages_as_in_vllm() -> None:
+    assert memory.stage_layers(32, 2) == [16, 16]
+    assert memory.stage_layers(61, 4) == [15, 15, 16, 15]
+    assert memory.stage_layers(64, 3) == [21, 22, 21]
+
+
+# ---- measured on real GPUs
+
+
+def test_kv_tokens_are_within_five_percent_of_what_vllm_reported() -> None:
+    measured = json.loads((TESTS.parent / "docs" / "benchmarks" / "gpu.json").read_text())
+    gpu = load_machine(TESTS / "machines" / "two-h200.json").gpus[0]
+    sizes = {"2 × tp 1": (1, 1), "1 × tp 2": (2, 1), "1 × tp 1 × pp 2": (1, 2)}
+    names = {"1.5B": "DeepSeek-R1-Distill-Qwen-1.5B", "8B": "Llama-3.1-8B-Instruct", "32B": "Qwen2.5-32B-Instruct"}
+    for shape, layouts in measured["shapes"].items():
+        for layout, found in layouts.items():
+            account = memory.account(MODELS[names[shape]], gpu, *sizes[layout], 16384, Settings.default(gpu))
+            assert account.kv_tokens == pytest.approx(found["memory"]["kv_tokens"], rel=0.05), (shape, layout)
+            assert account.used / GIB == pytest.approx(max(found["memory"]["used"]), rel=0.05), (shape, layout)
+
+
+# ---- machines
+
+
+def layout(machine: str, model: str, wish: Wish = Wish()) -> str:  # noqa: B008 - frozen
+    return choose.choose(MACHINES[machine], MODELS[model], wish).layout
+
+
+def test_two_h200_are_planned_by_goal() -> None:
+    assert layout("two-h200", "Llama-3.1-8B-Instruct") == "2 × tp 1"
+    assert layout("two-h200", "Llama-3.1-8B-Instruct", Wish(goal="latency")) == "1 × tp 2"
+    assert layout("two-h200", "Llama-3.3-70B-Instruct") == "1 × tp 2"
+
+
+def test_a_replica_stays_within_one_numa_node_where_it_can() -> None:
+    plan = choose.choose(MACHINES["four-3090"], MODELS["Llama-3.1-8B-Instruct"], Wish(tp=2))
+    assert [{gpu.numa for gpu in one.gpus} for one in plan.replicas] == [{0}, {1}]
+
+
+def test_unequal_replicas_get_unequal_weights() -> None:
+    plan = choose.choose(MACHINES["home-lab"], MODELS["DeepSeek-R1-Distill-Qwen-1.5B"], Wish())
+    assert [one.gpus[0].name for one in plan.replicas].count("NVIDIA GeForce RTX 3090") == 3
+    weights = {one.gpus[0].name: one.weight for one in plan.replicas}
+    assert weights["NVIDIA GeForce RTX 3090"] > 2 * weights["NVIDIA GeForce RTX 3060"]
+
+
+def test_the_small_card_is_left_out_of_what_it_cannot_hold() -> None:
+    plan = choose.choose(MACHINES["home-lab"], MODELS["Llama-3.1-8B-Instruct"], Wish())
+    assert [gpu.name for gpu, _ in plan.idle] == ["NVIDIA GeForce RTX 3060"]
+    assert "too few" in plan.idle[0][1]
+
+
+def test_a_mig_slice_is_named_by_its_uuid_and_works_alone() -> None:
+    plan = choose.choose(MACHINES["mig"], MODELS["DeepSeek-R1-Distill-Qwen-1.5B"], Wish())
+    assert all(one.tp * one.pp == 1 and one.gpus[0].id.startswith("MIG-") for one in plan.replicas)
+
+
+def test_other_programs_keep_their_memory() -> None:
+    plan = choose.choose(MACHINES["busy"], MODELS["DeepSeek-R1-Distill-Qwen-1.5B"], Wish())
+    shares = {one.gpus[0].index: one.account.utilization for one in plan.replicas}
+    assert shares[0] < 0.4 < 0.9 <= shares[1]
+    with pytest.raises(DoesNotFitError, match=r"makes it fit is stop python3 \(pid 48213\) on GPU 0"):
+        choose.choose(MACHINES["busy"], MODELS["Mixtral-8x7B-Instruct-v0.1"], Wish())
+
+
+def test_a_model_too_large_is_quantized_with_the_reason() -> None:
+    plan = choose.choose(MACHINES["home-lab"], MODELS["Llama-3.3-70B-Instruct"], Wish())
+    assert plan.quantization == "bitsandbytes"
+    assert "131.4 GiB of 16-bit weights" in plan.reasons[0]
+    with pytest.raises(DoesNotFitError, match="leave out --quantization none"):
+        choose.choose(MACHINES["home-lab"], MODELS["Llama-3.3-70B-Instruct"], Wish(quantization="none"))
+
+
+def test_what_would_make_it_fit_is_the_smallest_change() -> None:
+    one = MACHINES["one-24gb"]
+    with pytest.raises(DoesNotFitError, match="makes it fit is --context 32768"):
+        choose.choose(one, MODELS["Llama-3.1-8B-Instruct"], Wish(context=131072, quantization="none"))
+    with pytest.raises(DoesNotFitError, match="makes it fit is 2 × NVIDIA GeForce RTX 3090 instead of 1"):
+        choose.choose(one, MODELS["Mixtral-8x7B-Instruct-v0.1"], Wish())
+    with pytest.raises(DoesNotFitError, match="--replicas 4"):
+        choose.choose(MACHINES["four-3090"], MODELS["SmolLM2-135M-Instruct"], Wish(replicas=5))
+
+
+def test_a_laptop_without_a_gpu_gets_replicas_on_the_cpu() -> None:
+    plan = choose.choose(MACHINES["laptop"], MODELS["SmolLM2-135M-Instruct"], Wish())
+    assert plan.layout == "2 × tp 1"
+    assert choose.choose(MACHINES["laptop"], MODELS["SmolLM2-135M-Instruct"], Wish(tp=3)).replicas[0].tp == 3
+    with pytest.raises(Problem, match="take one of 1, 3"):
+        choose.choose(MACHINES["laptop"], MODELS["SmolLM2-135M-Instruct"], Wish(tp=2))
+
+
+def test_impossible_wishes_are_one_line() -> None:
+    small = MODELS["SmolLM2-135M-Instruct"]
+    with pytest.raises(Problem, match="takes 8192 tokens at most"):
+        choose.choose(MACHINES["two-h200"], small, Wish(context=9000))
+    with pytest.raises(Problem, match="take --tp of 1, 3"):
+        choose.choose(MACHINES["two-h200"], small, Wish(tp=2))
+    with pytest.raises(Problem, match="no GPU 7 here"):
+        MACHINES["two-h200"].only([0, 7])
+
+
+def test_route_weights_are_small_whole_numbers_in_proportion() -> None:
+    assert choose.route_weights([500.0, 500.0]) == [1, 1]
+    assert choose.route_weights([500.0, 1300.0, 1300.0]) == [5, 13, 13]
+
+
+# ---- properties
+
+KINDS = [
+    ("RTX 3060", 12, (8, 6), 360.0, 25.5),
+    ("RTX 3090", 24, (8, 6), 936.0, 71.0),
+    ("H100", 79, (9, 0), 3352.0, 989.0),
+]
+EVERY_LINK: list[tuple[str, float]] = [("nvlink", 450.0), ("phb", 15.8), ("node", 15.8), ("sys", 7.9)]
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Machine:
+    gpus = []
+    for index in range(draw(st.integers(1, 6))):
+        name, gib, capability, bandwidth, tflops = draw(st.sampled_from(KINDS))
+        used = draw(st.integers(0, gib - 2)) if draw(st.booleans()) else 0
+        gpus.append(
+            Gpu(
+                index=index,
+                id=str(index),
+                name=name,
+                total=gib * GIB,
+                free=(gib - used) * GIB,
+                compute_capability=capability,
+                bandwidth_gb_s=bandwidth,
+                bf16_tflops=tflops,
+            )
+        )
+    links = []
+    for a in range(len(gpus)):
+        for b in range(a + 1, len(gpus)):
+            kind, gb_s = draw(st.sampled_from(EVERY_LINK))
+            links.append(Link.model_validate({"a": a, "b": b, "kind": kind, "gb_s": gb_s}))
+    return Machine(
+        name="any", cpu_cores=16, memory=128 * GIB, memory_free=100 * GIB, gpus=tuple(gpus), links=tuple(links)
+    )
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Model:
+    head_dim = draw(st.sampled_from([64, 128]))
+    kv = draw(st.integers(1, 12))
+    heads = kv * draw(st.integers(1, 8))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": heads * head_dim,
+        "intermediate_size": 64 * draw(st.integers(8, 500)),
+        "num_hidden_layers": draw(st.integers(2, 80)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": head_dim,
+        "vocab_size": draw(st.integers(1000, 200_000)),
+        "max_position_embeddings": draw(st.sampled_from([2048, 8192, 32768, 131072])),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    return read_model(config, "any")
+
+
+WISHES = st.builds(
+    Wish,
+    goal=st.sampled_from(["throughput", "latency"]),
+    quantization=st.sampled_from([None, "none"]),
+    replicas=st.sampled_from([None, None, 1, 2]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(machine=machines(), model=models(), wish=WISHES)
+def test_any_plan_is_sound(machine: Machine, model: Model, wish: Wish) -> None:
+    plan = choose.best(machine, model, wish)
+    if plan:
+        check(machine, plan)
+        if wish.replicas:
+            assert len(plan.replicas) == wish.replicas
+
+
+@settings(max_examples=100, deadline=None)
+@given(machine=machines(), model=models(), more=st.integers(1, 64))
+def test_more_memory_never_gives_a_worse_plan(machine: Machine, model: Model, more: int) -> None:
+    wish = Wish(quantization="none")
+    before = choose.best(machine, model, wish)
+    larger = machine.model_copy(
+        update={
+            "gpus": tuple(
+                gpu.model_copy(update={"total": gpu.total + more * GIB, "free": gpu.free + more * GIB})
+                for gpu in machine.gpus
+            )
+        }
+    )
+    after = choose.best(larger, model, wish)
+    if before:
+        assert after
+        offloads = before.settings.offload, after.settings.offload
+        assert offloads[1] <= offloads[0]
+        if offloads[0] == offloads[1]:
+            assert after.tokens_per_s >= before.tokens_per_s * 0.999
+
+
+@settings(max_examples=100, deadline=None)
+@given(model=models(), tp=st.sampled_from([1, 2, 4, 8]), pp=st.sampled_from([1, 2, 4]))
+def test_no_weight_is_lost_over_the_gpus(model: Model, tp: int, pp: int) -> None:
+    if tp not in model.tp_sizes(8) or pp > model.layers:
+        return
+    spread = sum(memory.weight_bytes(model, tp, pp, stage) * tp for stage in range(pp))
+    assert spread >= memory.total_weight_bytes(model) - 2 * tp * pp

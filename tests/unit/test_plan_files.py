@@ -1,0 +1,209 @@
+"""What `plan.py` prints and writes, as its users call it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from planner import render
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINES = ROOT / "tests" / "machines"
+MODELS = ROOT / "tests" / "models"
+
+
+def plan(*args: str | Path, root: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "scripts" / "plan.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=60)
+
+
+def as_json(*args: str | Path) -> dict[str, Any]:
+    run = plan(*args, "--json")
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout of its own, with a model in models/, to write into."""
+    for name in ("scripts", "presets"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("docker-compose.yml", "docker-compose.gpu.yml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("SmolLM2-135M-Instruct", "bge-m3"):
+        shutil.copytree(MODELS / name, tmp_path / "models" / name)
+    return tmp_path
+
+
+def test_each_number_comes_with_its_reason_and_runners_up_with_their_cost() -> None:
+    run = plan(MODELS / "Llama-3.1-8B-Instruct", "--machine", MACHINES / "two-h200.json")
+    assert run.returncode == 0, run.stderr
+    for words in ("2 × tp 1", "max model length", "KV tokens", "GPU memory utilization", "runner-up", "1 × tp 2"):
+        assert words in run.stdout
+    found = as_json(MODELS / "Llama-3.1-8B-Instruct", "--machine", MACHINES / "two-h200.json")["models"][0]
+    assert all(reason["why"] for reason in found["reasons"])
+    assert {"layout", "weights", "KV tokens", "reserve"} <= {reason["what"] for reason in found["reasons"]}
+    assert [other["layout"] for other in found["runners_up"]] == ["1 × tp 1 × pp 2", "1 × tp 2"]
+
+
+def test_a_chat_model_over_four_gpus_and_an_embedding_model_on_one() -> None:
+    found = as_json(
+        MODELS / "Llama-3.3-70B-Instruct",
+        *("--also", f"{MODELS / 'bge-m3'}@4", "--gpus", "0-3", "--machine", MACHINES / "eight-h100.json"),
+    )
+    chat, embedding = found["models"]
+    assert [one["gpus"] for one in chat["replicas"]] == [["0", "1", "2", "3"]]
+    assert [one["gpus"] for one in embedding["replicas"]] == [["4"]]
+
+
+def test_a_further_model_takes_the_fewest_gpus_from_the_end() -> None:
+    found = as_json(
+        MODELS / "Llama-3.1-8B-Instruct", "--also", MODELS / "bge-m3", "--machine", MACHINES / "four-3090.json"
+    )
+    assert found["models"][1]["replicas"][0]["gpus"] == ["3"]
+    assert "3" not in [gpu for one in found["models"][0]["replicas"] for gpu in one["gpus"]]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["nowhere/at/all"], "neither a folder"),
+        ([MODELS / "Llama-3.1-8B-Instruct", "--gpus", "a-b"], "not a list of GPUs"),
+        ([MODELS / "Llama-3.1-8B-Instruct", "--gpus", "9"], "there is no GPU 9 here"),
+        ([MODELS / "mamba-2.8b"], "recurrent state"),
+        ([MODELS / "DeepSeek-V3"], "does not fit"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(args: list[str | Path], words: str) -> None:
+    run = plan(*args, "--machine", MACHINES / "two-h200.json")
+    assert run.returncode == 1
+    assert words in run.stdout
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"name": "x"}', '{"name": "x", "gpu": []}'])
+def test_a_file_that_is_no_machine_is_told_so(tmp_path: Path, text: str) -> None:
+    (tmp_path / "m.json").write_text(text)
+    run = plan(MODELS / "bge-m3", "--machine", tmp_path / "m.json")
+    assert run.returncode == 1
+    assert "is not a recorded machine" in run.stdout
+    assert len(run.stdout.splitlines()) == 2
+
+
+def test_this_machine_can_be_recorded_and_planned_for(tmp_path: Path) -> None:
+    first = plan(MODELS / "SmolLM2-135M-Instruct", "--dry-run", "--record", tmp_path / "m.json", "--json")
+    again = plan(MODELS / "SmolLM2-135M-Instruct", "--machine", tmp_path / "m.json", "--json")
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
+    assert first.stdout == again.stdout
+
+
+def written(checkout: Path) -> dict[str, Any]:
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def sequence(loader: yaml.SafeLoader, node: Any) -> list[Any]:
+        return loader.construct_sequence(node, deep=True)
+
+    Loader.add_constructor("!override", sequence)
+    Loader.add_constructor("!reset", lambda *_: None)
+    text = (checkout / "docker-compose.override.yml").read_text()
+    found: dict[str, Any] = yaml.load(text, Loader)["services"]  # noqa: S506 - a SafeLoader with Compose's two tags
+    return found
+
+
+def test_it_writes_the_fleet_and_asks_before_it_writes_over_a_changed_file(checkout: Path) -> None:
+    override, fleet = checkout / "docker-compose.override.yml", checkout / "fleet" / "default.conf"
+    smol = ("SmolLM2-135M-Instruct", "--context", "1024")
+    assert not plan(*smol, "--dry-run", root=checkout).returncode
+    assert not override.exists()
+
+    run = plan(*smol, "--replicas", "3", "--tp", "1", root=checkout)
+    if run.returncode and "does not fit" in run.stdout:
+        pytest.skip("too little memory is free here for three replicas")
+    assert not run.returncode, run.stderr
+    services = written(checkout)
+    assert set(services) == {"gateway", "vllm-0", "vllm-1", "vllm-2"}
+    assert services["vllm-2"]["extends"] == {"file": "docker-compose.yml", "service": "vllm-0"}
+    assert services["vllm-2"]["environment"]["MODEL"] == "SmolLM2-135M-Instruct"
+    assert fleet.read_text().count("\nupstream vllm-") == 3
+
+    # what the planner wrote it may write over
+    assert not plan(*smol, "--replicas", "1", root=checkout).returncode
+    assert written(checkout)["vllm-1"] is None
+    assert fleet.read_text().count("\nupstream vllm-") == 1
+
+    override.write_text(override.read_text().replace("1024", "512"))
+    before = override.read_text()
+    refused = plan(*smol, root=checkout)
+    assert refused.returncode == 1
+    assert "was changed by hand" in refused.stdout
+    assert override.read_text() == before
+    assert not plan(*smol, "--yes", root=checkout).returncode
+    assert override.read_text() != before
+
+
+def test_a_model_outside_models_is_not_written(checkout: Path) -> None:
+    run = plan(MODELS / "SmolLM2-135M-Instruct", "--context", "1024", root=checkout)
+    assert run.returncode == 1
+    assert "lies outside models/" in run.stdout
+    assert not (checkout / "docker-compose.override.yml").exists()
+
+
+@pytest.mark.skipif(shutil.which("docker") is None, reason="needs the Docker client (no engine)")
+@pytest.mark.parametrize("machine", ["two-h200", "home-lab", "mig", "eight-h100", "laptop"])
+def test_compose_reads_the_fleet_as_planned(checkout: Path, machine: str) -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import plan as command  # noqa: PLC0415 - scripts/ is no package
+    from planner.choose import Wish  # noqa: PLC0415
+    from planner.machine import load_machine  # noqa: PLC0415
+
+    host = load_machine(MACHINES / f"{machine}.json")
+    parts = command.plan_all(host, str(checkout / "models" / "SmolLM2-135M-Instruct"), [], None, Wish())
+    text = render.override_file(parts, checkout / "docker-compose.yml")
+    (checkout / "docker-compose.override.yml").write_text(text)
+    run = subprocess.run(
+        ["docker", "compose", "config", "--format", "json"], cwd=checkout, capture_output=True, text=True, timeout=60
+    )
+    if "is not a docker command" in run.stderr:
+        pytest.skip("needs the Compose plugin")
+    assert not run.returncode, run.stderr
+    services = json.loads(run.stdout)["services"]
+    replicas = parts[0].plan.replicas
+    assert {name for name in services if name.startswith("vllm-")} == {f"vllm-{n}" for n in range(len(replicas))}
+    for number, one in enumerate(replicas):
+        service = services[f"vllm-{number}"]
+        assert service["environment"]["TENSOR_PARALLEL_SIZE"] == str(one.tp)
+        devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+        ids = [device["device_ids"] for device in devices]
+        assert ids == ([[gpu.id for gpu in one.gpus]] if one.gpus else []), "exactly one reservation with its GPUs"
+    assert {"type": "bind", "target": "/etc/nginx/fleet"}.items() <= next(
+        volume for volume in services["gateway"]["volumes"] if volume["target"] == "/etc/nginx/fleet"
+    ).items()
+
+
+def test_weights_reach_the_gateway() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import plan as command  # noqa: PLC0415
+    from planner.choose import Wish  # noqa: PLC0415
+    from planner.machine import load_machine  # noqa: PLC0415
+
+    host = load_machine(MACHINES / "home-lab.json")
+    parts = command.plan_all(host, str(MODELS / "DeepSeek-R1-Distill-Qwen-1.5B"), [], None, Wish())
+    lines = render.fleet_file(parts).splitlines()
+    assert lines[0].startswith("upstream vllm-0 { zone vllm-0 64k; server vllm-0:8000 resolve weight=")
+    assert len({line.split("weight=")[1] for line in lines}) == 2
+
+
+def test_a_file_of_a_person_counts_as_changed(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    assert not render.changed_by_hand(path)
+    path.write_text(render.signed("a: 1\n", "x"))
+    assert not render.changed_by_hand(path)
+    path.write_text("a: 1\n")
+    assert render.changed_by_hand(path)
