@@ -1,0 +1,27 @@
+# What an operator does, a line each; ARGS='…' passes options on. `make` alone lists the commands.
+.PHONY: help up down status test lint plan roll bench chaos bundle
+.SILENT:
+ARGS ?=
+
+help:
+	sed -n 's/^\([a-z]*\): *.*## */make \1@/p' Makefile | column -t -s @
+up: ## bring the stack up, from whatever this machine has
+	scripts/bootstrap.sh && .venv/bin/python scripts/up.py $(ARGS)
+down: ## stop the stack; models, metrics and keys stay
+	docker compose down --remove-orphans $(ARGS)
+status: ## show each part's health and each replica's load
+	scripts/bootstrap.sh && .venv/bin/python scripts/status.py $(ARGS)
+test: ## run all tests that need no GPU
+	scripts/bootstrap.sh test && .venv/bin/pytest $(ARGS)
+lint: ## run every linter
+	scripts/bootstrap.sh lint && .venv/bin/python scripts/lint.py $(ARGS)
+plan: ## plan the fleet for this host's GPUs and a model
+	scripts/bootstrap.sh && .venv/bin/python scripts/plan.py $(ARGS)
+roll: ## restart the replicas one by one without breaking a stream
+	scripts/bootstrap.sh && .venv/bin/python scripts/roll.py $(ARGS)
+bench: ## compare the gateway with its peers
+	scripts/bootstrap.sh bench && .venv/bin/python scripts/bench.py $(ARGS)
+chaos: ## run the fault table
+	scripts/bootstrap.sh test && .venv/bin/python scripts/chaos.py $(ARGS)
+bundle: ## pack images, models and this checkout for a host without a network
+	scripts/bootstrap.sh && .venv/bin/python scripts/bundle.py $(ARGS)

@@ -1,0 +1,125 @@
+"""Restarts the replicas one after the other without breaking a stream.
+
+Each is drained (it finishes what it has and gets nothing new), recreated with the image and settings of now, awaited
+until it answers a one-token request, and put back into the route. The first that does not come back ends the roll; the
+replicas not yet rolled go on serving as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from stack.compose import Compose, running_gpu_file
+from stack.console import Problem, Step, console, one_line_for_mistakes, step
+from stack.gateway import Gateway, Replica
+
+POLL_S = 0.5
+# The gateway looks at each replica once a second.
+ROUTE_S = 30
+
+
+def await_that(condition: Callable[[], bool], within_s: float) -> bool:
+    """Whether the condition came true within so many seconds."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def check_rest(replicas: list[Replica], name: str) -> None:
+    """A Problem where nothing would serve a model while the named replica is away."""
+    served = {model for replica in replicas if replica.name == name for model in replica.models}
+    others = {
+        model for replica in replicas if replica.name != name and replica.state == "ready" for model in replica.models
+    }
+    if alone := served - others:
+        raise Problem(
+            f"{name} is the only ready replica of {', '.join(sorted(alone))}: rolling it would stop the service",
+            "wait until another one is ready (`make status`), or accept the gap: "
+            f"`docker compose up --detach --force-recreate --no-deps {name}`",
+        )
+
+
+def drain(gateway: Gateway, name: str, within_s: float, shown: Step) -> None:
+    """Waits until the replica has nothing in flight."""
+
+    def is_idle() -> bool:
+        in_flight = gateway.replica(name).in_flight
+        shown.say(f"{in_flight} requests left")
+        return in_flight == 0
+
+    gateway.drain(name)
+    if not await_that(is_idle, within_s):
+        raise Problem(
+            f"{name} still has {gateway.replica(name).in_flight} requests after {within_s:.0f} s; it was left running",
+            "run `make roll` again when it has less to do, or give it longer with ARGS='--drain-seconds …'",
+        )
+
+
+def recreate(compose: Compose, name: str, within_s: float, shown: Step) -> None:
+    """Replaces the replica's container and waits until its health check, a one-token request, passes."""
+    compose.ask("up", "--detach", "--no-deps", "--force-recreate", "--quiet-pull", name, timeout_s=within_s)
+
+    def is_well() -> bool:
+        container = compose.containers().get(name)
+        if container is None or container.state in ("restarting", "exited", "dead"):
+            state = container.status if container else "it is gone"
+            raise Problem(
+                f"{name} did not come back ({state}): {compose.last_words(name)}",
+                f"see `docker compose logs {name}`, correct it, run `make roll` again; the others serve on",
+            )
+        shown.say(container.status)
+        return container.well
+
+    if not await_that(is_well, within_s):
+        raise Problem(
+            f"{name} was not ready within {within_s:.0f} s: {compose.last_words(name)}",
+            f"see `docker compose logs {name}`; give it longer with ARGS='--ready-seconds …'; the others serve on",
+        )
+
+
+def await_route(gateway: Gateway, name: str) -> None:
+    """Waits until the gateway sends requests to the replica again."""
+    if not await_that(lambda: gateway.replica(name).state == "ready", ROUTE_S):
+        replica = gateway.replica(name)
+        raise Problem(
+            f"{name} is healthy, but the gateway says {replica.state}: {replica.reason}",
+            "see `docker compose logs gateway`; the others serve on",
+        )
+
+
+def roll(
+    names: Annotated[list[str] | None, typer.Argument(help="Replicas to roll; all of them if none is named.")] = None,
+    drain_seconds: Annotated[float, typer.Option(help="How long running requests may take to finish.")] = 600,
+    ready_seconds: Annotated[float, typer.Option(help="How long a replica may take to load and answer.")] = 1800,
+) -> None:
+    """Restart the replicas one after the other without breaking a stream."""
+    with one_line_for_mistakes():
+        compose = Compose(gpu=running_gpu_file())
+        gateway = Gateway(compose)
+        known = [replica.name for replica in gateway.replicas()]
+        if unknown := set(names or []) - set(known):
+            raise Problem(f"there is no replica {', '.join(sorted(unknown))}", f"name some of {', '.join(known)}")
+        for name in names or known:
+            check_rest(gateway.replicas(), name)
+            try:
+                with step(f"{name}: drain") as shown:
+                    drain(gateway, name, drain_seconds, shown)
+                with step(f"{name}: recreate and answer a one-token request") as shown:
+                    recreate(compose, name, ready_seconds, shown)
+            finally:
+                # Not ready, it is out of the route anyway; ready again later, it should serve.
+                gateway.undrain(name)
+            with step(f"{name}: back in the route"):
+                await_route(gateway, name)
+        console.print("every replica was rolled")
+
+
+if __name__ == "__main__":
+    typer.run(roll)

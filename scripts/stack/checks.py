@@ -1,0 +1,138 @@
+"""What has to be true of this machine before anything is changed on it. Each check takes what was found and decides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from typing import Literal
+
+from stack.console import Problem
+
+Version = tuple[int, ...]
+Choice = Literal["auto", "on", "off"]
+
+# The oldest that the stack was run with, and what it needs of them.
+OLDEST_ENGINE: Version = (20, 10)  # BuildKit's bind mounts; unprivileged users may open port 80 in a container
+OLDEST_COMPOSE: Version = (2, 24, 4)  # the tag `!override`
+OLDEST_BUILDX: Version = (0, 13)
+
+GIB = 2**30
+# Measured: a replica of the default model holds 2.9 GiB on a CPU; the gateway, Prometheus and Grafana together 0.5 GiB.
+MEMORY_A_REPLICA = int(3.2 * GIB)
+MEMORY_OF_THE_REST = GIB // 2
+# Images, the layers they are built in, and the model, where none of it is there yet.
+DISK: dict[Literal["cpu", "gpu"], int] = {"cpu": 12 * GIB, "gpu": 45 * GIB}
+
+
+def version(text: str) -> Version | None:
+    """The first version number in a program's output: 'Docker Compose version v2.40.3-3' is (2, 40, 3)."""
+    match = re.search(r"\d+(?:\.\d+)+", text)
+    return tuple(int(part) for part in match.group().split(".")) if match else None
+
+
+def dotted(number: Version) -> str:
+    """A version as people write it."""
+    return ".".join(map(str, number))
+
+
+def recent_enough(what: str, found: Version, oldest: Version, fix: str) -> None:
+    """A Problem where `found` is older than `oldest`."""
+    if found < oldest:
+        raise Problem(f"{what} {dotted(found)} is too old: {dotted(oldest)} or newer is needed", fix)
+
+
+def engine_answers(error: str) -> None:
+    """Sorts out why the Docker engine did not answer; returns where starting it would help."""
+    if "permission denied" in error.lower():
+        raise Problem(
+            "no rights on the Docker socket",
+            "`sudo usermod -aG docker $USER`, log in again, and run `make up` again (or run it as root)",
+        )
+
+
+def memory_suffices(available: int, total: int, replicas: int) -> None:
+    """A Problem where `replicas` replicas of the default model do not fit into the available memory (bytes)."""
+    needed = replicas * MEMORY_A_REPLICA + MEMORY_OF_THE_REST
+    if available < needed:
+        raise Problem(
+            f"too little memory: {replicas} replicas need {needed / GIB:.1f} GiB, "
+            f"{available / GIB:.1f} of {total / GIB:.1f} GiB are free",
+            "stop other programs, or take a replica out of nginx/fleet/ and docker-compose.yml",
+        )
+
+
+def meminfo(text: str) -> tuple[int, int]:
+    """Available and total memory in bytes from the text of /proc/meminfo."""
+    kib = {name: int(number) for name, number in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
+
+
+def disk_suffices(free: int, needed: int, folder: Path) -> None:
+    """A Problem where a folder's disk has less free than needed (bytes)."""
+    if free < needed:
+        raise Problem(
+            f"too little disk: {free / GIB:.1f} GiB are free under {folder}, {needed / GIB:.0f} GiB are needed",
+            "make room (`docker system prune` drops images that nothing uses) and run `make up` again",
+        )
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A socket that waits for TCP connections."""
+
+    address: IPv4Address | IPv6Address
+    port: int
+
+
+def listeners(proc_net_tcp: str) -> list[Listener]:
+    """The listening sockets in the text of /proc/net/tcp or /proc/net/tcp6."""
+    found = []
+    for line in proc_net_tcp.splitlines()[1:]:
+        fields = line.split()
+        if fields[3] != "0A":
+            continue
+        host, port = fields[1].split(":")
+        # the kernel prints each 32-bit word of the address in the machine's byte order
+        words = b"".join(bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8))
+        found.append(Listener(ip_address(words), int(port, 16)))
+    return found
+
+
+def port_is_free(name: str, address: IPv4Address | IPv6Address, port: int, taken: Iterable[Listener]) -> None:
+    """A Problem where a socket already listens on this port, on the same address or on all of them."""
+    for listener in taken:
+        same = listener.address == address or listener.address.is_unspecified or address.is_unspecified
+        if listener.port == port and same:
+            raise Problem(
+                f"port {port} ({name}) is taken by another program",
+                f"stop it (`ss -ltnp 'sport = :{port}'` as root names it), or set {name} in .env to a free port",
+            )
+
+
+def gpu_choice(wanted: Choice, gpus: int, runtimes: Collection[str], *, planned: bool) -> tuple[bool, str]:
+    """Whether to add docker-compose.gpu.yml, and the reason in words.
+
+    `gpus`: how many the driver lists; `runtimes`: what the Docker engine can run containers with; `planned`: whether a
+    docker-compose.override.yml decides about devices already.
+    """
+    if wanted == "off":
+        return False, "GPU=off: the replicas run on the CPU"
+    if wanted == "on" and not gpus:
+        raise Problem(
+            "GPU=on, but there is no NVIDIA driver with a GPU",
+            "install the driver until `nvidia-smi -L` lists one, or set GPU=off",
+        )
+    toolkit = "nvidia" in runtimes
+    fix = "install nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker`, restart Docker"
+    if wanted == "on" and not toolkit:
+        raise Problem("GPU=on, but Docker has no NVIDIA container toolkit", f"{fix}, or set GPU=off")
+    if planned and wanted == "auto":
+        return False, "docker-compose.override.yml decides"
+    if gpus and not toolkit:
+        return False, f"{gpus} GPUs, but Docker cannot use them; on the CPU. For the GPUs: {fix}"
+    if gpus:
+        return True, f"{gpus} NVIDIA GPUs: docker-compose.gpu.yml is added (GPU=off in .env prevents it)"
+    return False, "none: the replicas run on the CPU"

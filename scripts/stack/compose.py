@@ -1,0 +1,110 @@
+"""The stack as Docker Compose sees it: which files make it up, what they say, and what runs of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+from stack.console import Problem
+from stack.shell import ROOT, ask
+
+# as Compose decides it
+PROJECT = os.environ.get("COMPOSE_PROJECT_NAME", "vllm-fleet")
+
+
+class Build(BaseModel):
+    """How a service's image is built: the folder and the build arguments."""
+
+    context: Path
+    args: dict[str, str] = {}
+
+
+class Volume(BaseModel):
+    """A folder, file or named volume in a container."""
+
+    source: str = ""
+    target: str
+
+
+class Service(BaseModel):
+    """One service of the stack."""
+
+    image: str
+    build: Build | None = None
+    environment: dict[str, str | None] = {}
+    volumes: list[Volume] = []
+
+
+class Config(BaseModel):
+    """The stack that the Compose files describe, settings filled in."""
+
+    services: dict[str, Service]
+    pins: dict[str, str] = Field(alias="x-pins")
+
+    @property
+    def replicas(self) -> list[str]:
+        """The services that run `vllm serve`."""
+        return sorted(name for name in self.services if name.startswith("vllm-"))
+
+
+class Container(BaseModel):
+    """What `docker compose ps` says of one container."""
+
+    id: str = Field(alias="ID")
+    service: str = Field(alias="Service")
+    state: str = Field(alias="State")
+    health: str = Field(alias="Health")
+    status: str = Field(alias="Status")
+
+    @property
+    def well(self) -> bool:
+        """Whether it runs and its health check passes."""
+        return self.state == "running" and self.health == "healthy"
+
+
+class Compose:
+    """Docker Compose over this checkout's files, as plain `docker compose` would choose them, or with the GPU file."""
+
+    def __init__(self, *, gpu: bool = False) -> None:
+        self.files: list[str] = []
+        if gpu:
+            self.files = ["docker-compose.yml", "docker-compose.gpu.yml"]
+            if (ROOT / "docker-compose.override.yml").exists():
+                self.files.append("docker-compose.override.yml")
+
+    def command(self, *args: str) -> list[str]:
+        """A `docker compose` command line."""
+        return ["docker", "compose", *(word for file in self.files for word in ("-f", file)), *args]
+
+    def ask(self, *args: str, timeout_s: float = 60) -> str:
+        """The output of a `docker compose` command; its failure, or no end within `timeout_s`, is a Problem."""
+        done = ask(*self.command(*args), timeout=timeout_s)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no reason given"]
+            raise Problem(f"docker compose {args[0]}: {lines[-1]}", "correct it and run the command again")
+        return done.stdout
+
+    def config(self) -> Config:
+        """What the files say."""
+        return Config.model_validate_json(self.ask("config", "--format", "json"))
+
+    def containers(self) -> dict[str, Container]:
+        """The stack's containers, running or not, by service."""
+        lines = self.ask("ps", "--all", "--format", "json").splitlines()
+        found = (Container.model_validate(json.loads(line)) for line in lines)
+        return {container.service: container for container in found}
+
+    def last_words(self, service: str) -> str:
+        """The last line that a service logged."""
+        lines = self.ask("logs", "--no-log-prefix", "--no-color", "--tail", "20", service).split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it logged nothing")
+
+
+def running_gpu_file() -> bool:
+    """Whether the running replicas were started with docker-compose.gpu.yml."""
+    label = '{{.Label "com.docker.compose.project.config_files"}}'
+    done = ask("docker", "ps", "--filter", f"label=com.docker.compose.project={PROJECT}", "--format", label)
+    return f"{os.sep}docker-compose.gpu.yml" in done.stdout

@@ -1,0 +1,124 @@
+"""The running stack from outside: the fleet's state, the wait until it is ready, the reload, a chat answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+
+import httpx
+from pydantic import BaseModel
+
+from stack.compose import Compose, Container
+from stack.console import Problem
+from stack.shell import CACHE, ROOT, ask
+
+Say = Callable[[str], None]
+
+# its time is when the gateway was last told to read nginx/ again
+RELOADED = CACHE / "gateway-reloaded"
+# A first answer on a busy machine without a GPU.
+CHAT_SECONDS = 120
+
+
+class ReplicaStatus(BaseModel):
+    """What the gateway shows of one replica."""
+
+    name: str
+    state: str
+    reason: str | None = None
+    models: list[str] = []
+    weight: float | None = None
+    in_flight: int | None = None
+    running: float | None = None
+    waiting: float | None = None
+    kv_usage: float | None = None
+
+
+class FleetStatus(BaseModel):
+    """The gateway's /status.json, as far as the operator commands show it."""
+
+    replicas: list[ReplicaStatus]
+
+
+def fleet_status(url: str) -> FleetStatus | None:
+    """The fleet as the gateway sees it; None where the gateway does not answer."""
+    try:
+        answer = httpx.get(f"{url}/status.json", timeout=5).raise_for_status()
+    except httpx.HTTPError:
+        return None
+    return FleetStatus.model_validate_json(answer.content)
+
+
+def not_ready(services: list[str], containers: dict[str, Container], states: dict[str, str]) -> list[str]:
+    """What is still missing, in words; empty when every service is healthy and every replica ready.
+
+    `states` are those that the gateway gives its replicas. A service that waiting will not bring up is a Problem.
+    """
+    missing = []
+    for service in services:
+        container = containers.get(service)
+        if container is None or container.state in {"exited", "dead", "restarting"}:
+            what = "stops instead of starting" if container else "was removed"
+            raise Problem(
+                f"{service} {what}", f"see why (docker compose logs {service}), correct it, and run `make up` again"
+            )
+        if container.health == "unhealthy":
+            raise Problem(f"{service} runs but is unwell", f"see why: docker compose logs {service}")
+        if not container.well or states.get(service, "ready") != "ready":
+            missing.append(f"{service} {states.get(service) or container.health or container.state}")
+    return missing
+
+
+def wait_until_ready(compose: Compose, services: list[str], url: str, say: Say) -> None:
+    """Returns when every service is healthy and every replica ready; a Problem has the last words of its service."""
+    while True:
+        status = fleet_status(url)
+        states = {replica.name: replica.state for replica in status.replicas} if status else {}
+        try:
+            missing = not_ready(services, compose.containers(), states)
+        except Problem as problem:
+            service = problem.what.split()[0]
+            raise Problem(f"{problem.what}: {compose.last_words(service)}", problem.fix) from None
+        if status and not missing:
+            return
+        say(", ".join(missing) or "the gateway does not answer yet")
+        time.sleep(1)
+
+
+def reload_if_changed(compose: Compose) -> str:
+    """Makes the running gateway read nginx/ again if something in it is newer than what the gateway last read."""
+    container = compose.containers()["gateway"].id
+    began = ask("docker", "inspect", "--format", "{{.State.StartedAt}}", container).stdout.strip()
+    read = max(datetime.fromisoformat(began).timestamp(), RELOADED.stat().st_mtime if RELOADED.exists() else 0)
+    if max(path.stat().st_mtime for path in (ROOT / "nginx").rglob("*")) <= read:
+        return "unchanged"
+    check = ask(*compose.command("exec", "-T", "gateway", "nginx", "-p", "/etc/nginx/", "-t"))
+    if check.returncode:
+        error = next((line for line in check.stderr.splitlines() if "[emerg]" in line), check.stderr.strip())
+        raise Problem(
+            f"nginx/ has a mistake, so the gateway keeps its old configuration: {error}",
+            "correct it and run `make up` again",
+        )
+    compose.ask("exec", "-T", "gateway", "nginx", "-p", "/etc/nginx/", "-s", "reload")
+    RELOADED.touch()
+    return "read again, as nginx/ changed"
+
+
+def chat(url: str, question: str) -> str:
+    """The answer to one question, asked the way users do; no answer is a Problem."""
+    fix = "see `make status` and `docker compose logs gateway`"
+    try:
+        models = httpx.get(f"{url}/v1/models", timeout=10).raise_for_status().json()["data"]
+        request = {
+            "model": models[0]["id"],
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": 32,
+            "temperature": 0,
+        }
+        answer = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=CHAT_SECONDS)
+    except (httpx.HTTPError, LookupError) as error:
+        raise Problem(f"{url} does not answer: {error}", fix) from None
+    if answer.status_code != httpx.codes.OK:
+        raise Problem(f"{url}/v1/chat/completions answered {answer.status_code}: {answer.text.strip()[:300]}", fix)
+    return str(answer.json()["choices"][0]["message"]["content"]).strip()

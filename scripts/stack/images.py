@@ -1,0 +1,284 @@
+"""The stack's images: over official ones where a registry answers, else over ones built from packages."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from stack.compose import Build, Config
+from stack.console import Problem
+from stack.shell import CACHE, LOG, ROOT, apt_install, as_root, ask, work
+
+Say = Callable[[str], None]
+Mode = Literal["auto", "registry", "packages"]
+
+WHEELS = CACHE / "wheels"
+WHEEL_LIST = ROOT / "images" / "replica" / "requirements.txt"
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# names the base on an image that was built here
+BASE_LABEL = "vllm-fleet.base"
+REPLICA_DOCKERFILE = ROOT / "images" / "replica" / "Dockerfile"
+# A registry that has not begun to answer by then is taken to be out of reach.
+REGISTRY_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class DebianBase:
+    """A base image of Debian's packages alone, laid out as the official image that it stands in for."""
+
+    name: str
+    suite: str
+    packages: tuple[str, ...]
+    # shell lines that finish the file system, which is "$1"
+    finish: tuple[str, ...] = ()
+
+    @property
+    def tag(self) -> str:
+        """The image's name; another recipe has another tag."""
+        return f"vllm-fleet/base-{self.name}:{digest(repr(self))}"
+
+
+# forky has the Nginx and Prometheus that docker-compose.yml pins; bookworm has the Python that the wheels are for.
+GATEWAY = DebianBase(
+    "gateway",
+    "forky",
+    ("nginx", "libnginx-mod-http-js", "curl", "ca-certificates"),
+    (
+        'echo nginx:x:101: >>"$1/etc/group"',
+        'echo nginx:x:101:101:nginx:/nonexistent:/bin/false >>"$1/etc/passwd"',
+        'ln -sf /dev/stdout "$1/var/log/nginx/access.log"',
+        'ln -sf /dev/stderr "$1/var/log/nginx/error.log"',
+    ),
+)
+PROMETHEUS = DebianBase("prometheus", "forky", ("prometheus", "promtool", "ca-certificates"))
+PYTHON = DebianBase(
+    "python",
+    "bookworm",
+    ("python3", "python3-venv", "libgomp1", "libnuma1", "libtcmalloc-minimal4", "curl", "ca-certificates"),
+)
+PYTHON_OF_THE_WHEELS = "3.11"
+
+STAND_INS: Mapping[str, DebianBase] = {
+    "docker.io/library/nginx": GATEWAY,
+    "docker.io/prom/prometheus": PROMETHEUS,
+    "docker.io/vllm/vllm-openai-cpu": PYTHON,
+}
+
+
+def digest(*parts: str) -> str:
+    """A short name for these texts together."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def image_id(image: str) -> str:
+    """What identifies the image's content; '' where this machine does not have it."""
+    return ask("docker", "image", "inspect", "--format", "{{.Id}}", image).stdout.strip()
+
+
+def present(image: str) -> bool:
+    """Whether this machine has the image."""
+    return bool(image_id(image))
+
+
+def pull(image: str, say: Say) -> bool:
+    """Fetches an image; False where no registry gives it."""
+    try:
+        work(["docker", "pull", image], say, fix="", first_line_within=REGISTRY_SECONDS)
+    except Problem:
+        return False
+    return True
+
+
+def base_of(image: str) -> str | None:
+    """The base that an image was built over here; '' where it was brought (`docker load`), None where it is missing."""
+    label = ask("docker", "image", "inspect", "--format", f'{{{{index .Config.Labels "{BASE_LABEL}"}}}}', image)
+    return label.stdout.strip().replace("<no value>", "") if label.returncode == 0 else None
+
+
+def official_base(build: Build) -> str:
+    """The official image that an image's Dockerfile is meant for."""
+    return build.args["GPU_BASE" if build.args.get("DEVICE") == "gpu" else "BASE"]
+
+
+def stand_in_for(official: str) -> DebianBase | None:
+    """What is built from packages instead of an official image, or None."""
+    return STAND_INS.get(official.rsplit(":", 1)[0])
+
+
+def may_stay(base: str, build: Build, mode: Mode) -> bool:
+    """Whether an image over this base is what the pins, the recipes and the switch IMAGES ask for now."""
+    official = official_base(build)
+    stand_in = stand_in_for(official)
+    return (base == official and (mode != "packages" or stand_in is None)) or (
+        stand_in is not None and base == final_tag(stand_in) and mode != "registry"
+    )
+
+
+def bring(config: Config, mode: Mode, say: Say) -> str:
+    """Makes every image of the stack be there and up to date, except those that only a registry has and none gives.
+
+    Returns what was done, in words. Raises a Problem where an image that the stack cannot do without is not to be had.
+    """
+    builds = {service.image: service.build for service in config.services.values() if service.build}
+    bases: dict[str, str] = {}
+    homeless: dict[str, Build] = {}
+    for image, build in builds.items():
+        base = base_of(image)
+        if base is None or (base and not may_stay(base, build, mode)):
+            homeless[image] = build
+        elif base and present(base):
+            bases[image] = base
+    chosen, registry_answers = choose_bases(homeless, mode, say)
+    changed = [image for image, base in (bases | chosen).items() if build_over(base, image, builds[image], say)]
+    for image in {service.image for service in config.services.values()} - builds.keys():
+        if registry_answers and not present(image):
+            pull(image, say)
+    return ", ".join(f"{image} built over {(bases | chosen)[image]}" for image in changed) or "all there"
+
+
+def build_over(base: str, image: str, build: Build, say: Say) -> bool:
+    """Builds an image over a base; says whether it changed. What is built already comes from BuildKit's cache."""
+    before = image_id(image)
+    # not `docker build`, which is BuildKit only in newer clients
+    command = ["docker", "buildx", "build", "--load", "--progress=plain", f"--label={BASE_LABEL}={base}"]
+    command += [f"--build-arg={name}={value}" for name, value in {**build.args, "BASE": base}.items()]
+    work([*command, f"--tag={image}", str(build.context)], say, fix="see what the build says")
+    return image_id(image) != before
+
+
+def choose_bases(builds: Mapping[str, Build], mode: Mode, say: Say) -> tuple[dict[str, str], bool]:
+    """Brings a base for each image to be built, and gives them by image, and whether a registry may answer."""
+    registry_answers = mode != "packages"
+    bases: dict[str, str] = {}
+    stand_ins: dict[str, DebianBase] = {}
+    for image, build in builds.items():
+        official = official_base(build)
+        stand_in = stand_in_for(official)
+        if mode == "packages" and stand_in:
+            stand_ins[image] = stand_in
+        elif present(official) or (registry_answers and pull(official, say)):
+            bases[image] = official
+        elif mode == "auto" and stand_in:
+            registry_answers = False
+            stand_ins[image] = stand_in
+        else:
+            other_way = "set IMAGES=auto" if stand_in else "set GPU=off"
+            raise Problem(
+                f"{official} is neither on this machine nor to be had from a registry",
+                f"`docker load` it here, make its registry reachable, or {other_way}",
+            )
+    return bases | build_stand_ins(stand_ins, say), registry_answers
+
+
+def build_stand_ins(stand_ins: Mapping[str, DebianBase], say: Say) -> dict[str, str]:
+    """Builds base images from packages, side by side; gives their tags by the images that are built over them."""
+    if stand_ins and platform.machine() != "x86_64":
+        what = f"images cannot be built from packages on {platform.machine()}, only on x86_64"
+        raise Problem(what, "make the images' registry reachable, or `docker load` them here")
+    missing = [base for base in stand_ins.values() if not present(base.tag)]
+    if missing and ask("mmdebstrap", "--version").returncode:
+        apt_install(["mmdebstrap", "debian-archive-keyring"], say)
+    replica = PYTHON in stand_ins.values()
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(build_debian, base, say) for base in missing]
+        if replica:
+            jobs.append(pool.submit(gather_wheels, say))
+        for job in jobs:
+            job.result()
+    tags = {base: base.tag for base in stand_ins.values()}
+    if replica:
+        tags[PYTHON] = build_replica_base(say)
+    return {image: tags[base] for image, base in stand_ins.items()}
+
+
+def debian_mirror() -> str | None:
+    """The Debian mirror that this machine uses itself; None on one that uses none, such as Ubuntu."""
+    found = ask("apt-get", "indextargets", "--format", "$(ORIGIN) $(REPO_URI)", "Created-By: Packages").stdout
+    own = re.search(r"^Debian (\S+/debian)/?$", found, re.MULTILINE)
+    return own.group(1) if own else None
+
+
+def build_debian(base: DebianBase, say: Say) -> None:
+    """Makes one base image from Debian's packages."""
+    say(f"building {base.tag} from Debian's packages")
+    hooks = [f"--customize-hook={line}" for line in base.finish]
+    unneeded = [f"--dpkgopt=path-exclude=/usr/share/{folder}/*" for folder in ("doc", "man", "locale", "i18n")]
+    mirror = debian_mirror()
+    make = [
+        *as_root("mmdebstrap"),
+        "--quiet",
+        "--variant=essential",
+        f"--include={','.join(base.packages)}",
+        # forky is a testing suite, whose release files run out within days on a mirror that lags
+        '--aptopt=Acquire::Check-Valid-Until "false"',
+        *unneeded,
+        *hooks,
+        base.suite,
+        "-",
+        # without one, mmdebstrap takes Debian's own
+        *([f"deb {mirror} {base.suite} main"] if mirror else []),
+    ]
+    load = [
+        "docker",
+        "import",
+        "--change=ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "-",
+        base.tag,
+    ]
+    with LOG.open("a") as log:
+        tree = subprocess.Popen(make, stdout=subprocess.PIPE, stderr=log)
+        loaded = subprocess.run(load, stdin=tree.stdout, stdout=log, stderr=log)
+        if tree.wait() or loaded.returncode:
+            raise Problem(
+                f"{base.tag} could not be built from Debian's packages",
+                f"see the end of {LOG.relative_to(ROOT)}; is a Debian mirror reachable?",
+            )
+
+
+def gather_wheels(say: Say) -> None:
+    """Fetches the wheels of the replica's base image, once."""
+    wanted = WHEEL_LIST.read_text()
+    complete = WHEELS / WHEEL_LIST.name
+    if complete.exists() and complete.read_text() == wanted:
+        return
+    # The image's Python decides which wheels fit, not the one that runs this.
+    platforms = ["manylinux1", "manylinux2010", "manylinux2014", *(f"manylinux_2_{minor}" for minor in range(5, 37))]
+    fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    fetch += [f"--dest={WHEELS}", "--implementation=cp", f"--python-version={PYTHON_OF_THE_WHEELS}"]
+    fetch += [f"--platform={name}_x86_64" for name in platforms]
+    torch = re.search(r"^torch==\S+", wanted, re.MULTILINE)
+    assert torch
+    others = CACHE / "wheels-without-torch.txt"
+    others.write_text(wanted.replace(torch.group(), ""))
+    fix = "check the network, or pip's configuration, and run `make up` again"
+    work([*fetch, "--requirement", str(others)], say, fix=fix)
+    try:
+        work([*fetch, torch.group()], say, fix=fix)
+    except Problem:
+        # The public package index has PyTorch with CUDA only.
+        work([*fetch, "--index-url", PYTORCH_CPU_INDEX, torch.group()], say, fix=fix)
+    complete.write_text(wanted)
+
+
+def final_tag(base: DebianBase) -> str:
+    """What an image is built over: Debian's base, for replicas the one with the wheels installed."""
+    if base is not PYTHON:
+        return base.tag
+    return f"vllm-fleet/base-replica:{digest(PYTHON.tag, WHEEL_LIST.read_text(), REPLICA_DOCKERFILE.read_text())}"
+
+
+def build_replica_base(say: Say) -> str:
+    """Installs the wheels over Debian's Python; needs no network. Returns the image's tag."""
+    tag = final_tag(PYTHON)
+    if not present(tag):
+        build = ["docker", "buildx", "build", "--load", "--progress=plain", "--network=none", f"--tag={tag}"]
+        recipe = [f"--build-arg=BASE={PYTHON.tag}", f"--file={REPLICA_DOCKERFILE}", str(WHEELS)]
+        work([*build, *recipe], say, fix=f"delete {WHEELS} and run `make up` again")
+    return tag

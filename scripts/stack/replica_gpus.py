@@ -1,0 +1,65 @@
+"""A replica on its GPUs, as Compose wants it: what docker-compose.gpu.yml says for two replicas, for any replica."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+IMAGE = "vllm-fleet/replica:0.32.0-gpu"
+
+
+class Override(list[Any]):
+    """A list that replaces the one of an earlier Compose file; Compose would append to it otherwise."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Dumper.add_representer(Override, lambda dumper, value: dumper.represent_sequence("!override", value))
+
+
+def gpu_service(
+    device_ids: Iterable[str],
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int = 1,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The part of a replica's service that puts it on GPUs, to be laid over the replica of docker-compose.yml.
+
+    device_ids: indices or UUIDs of the replica's own GPUs (or MIG slices), as `nvidia-smi -L` shows them; one for each
+    tensor parallel worker of each pipeline stage. environment: further settings, by their names in .env.
+    Raises ValueError where the number of GPUs and the parallel sizes differ, or a GPU is named twice.
+    """
+    ids = list(device_ids)
+    if len(set(ids)) != len(ids) or len(ids) != tensor_parallel_size * pipeline_parallel_size:
+        raise ValueError(
+            f"tp {tensor_parallel_size} x pp {pipeline_parallel_size} needs as many different GPUs, got {ids}"
+        )
+    return {
+        "image": IMAGE,
+        "build": {"args": {"DEVICE": "gpu"}},
+        "volumes": ["./vllm/engine.gpu.yaml:/etc/vllm/engine.yaml:ro"],
+        "mem_limit": "${REPLICA_MEMORY:-32g}",
+        "shm_size": "${REPLICA_SHM:-8g}",
+        "ulimits": {"memlock": -1, "stack": 67108864},
+        "environment": {
+            "TENSOR_PARALLEL_SIZE": str(tensor_parallel_size),
+            "PIPELINE_PARALLEL_SIZE": str(pipeline_parallel_size),
+            **(environment or {}),
+        },
+        "deploy": {
+            "resources": {
+                "reservations": {
+                    "devices": Override([{"driver": "nvidia", "device_ids": ids, "capabilities": ["gpu"]}]),
+                }
+            }
+        },
+    }
+
+
+def dump_compose(document: Mapping[str, Any]) -> str:
+    """The text of a Compose file."""
+    return yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

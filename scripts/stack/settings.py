@@ -1,0 +1,97 @@
+"""The settings in `.env` that the host's commands need, and the check that something reads every name in it."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from stack.console import Problem
+from stack.shell import ROOT
+
+ENV_FILE = ROOT / ".env"
+EXAMPLE_FILE = ROOT / ".env.example"
+
+
+class Settings(BaseModel):
+    """What `make up` reads itself; Compose passes the rest on to the containers."""
+
+    model: str | None = Field(None, alias="MODEL", min_length=1)
+    http_port: int = Field(80, alias="HTTP_PORT", ge=1, le=65535)
+    grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
+    prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
+    bind_address: ipaddress.IPv4Address | ipaddress.IPv6Address = Field(
+        ipaddress.IPv4Address("127.0.0.1"), alias="BIND_ADDRESS"
+    )
+    gateway_auth: Literal["off"] | None = Field(None, alias="GATEWAY_AUTH")
+    images: Literal["auto", "registry", "packages"] = Field("auto", alias="IMAGES")
+    gpu: Literal["auto", "on", "off"] = Field("auto", alias="GPU")
+
+    @property
+    def url(self) -> str:
+        """Where the gateway answers, seen from this host."""
+        address = self.bind_address
+        if address.is_unspecified:
+            address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
+        host = f"[{address}]" if address.version == 6 else str(address)
+        return f"http://{host}" if self.http_port == 80 else f"http://{host}:{self.http_port}"
+
+
+def known_names(example: str) -> set[str]:
+    """The settings that there are: `.env.example` names each once, commented out where it has no default."""
+    return set(re.findall(r"^(?:#\s?)?([A-Z][A-Z0-9_]*)=", example, re.MULTILINE))
+
+
+def parse_env(text: str, known: set[str]) -> dict[str, str]:
+    """Reads the text of a `.env`. A line that is no setting, or names one that nothing reads, is a Problem."""
+    values: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*", line)
+        if not match:
+            raise Problem(f".env, line {number}: {line.strip()!r} is not NAME=value", "correct or delete the line")
+        name, value = match.groups()
+        if name not in known and not name.startswith("COMPOSE_"):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise Problem(f".env, line {number}: nothing reads {name}", f"{hint}.env.example lists every setting")
+        values[name] = unquoted(value)
+    return values
+
+
+def unquoted(value: str) -> str:
+    """A value as Compose reads it: without its quotes, or without the comment behind it."""
+    quoted = re.match(r"""(?s)(["'])(.*?)(?<!\\)\1""", value)
+    return quoted.group(2) if quoted else re.sub(r"(^|\s+)#.*$", "", value)
+
+
+def check(values: Mapping[str, str]) -> Settings:
+    """Settings from the values of `.env` and the environment; a value out of its range is a Problem."""
+    try:
+        settings = Settings.model_validate({name: value for name, value in values.items() if value})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = first["loc"][0]
+        raise Problem(
+            f"{name}={first['input']} will not do: {first['msg']}", f"correct {name} in .env or in the environment"
+        ) from None
+    if not settings.bind_address.is_loopback and settings.gateway_auth != "off":
+        raise Problem(
+            f"BIND_ADDRESS={settings.bind_address} opens the gateway to others, and it asks nobody for a key yet",
+            "set GATEWAY_AUTH=off in .env to say that this is wanted, or BIND_ADDRESS=127.0.0.1",
+        )
+    return settings
+
+
+def load(env_file: Path = ENV_FILE, environment: Mapping[str, str] = os.environ) -> Settings:
+    """The settings of this checkout. As with Compose, the environment wins over `.env`."""
+    known = known_names(EXAMPLE_FILE.read_text())
+    values = parse_env(env_file.read_text(), known) if env_file.exists() else {}
+    return check({**values, **{name: environment[name] for name in known if name in environment}})

@@ -1,0 +1,77 @@
+"""Shows each part of the stack with its health, and each replica with its load. Exit status 1 if any part is unwell."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from stack import fleet, images, settings
+from stack.compose import Compose, running_gpu_file
+from stack.console import Problem, console, one_line_for_mistakes
+from stack.engine import engine_version
+
+
+def number(value: float | None, form: str = "{:g}") -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else form.format(value)
+
+
+def coloured(text: str, *, well: bool) -> str:
+    """Text for a table cell: green where all is well, else red."""
+    return f"[{'green' if well else 'red'}]{text}[/]"
+
+
+def status() -> bool:
+    """Prints both tables and gives whether all is well."""
+    wanted = settings.load()
+    if not engine_version()[0]:
+        raise Problem("the Docker engine does not answer", "`make up` starts it")
+    compose = Compose(gpu=running_gpu_file())
+    config = compose.config()
+    containers = compose.containers()
+    seen = fleet.fleet_status(wanted.url)
+    all_well = True
+
+    parts = Table("part", "health", "", box=SIMPLE_HEAD)
+    for name, service in config.services.items():
+        container = containers.get(name)
+        if container is None and not images.present(service.image):
+            parts.add_row(name, "[dim]not here[/]", "[dim]its image is not on this machine[/]")
+            continue
+        well = container is not None and container.well
+        all_well = all_well and well
+        health = (container.health or container.state) if container else "not started"
+        note = container.status.partition(" (")[0] if container else "`make up` starts it"
+        parts.add_row(name, coloured(health, well=well), note)
+    console.print(parts, f"  [bold]{wanted.url}[/]" if seen else f"  [red]no answer from {wanted.url}[/]")
+
+    if seen is None:
+        return False
+    replicas = Table(box=SIMPLE_HEAD)
+    replicas.add_column("replica", min_width=7, no_wrap=True)
+    replicas.add_column("state", min_width=len("unreachable"), no_wrap=True)
+    for column in ("weight", "in flight", "running", "waiting", "KV use"):
+        replicas.add_column(column, justify="right", min_width=len(column), no_wrap=True)
+    # the one that gives way on a narrow screen
+    replicas.add_column("model", no_wrap=True)
+    for replica in seen.replicas:
+        replicas.add_row(
+            replica.name,
+            coloured(replica.state, well=replica.state == "ready"),
+            number(replica.weight),
+            number(replica.in_flight),
+            number(replica.running),
+            number(replica.waiting),
+            number(replica.kv_usage, "{:.0%}"),
+            "\n".join(replica.models) or "–",
+        )
+    console.print(replicas)
+    unready = [replica for replica in seen.replicas if replica.state != "ready"]
+    for replica in unready:
+        console.print(f"  [red]{replica.name} is {replica.state}[/] {replica.reason or ''}")
+    return all_well and not unready
+
+
+if __name__ == "__main__":
+    with one_line_for_mistakes():
+        raise SystemExit(0 if status() else 1)

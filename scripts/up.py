@@ -1,0 +1,142 @@
+"""Brings the whole stack up, from whatever this machine has. `make up` runs it; run again it changes nothing.
+
+First come the steps that only look, then those that do something. Each can be run again at any time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+
+from stack import checks, engine, fleet, images, model, settings
+from stack.compose import PROJECT, Compose
+from stack.console import console, one_line_for_mistakes, step
+from stack.shell import CACHE, LOG, ROOT, ask, work
+
+QUESTION = "What is the capital of France?"
+
+
+def published_ports() -> set[int]:
+    """The ports of this host that the stack's running containers publish."""
+    shown = ask(
+        "docker", "ps", "--filter", f"label=com.docker.compose.project={PROJECT}", "--format", "{{.Ports}}"
+    ).stdout
+    return {int(port) for port in re.findall(r":(\d+)->", shown)}
+
+
+def check_ports(wanted: settings.Settings, own: set[int]) -> str:
+    """A Problem where a port that the stack publishes is taken by something else."""
+    tables = [table.read_text() for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if table.exists()]
+    taken = [listener for table in tables for listener in checks.listeners(table)]
+    ports = {
+        "HTTP_PORT": (wanted.bind_address, wanted.http_port),
+        "GRAFANA_PORT": (ip_address("127.0.0.1"), wanted.grafana_port),
+        "PROMETHEUS_PORT": (ip_address("127.0.0.1"), wanted.prometheus_port),
+    }
+    for name, (address, port) in ports.items():
+        if port not in own:
+            checks.port_is_free(name, address, port, taken)
+    return ", ".join(str(port) for _, port in ports.values())
+
+
+def check_memory() -> str:
+    """A Problem where the fleet of nginx/fleet/ does not fit into the memory that is free."""
+    lines = "".join(file.read_text() for file in (ROOT / "nginx" / "fleet").glob("*.conf"))
+    available, total = checks.meminfo(Path("/proc/meminfo").read_text())
+    checks.memory_suffices(available, total, replicas=len(re.findall(r"^upstream\s", lines, re.MULTILINE)))
+    return f"{available / checks.GIB:.1f} of {total / checks.GIB:.1f} GiB free"
+
+
+def check_disk(*, gpu: bool) -> str:
+    """A Problem where Docker's disk has no room for the images."""
+    folder = Path(ask("docker", "info", "--format", "{{.DockerRootDir}}").stdout.strip() or "/var/lib")
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    checks.disk_suffices(free, checks.DISK["gpu" if gpu else "cpu"], folder)
+    return f"{free / checks.GIB:.0f} GiB free under {folder}"
+
+
+def choose_gpus(wanted: settings.Settings) -> tuple[bool, str]:
+    """Whether the GPU file is added, and why."""
+    listed = ask("nvidia-smi", "--list-gpus")
+    gpus = len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    planned = (ROOT / "docker-compose.override.yml").exists()
+    return checks.gpu_choice(wanted.gpu, gpus, engine.runtimes(), planned=planned)
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Waits for another `make up` of this checkout to end."""
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with step("Another `make up` runs here; waiting for its end"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def up() -> None:
+    """All the steps, in their order."""
+    with step("Settings") as shown:
+        wanted = settings.load()
+        shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
+    with step("Docker") as shown:
+        shown.result = engine.check()
+    own = published_ports()
+    with step("Ports") as shown:
+        shown.result = check_ports(wanted, own)
+    if not own:
+        with step("Memory") as shown:
+            shown.result = check_memory()
+
+    with step("Docker engine and plugins") as shown:
+        shown.result = engine.bring(shown.say)
+    with step("GPUs") as shown:
+        gpu, shown.result = choose_gpus(wanted)
+    compose = Compose(gpu=gpu)
+    config = compose.config()
+    if not all(images.present(service.image) for service in config.services.values() if service.build):
+        with step("Disk") as shown:
+            shown.result = check_disk(gpu=gpu)
+    with step("Images") as shown:
+        shown.result = images.bring(config, wanted.images, shown.say)
+    services = [name for name, service in config.services.items() if images.present(service.image)]
+    for name in config.services.keys() - services:
+        image = config.services[name].image
+        console.print(
+            f"  {name} is left out: {image} is neither here nor to be had. Later: docker load, make up", soft_wrap=True
+        )
+    with step("Model") as shown:
+        shown.result = model.bring(config, shown.say)
+    with step("Containers") as shown:
+        start = ("--progress", "plain", "up", "--detach", "--no-build", "--remove-orphans", *services)
+        work(compose.command(*start), shown.say, fix="see `docker compose logs`")
+        shown.result = ", ".join(services)
+    with step("Gateway's configuration") as shown:
+        shown.result = fleet.reload_if_changed(compose)
+    with step("Ready") as shown:
+        fleet.wait_until_ready(compose, services, wanted.url, shown.say)
+        shown.result = "every service is healthy, every replica answers"
+    with step(QUESTION) as shown:
+        shown.result = fleet.chat(wanted.url, QUESTION)
+
+    console.print(f"\n[bold]API[/]         {wanted.url}/v1")
+    console.print(f"[bold]Status[/]      {wanted.url}/status")
+    console.print(f"[bold]Prometheus[/]  http://127.0.0.1:{wanted.prometheus_port}")
+    if "grafana" in services:
+        console.print(f"[bold]Grafana[/]     http://127.0.0.1:{wanted.grafana_port}  user admin, password:")
+        console.print("            docker compose exec grafana cat /var/lib/grafana/admin_password")
+
+
+if __name__ == "__main__":
+    with one_line_for_mistakes(), one_at_a_time():
+        LOG.unlink(missing_ok=True)
+        up()
