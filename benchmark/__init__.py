@@ -1,0 +1,1 @@
+"""What `make bench` and `make chaos` share: peers, loads, reports."""

@@ -1,0 +1,236 @@
+"""The gateways that are measured side by side. Each starts in front of the same replicas and gives the URL to ask.
+
+All are pinned to the CPUs given, started as their own documentation starts them, and write no access log, except this
+gateway, which runs as it is shipped.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmark.plain import write_plain
+from tests.sim.fleet import ROOT, Gateway, Nginx, Replicas, answers, get, wait_until
+
+VENV = ROOT / ".cache" / "bench-venv"
+REQUIREMENTS = Path(__file__).with_name("peers.requirements.txt")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a peer stands in front of: replica URLs that serve `model`, and the CPUs that the peer may use."""
+
+    urls: Sequence[str]
+    model: str
+    cpus: str
+    fleet: Replicas | None = None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def install() -> None:
+    """Makes the peers' virtual environment; does nothing when it is in step with its pins."""
+    stamp = VENV / "installed.txt"
+    wanted = REQUIREMENTS.read_text()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+    subprocess.run([str(VENV / "bin" / "pip"), "install", "--quiet", "--requirement", str(REQUIREMENTS)], check=True)
+    stamp.write_text(wanted)
+
+
+@contextmanager
+def process(
+    command: Sequence[str], cpus: str, url: str, up: Callable[[], bool], env: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Runs a peer pinned to `cpus` until the block ends; gives `url` once `up()` holds."""
+    with tempfile.TemporaryFile() as log:
+        pinned = ["taskset", "-c", cpus, *command]
+        started = subprocess.Popen(pinned, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+        try:
+
+            def ready() -> bool:
+                if started.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"{command[0]} ended: {log.read()[-2000:].decode(errors='replace')}")
+                return up()
+
+            wait_until(ready, f"{Path(command[0]).name} answers", 90)
+            yield url
+        finally:
+            started.terminate()
+            try:
+                started.wait(5)
+            except subprocess.TimeoutExpired:
+                started.kill()
+                started.wait()
+
+
+@contextmanager
+def direct(target: Target) -> Iterator[str]:
+    """No gateway: the first replica itself."""
+    yield target.urls[0]
+
+
+class PlainNginx(Nginx):
+    """Nginx as vLLM's own page has it, with what a benchmark would stumble over mended (buffering, keepalive)."""
+
+    def __init__(self, target: Target, method: str) -> None:
+        self._port = free_port()
+        super().__init__(f"http://127.0.0.1:{self._port}", cpus=target.cpus)
+        self._target = target
+        self._method = method
+
+    def configure(self) -> None:
+        servers = " ".join(f"server {url.removeprefix('http://')};" for url in self._target.urls)
+        write_plain(
+            self,
+            f"""
+  upstream replicas {{ {self._method} {servers} keepalive 64; }}
+  server {{
+    listen 127.0.0.1:{self._port} backlog=4096;
+    location = /health {{ return 200; }}
+    location / {{
+      proxy_pass http://replicas;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_buffering off;
+      proxy_read_timeout 1h;
+    }}
+  }}
+""",
+        )
+
+
+@contextmanager
+def nginx(target: Target, method: str) -> Iterator[str]:
+    with PlainNginx(target, method) as plain:
+        yield plain.url
+
+
+@contextmanager
+def gateway(target: Target, policy: str = "prefix") -> Iterator[str]:
+    assert target.fleet, "this gateway is measured over a fleet of its own"
+    with Gateway(target.fleet, env={"ROUTE_POLICY": policy}, cpus=target.cpus) as ours:
+        ours.wait_ready()
+        yield ours.url
+
+
+@contextmanager
+def router(target: Target, program: Sequence[str], policy: str) -> Iterator[str]:
+    """vllm-router and sglang-router, which have the same ancestor and the same options."""
+    port, metrics = free_port(), free_port()
+    url = f"http://127.0.0.1:{port}"
+    options = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics), "--policy", policy]
+    command = [str(VENV / "bin" / program[0]), *program[1:], *options, "--worker-urls", *target.urls]
+    with process(command, target.cpus, url, lambda: chats(url, target.model)) as found:
+        yield found
+
+
+@contextmanager
+def litellm(target: Target) -> Iterator[str]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    models = "".join(
+        f"""
+  - model_name: {target.model}
+    litellm_params: {{model: "hosted_vllm/{target.model}", api_base: "{replica}/v1", api_key: none}}"""
+        for replica in target.urls
+    )
+    folder = Path(tempfile.mkdtemp(prefix="litellm-"))
+    try:
+        config = folder / "config.yaml"
+        config.write_text(f"model_list:{models}\nlitellm_settings: {{num_retries: 0, telemetry: false}}\n")
+        command = [str(VENV / "bin" / "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+        env = {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true", "LITELLM_LOG": "ERROR"}
+        env |= {"LITELLM_LOCAL_MODEL_COST_MAP": "true", "NO_DOCS": "true"}
+        with process(
+            [*command, "--num_workers", "1"], target.cpus, url, lambda: chats(url, target.model), env
+        ) as found:
+            yield found
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def haproxy(target: Target) -> Iterator[str]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    servers = "\n".join(f"  server r{n} {replica.removeprefix('http://')}" for n, replica in enumerate(target.urls))
+    folder = Path(tempfile.mkdtemp(prefix="haproxy-"))
+    try:
+        config = folder / "haproxy.cfg"
+        config.write_text(f"""
+global
+  maxconn 4096
+  nbthread 1
+defaults
+  mode http
+  timeout connect 5s
+  timeout client 1h
+  timeout server 1h
+  http-reuse always
+frontend all
+  bind 127.0.0.1:{port}
+  default_backend replicas
+backend replicas
+  balance leastconn
+{servers}
+""")
+        binary = shutil.which("haproxy") or "/usr/sbin/haproxy"
+        with process([binary, "-db", "-f", str(config)], target.cpus, url, lambda: answers(url + "/health")) as found:
+            yield found
+    finally:
+        shutil.rmtree(folder)
+
+
+def chats(url: str, model: str) -> bool:
+    """Whether a chat request is answered."""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "hi"}}], "max_tokens": 1}}'
+    try:
+        request = body.encode()
+        return bool(
+            get(url + "/v1/chat/completions", request, timeout=10, headers={"content-type": "application/json"})
+        )
+    except OSError:
+        return False
+
+
+Start = Callable[[Target], AbstractContextManager[str]]
+
+VLLM_ROUTER = ["vllm-router"]
+SGLANG_ROUTER = ["python", "-m", "sglang_router.launch_router"]
+
+OURS = "this gateway"
+
+PEERS: dict[str, Start] = {
+    "direct": direct,
+    "Nginx, round robin": lambda target: nginx(target, ""),
+    "Nginx, least_conn": lambda target: nginx(target, "least_conn;"),
+    OURS: gateway,
+    "vllm-router, cache_aware": lambda target: router(target, VLLM_ROUTER, "cache_aware"),
+    "sglang-router, cache_aware": lambda target: router(target, SGLANG_ROUTER, "cache_aware"),
+    "HAProxy, leastconn": haproxy,
+    "LiteLLM": litellm,
+}
+
+# From which `make bench` picks vllm-router's best other policy (kv_aware needs the engine's own event stream).
+OTHER_POLICIES = ("round_robin", "power_of_two", "consistent_hash", "sticky_least_loaded")
+
+
+def versions() -> list[str]:
+    """The peers' versions as their own programs or packages tell them."""
+    pins = [line for line in REQUIREMENTS.read_text().splitlines() if "==" in line]
+    binary = shutil.which("haproxy") or "/usr/sbin/haproxy"
+    haproxy_says = subprocess.run([binary, "-v"], capture_output=True, text=True).stdout.split()
+    return [*(pin.replace("[proxy]", "").replace("==", " ") for pin in pins), f"HAProxy {haproxy_says[2]}"]

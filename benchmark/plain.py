@@ -1,0 +1,27 @@
+"""The part that all of the bench's own Nginx configurations have in common."""
+
+from tests.sim.fleet import Nginx
+
+
+def write_plain(nginx: Nginx, http: str) -> None:
+    """Writes the configuration of one worker without an access log; `http` is what stands inside its http block."""
+    tmp = nginx.tmp_seen
+    nginx.conf.mkdir()
+    (nginx.conf / "nginx.conf").write_text(f"""
+worker_processes 1;
+pid {tmp}/nginx.pid;
+error_log stderr;
+events {{ worker_connections 4096; }}
+http {{
+  access_log off;
+  client_max_body_size 64m;
+  client_body_buffer_size 1m;
+  keepalive_requests 100000000;
+  client_body_temp_path {tmp}/client_body;
+  proxy_temp_path {tmp}/proxy;
+  fastcgi_temp_path {tmp}/fastcgi;
+  uwsgi_temp_path {tmp}/uwsgi;
+  scgi_temp_path {tmp}/scgi;
+{http}
+}}
+""")

@@ -1,0 +1,205 @@
+"""Streams of conversations as users send them, and what the replicas made of them.
+
+Every peer gets the same conversations: a client's prompts depend on the seed, the workload and the client's number.
+Clients send one request after the other without a pause, so a faster fleet answers more of them.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import random
+import re
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+
+from benchmark.overhead import quantile
+from tests.sim.fleet import get
+from tests.sim.load import Outcome, session, stream, text
+
+Message = dict[str, str]
+# What a client asks next, given the answer to what it asked last; and the most tokens it wants.
+Client = Generator[tuple[list[Message], int], str, None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A workload's measures: `tokens` scales prompts, `answers` answers, `shared` the number of shared prefixes."""
+
+    tokens: float = 1.0
+    answers: float = 1.0
+    shared: float = 1.0
+
+    def prompt(self, rng: random.Random, tokens: int) -> str:
+        return text(rng, max(4, int(tokens * self.tokens)))
+
+    def answer(self, tokens: int) -> int:
+        return max(4, int(tokens * self.answers))
+
+    def texts(self, rng: random.Random, count: int, tokens: int) -> list[str]:
+        return [self.prompt(rng, tokens) for _ in range(max(2, int(count * self.shared)))]
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def system(content: str) -> Message:
+    return {"role": "system", "content": content}
+
+
+def chats(rng: random.Random, _: random.Random, sizes: Sizes) -> Client:
+    """Conversations of six turns, each with its own beginning."""
+    while True:
+        messages = [system(sizes.prompt(rng, 300))]
+        for _turn in range(6):
+            messages.append(user(sizes.prompt(rng, 100)))
+            answer = yield messages, sizes.answer(40)
+            messages.append({"role": "assistant", "content": answer})
+
+
+def shared_prompts(rng: random.Random, common: random.Random, sizes: Sizes) -> Client:
+    """Twelve system prompts of 1,500 tokens, and a question of its own after one of them."""
+    prompts = sizes.texts(common, 12, 1500)
+    while True:
+        yield [system(rng.choice(prompts)), user(sizes.prompt(rng, 60))], sizes.answer(40)
+
+
+def random_prompts(rng: random.Random, _: random.Random, sizes: Sizes) -> Client:
+    """Nothing in common: affinity has nothing to win, and must not lose."""
+    while True:
+        yield [user(sizes.prompt(rng, rng.randint(300, 800)))], sizes.answer(40)
+
+
+def hot_prefix(rng: random.Random, common: random.Random, sizes: Sizes) -> Client:
+    """One prefix of 2,000 tokens on every request: all to one replica would be the wrong answer."""
+    prefix = sizes.prompt(common, 2000)
+    while True:
+        yield [system(prefix), user(sizes.prompt(rng, 50))], sizes.answer(40)
+
+
+def long_and_short(rng: random.Random, _: random.Random, sizes: Sizes) -> Client:
+    """One in five prompts is of 3,000 tokens, the others of 60."""
+    while True:
+        if rng.random() < 0.2:
+            yield [user(sizes.prompt(rng, 3000))], sizes.answer(30)
+        else:
+            yield [user(sizes.prompt(rng, 60))], sizes.answer(60)
+
+
+def kv_pressure(rng: random.Random, common: random.Random, sizes: Sizes) -> Client:
+    """Questions to 48 documents of 2,000 tokens: three times what one replica's cache holds, less than the fleet's."""
+    documents = sizes.texts(common, 48, 2000)
+    while True:
+        yield [system(rng.choice(documents)), user(sizes.prompt(rng, 40))], sizes.answer(20)
+
+
+WORKLOADS: dict[str, Callable[[random.Random, random.Random, Sizes], Client]] = {
+    "many-turn chats": chats,
+    "shared system prompts": shared_prompts,
+    "random prompts": random_prompts,
+    "one hot prefix": hot_prefix,
+    "long and short mixed": long_and_short,
+    "KV pressure": kv_pressure,
+}
+
+# A replica for the workloads: prompts at 10,000 tokens/s, 20 ms a step, a cache of 32k tokens.
+SHAPE = (
+    *("--step-ms", "20", "--seq-ms", "0.3", "--prefill-ms", "0.1", "--batch-tokens", "2048"),
+    *("--max-running", "32", "--kv-blocks", "2048"),
+)
+
+
+@dataclass
+class Cell:
+    """One peer on one workload, over the measured time: rates in 0..1, seconds, tokens a second."""
+
+    requests: int
+    lost: int
+    hit_rate: float
+    ttft_p50: float
+    ttft_p90: float
+    ttft_p99: float
+    tokens_per_s: float
+    spread: float
+
+
+@dataclass
+class Counters:
+    """What the replicas had counted at one moment."""
+
+    at: float
+    queries: float = 0.0
+    hits: float = 0.0
+    tokens: float = 0.0
+    requests: list[float] = field(default_factory=list)
+
+
+def counters(urls: Sequence[str]) -> Counters:
+    now = Counters(time.monotonic())
+    for url in urls:
+        sums: dict[str, float] = {}
+        for name, value in re.findall(
+            r"^(vllm:\w+)(?:\{[^}]*\})? (\S+)$", get(url + "/metrics").decode(), re.MULTILINE
+        ):
+            sums[name] = sums.get(name, 0.0) + float(value)
+        now.queries += sums["vllm:prefix_cache_queries_total"]
+        now.hits += sums["vllm:prefix_cache_hits_total"]
+        now.tokens += sums["vllm:generation_tokens_total"]
+        now.requests.append(sums["vllm:request_success_total"])
+    return now
+
+
+async def run(
+    urls: Sequence[str],
+    replicas: Sequence[str],
+    model: str,
+    workload: str,
+    seed: int,
+    clients: int,
+    seconds: float,
+    sizes: Sizes,
+) -> Cell:
+    """One workload against `urls` (taken in turn) for `seconds`, after half of that to warm up."""
+    outcomes: list[Outcome] = []
+    turns = itertools.cycle(urls)
+
+    async def client(number: int) -> None:
+        own = random.Random(f"{seed} {workload} {number}")
+        common = random.Random(f"{seed} {workload}")
+        asks = WORKLOADS[workload](own, common, sizes)
+        messages, tokens = next(asks)
+        while True:
+            body: dict[str, object] = {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0}
+            body["ignore_eos"] = True
+            outcome = await stream(connection, next(turns), body, patience=60)
+            outcomes.append(outcome)
+            if not outcome.done:
+                await asyncio.sleep(0.1)
+            messages, tokens = asks.send(outcome.answer)
+
+    async with session() as connection:
+        tasks = [asyncio.create_task(client(number)) for number in range(clients)]
+        try:
+            await asyncio.sleep(seconds / 2)
+            before = await asyncio.to_thread(counters, replicas)
+            await asyncio.sleep(seconds)
+            after = await asyncio.to_thread(counters, replicas)
+        finally:
+            for task in tasks:
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(*tasks)
+    met = [outcome for outcome in outcomes if outcome.sent >= before.at]
+    waits = [outcome.ttft for outcome in met if outcome.begun] or [float("nan")]
+    served = [late - early for late, early in zip(after.requests, before.requests, strict=True)]
+    return Cell(
+        requests=len(met),
+        lost=sum(not outcome.done for outcome in met),
+        hit_rate=(after.hits - before.hits) / max(1.0, after.queries - before.queries),
+        ttft_p50=quantile(waits, 0.5),
+        ttft_p90=quantile(waits, 0.9),
+        ttft_p99=quantile(waits, 0.99),
+        tokens_per_s=(after.tokens - before.tokens) / (after.at - before.at),
+        spread=max(served) / max(1.0, sum(served) / len(served)),
+    )

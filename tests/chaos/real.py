@@ -1,0 +1,132 @@
+"""The short fault table on the real stack, through its published port: real replicas in their containers."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from tests.chaos.rows import Row, Watch, judge
+from tests.sim.fleet import ROOT, get
+from tests.sim.load import SteadyLoad
+
+VICTIM = "vllm-0"
+# A replica loads its model for a minute or more.
+START_SECONDS = 400.0
+PATIENCE = 120.0
+# How long a fault that passes by itself lasts, in seconds.
+HOLD = 30.0
+
+
+class StackError(Exception):
+    """The stack is not there or not well; the message says what to do."""
+
+
+def run(*command: str) -> str:
+    """The command's output; StackError with its last lines where it fails."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise StackError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+@dataclass
+class Stack:
+    """The running stack as its users see it."""
+
+    url: str
+    model: str
+
+    @classmethod
+    def find(cls) -> "Stack":
+        address = run("docker", "compose", "port", "gateway", "80").strip()
+        try:
+            models = json.loads(get(f"http://{address}/v1/models"))["data"]
+        except (OSError, ValueError) as why:
+            raise StackError(f"no models at http://{address}: {why}. Start the stack with `make up`.") from why
+        return cls(f"http://{address}", models[0]["id"])
+
+    def states(self) -> dict[str, str]:
+        replicas = json.loads(get(self.url + "/status.json"))["replicas"]
+        return {replica["name"]: replica["state"] for replica in replicas}
+
+
+async def compose(*args: str) -> None:
+    await asyncio.to_thread(run, "docker", "compose", *args)
+
+
+async def kill(watch: Watch) -> None:
+    # Everything in the container but its init: Docker starts it again by the restart policy, as after a crash.
+    code = "import os; print('ready', flush=True); input(); os.kill(-1, 9)"
+    command = ["docker", "compose", "exec", "-T", VICTIM, "python3", "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as killer:
+        assert killer.stdin
+        assert killer.stdout
+        await asyncio.to_thread(killer.stdout.readline)
+        killer.stdin.write("\n")
+        killer.stdin.flush()
+        await watch.left(VICTIM, 1.0)
+    await watch.back(VICTIM, START_SECONDS)
+
+
+async def stop(watch: Watch) -> None:
+    await compose("pause", VICTIM)
+    try:
+        await watch.left(VICTIM, 10.0)
+        await watch.watch(HOLD)
+    finally:
+        await compose("unpause", VICTIM)
+    await watch.back(VICTIM, START_SECONDS)
+
+
+async def network_cut(watch: Watch) -> None:
+    container = run("docker", "compose", "ps", "--quiet", VICTIM).strip()
+    template = "{{range $name, $_ := .NetworkSettings.Networks}}{{$name}}{{end}}"
+    network = run("docker", "inspect", "--format", template, container).strip()
+    await asyncio.to_thread(run, "docker", "network", "disconnect", network, container)
+    try:
+        await watch.left(VICTIM, 10.0)
+        await watch.watch(HOLD)
+    finally:
+        await asyncio.to_thread(run, "docker", "network", "connect", "--alias", VICTIM, network, container)
+    await watch.back(VICTIM, START_SECONDS)
+
+
+async def recreate(watch: Watch) -> None:
+    await compose("up", "--detach", "--no-deps", "--force-recreate", VICTIM)
+    await watch.back(VICTIM, START_SECONDS)
+
+
+async def roll(watch: Watch) -> None:
+    start = time.monotonic()
+    await asyncio.to_thread(run, sys.executable, str(ROOT / "scripts" / "roll.py"))
+    watch.note = f"{len(await watch.states())} replicas in {time.monotonic() - start:.0f} s"
+
+
+CASES: list[tuple[str, Callable[[Watch], Awaitable[None]], bool]] = [
+    ("killed (SIGKILL to all its processes)", kill, True),
+    ("stopped (docker pause)", stop, True),
+    ("network cut (docker network disconnect)", network_cut, True),
+    ("recreated (docker compose up --force-recreate)", recreate, True),
+    ("roll (make roll)", roll, False),
+]
+
+
+async def play(name: str, fault: Callable[[Watch], Awaitable[None]], hits: bool, stack: Stack) -> Row:
+    """Runs one case; `hits` says whether streams of the first replica may be cut."""
+    row = Row(name)
+    load = SteadyLoad(stack.url, stack.model, clients=4, prompt_tokens=30, max_tokens=24, patience=PATIENCE)
+    watch = Watch(stack.states, load)
+    async with load:
+        await load.settle(8, seconds=120)
+        if hits:
+            watch.hit.add(VICTIM)
+        try:
+            await fault(watch)
+            await load.settle(8, seconds=120)
+        except (AssertionError, TimeoutError, OSError, StackError) as why:
+            row.wrong.append(str(why) or type(why).__name__)
+    judge(row, watch)
+    return row

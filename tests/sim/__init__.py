@@ -1,0 +1,1 @@
+"""A fleet of simulated replicas for tests of faults, speed and scale: no GPU, no engine, no weights."""

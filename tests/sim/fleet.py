@@ -1,0 +1,426 @@
+"""The one way to start real Nginx over simulated replicas; tests/gateway, `make chaos` and `make bench` all use it.
+
+    with Replicas(4, "--kv-blocks", "2000") as fleet, Gateway(fleet) as gateway:
+        httpx.post(gateway.url + "/v1/chat/completions", json=...)
+        fleet["vllm-0"].kill()
+
+Each fleet lives on its own part of the loopback network, 127.A.B.0/24: the gateway on .1, replica N on .(10 + N). Names
+are answered by a small DNS server, so that the gateway runs on its production configuration (`server vllm-0:PORT
+resolve`) and a replica can come back under a new address. Nginx is the gateway's image on the host's network, or, where
+$NGINX names a binary (with its modules in $NGINX_MODULES), that one: a host without Docker can run the same tests.
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+REPLICA = Path(__file__).with_name("replica.py")
+START_SECONDS = 20.0
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> float:
+    """Waits for `condition` and returns the seconds it took; TimeoutError names `what` did not happen."""
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > seconds:
+            raise TimeoutError(f"{what}: not within {seconds:.0f} s")
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def get(
+    url: str,
+    data: bytes | None = None,
+    method: str | None = None,
+    timeout: float = 5.0,
+    headers: Mapping[str, str] | None = None,
+) -> bytes:
+    """The body of a 2xx answer; OSError (urllib's errors are such) otherwise."""
+    request = urllib.request.Request(url, data=data, method=method, headers=dict(headers or {}))
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        body: bytes = answer.read()
+        return body
+
+
+def answers(url: str) -> bool:
+    """Whether anything that speaks HTTP is there."""
+    try:
+        get(url, timeout=1.0)
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+class Dns:
+    """A DNS server for A records on loopback. `names` is the zone and can change at any time; its TTL is one second."""
+
+    def __init__(self, host: str) -> None:
+        self.names: dict[str, str] = {}
+        zone = self.names
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                query, sock = self.request
+                sock.sendto(reply_to(query, zone), self.client_address)
+
+        self._server = socketserver.UDPServer((host, 0), Handler)
+        self.address = f"{host}:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def reply_to(query: bytes, zone: Mapping[str, str]) -> bytes:
+    """The DNS reply to one question, from RFC 1035's wire format."""
+    at, labels = 12, []
+    while query[at]:
+        labels.append(query[at + 1 : at + 1 + query[at]].decode("ascii", "replace"))
+        at += 1 + query[at]
+    question = query[12 : at + 5]
+    kind = struct.unpack("!H", query[at + 1 : at + 3])[0]
+    address = zone.get(".".join(labels).lower())
+    found = address is not None and kind == 1
+    head = query[:2] + struct.pack("!HHHHH", 0x8180 if address else 0x8183, 1, int(found), 0, 0)
+    if not found or address is None:
+        return head + question
+    return head + question + struct.pack("!HHHIH", 0xC00C, 1, 1, 1, 4) + socket.inet_aton(address)
+
+
+class Sim:
+    """One simulated replica and its process."""
+
+    def __init__(self, name: str, host: str, port: int, args: Sequence[str], dns: Dns) -> None:
+        self.name = name
+        self.host = host
+        self.port = port
+        self.args = list(args)
+        self.process: subprocess.Popen[bytes] | None = None
+        self._dns = dns
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def start(self, wait: bool = True) -> None:
+        """Starts the process under the present address and gives it its name."""
+        command = [sys.executable, str(REPLICA), "--host", self.host, "--port", str(self.port), *self.args]
+        self.process = subprocess.Popen(command)
+        self._dns.names[self.name] = self.host
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        wait_until(lambda: answers(self.url + "/version"), f"{self.name} answers at {self.url}")
+
+    def kill(self, forget: bool = True) -> None:
+        """SIGKILL. The name leaves the DNS too, as with a container, unless `forget` is False."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+        if forget:
+            self._dns.names.pop(self.name, None)
+
+    def terminate(self) -> None:
+        """SIGTERM: the replica finishes what runs, then ends."""
+        assert self.process
+        self.process.terminate()
+
+    def ended(self) -> bool:
+        return self.process is None or self.process.poll() is not None
+
+    def pause(self) -> None:
+        assert self.process
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process
+        self.process.send_signal(signal.SIGCONT)
+
+    def move(self) -> None:
+        """Ends the replica if it runs, and brings it up under a new address, as a recreated container."""
+        self.kill()
+        net, last = self.host.rsplit(".", 1)
+        self.host = f"{net}.{int(last) % 200 + 50}"
+        self.start()
+
+    def fault(self, fault: str | None = None, **values: float) -> None:
+        """Sets the replica's faults (replica.py lists them); no argument clears them."""
+        with contextlib.suppress(ConnectionError, urllib.error.URLError):  # fault "crash" leaves no one to answer
+            get(self.url + "/_sim", json.dumps({"fault": fault, **values}).encode())
+
+    def state(self) -> dict[str, Any]:
+        """What the replica saw: `generations`, `finished`, `faults`, and of the last requests `seen` head and body."""
+        state: dict[str, Any] = json.loads(get(self.url + "/_sim"))
+        return state
+
+    def metrics(self) -> dict[str, float]:
+        """The replica's metrics by name, without labels (histograms' buckets left out)."""
+        lines = get(self.url + "/metrics").decode().splitlines()
+        found = (re.match(r"([a-z_:]+)(?:\{[^}]*\})? (\S+)$", line) for line in lines if "_bucket{" not in line)
+        return {match[1]: float(match[2]) for match in found if match}
+
+
+class Replicas:
+    """N simulated replicas, vllm-0 …, each with the arguments `args` of replica.py."""
+
+    def __init__(self, count: int, *args: str, model: str = "sim") -> None:
+        self.model = model
+        net = f"127.{random.randint(1, 254)}.{random.randint(0, 254)}"
+        self.gateway_host = f"{net}.1"
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            self.port = int(probe.getsockname()[1])
+        self.dns = Dns(self.gateway_host)
+        options = ["--model", model, *args]
+        self.all = [Sim(f"vllm-{n}", f"{net}.{10 + n}", self.port, options, self.dns) for n in range(count)]
+
+    def __enter__(self) -> Self:
+        try:
+            for sim in self.all:
+                sim.start(wait=False)
+            for sim in self.all:
+                sim.wait()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sim in self.all:
+            sim.kill()
+        self.dns.close()
+
+    def __getitem__(self, name: str) -> Sim:
+        return next(sim for sim in self.all if sim.name == name)
+
+    def __iter__(self) -> Iterator[Sim]:
+        return iter(self.all)
+
+    def upstreams(self, names: Sequence[str] | None = None) -> str:
+        """The fleet file: one line a replica, for all replicas or those of `names`."""
+        return "".join(
+            f"upstream {sim.name} {{ zone {sim.name} 64k; server {sim.name}:{sim.port} resolve; keepalive 64; }}\n"
+            for sim in self.all
+            if names is None or sim.name in names
+        )
+
+
+class Nginx:
+    """One Nginx: its folder, process and workers. `configure` writes what it runs on; `cpus` pins it ("0", "0-3")."""
+
+    def __init__(self, url: str, env: Mapping[str, str] | None = None, cpus: str | None = None) -> None:
+        self.url = url
+        self.folder = Path(tempfile.mkdtemp(prefix="nginx-"))
+        # The image's own user reads what this user wrote, and a bare Nginx started by root drops its workers' rights.
+        self.folder.chmod(0o755)
+        self.conf = self.folder / "nginx"
+        self.binary = os.environ.get("NGINX")
+        # As Nginx itself sees them.
+        self.conf_seen = str(self.conf) if self.binary else "/etc/nginx"
+        self.tmp_seen = f"{self.folder}/tmp" if self.binary else "/tmp"  # noqa: S108
+        self.env = {name: value.replace("{conf}", self.conf_seen) for name, value in (env or {}).items()}
+        self._cpus = cpus
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = self.folder / "log"
+
+    def configure(self) -> None:
+        """Writes `conf`."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        (self.folder / "tmp").mkdir()
+        (self.folder / "tmp").chmod(0o777)
+        self.configure()
+        # Nginx itself takes a variable NGINX for sockets to inherit.
+        env = {name: value for name, value in {**os.environ, **self.env}.items() if name != "NGINX"}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._command(), stdout=log, stderr=log, env=env)
+
+        def up() -> bool:
+            assert self._process
+            if self._process.poll() is not None:
+                raise RuntimeError(f"Nginx ended:\n{self.log()[-4000:]}")
+            return answers(self.url + "/health")
+
+        try:
+            wait_until(up, f"Nginx answers at {self.url}")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _command(self) -> list[str]:
+        args = ["-p", self.conf_seen, "-c", f"{self.conf_seen}/nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+        if self.binary:
+            return [*(["taskset", "-c", self._cpus] if self._cpus else []), self.binary, *args]
+        options = f"--rm --name {self.folder.name} --network host --user 101:101 --read-only --tmpfs /tmp:mode=1777"
+        mount = f"{self.conf}:/etc/nginx:ro"
+        pin = ["--cpuset-cpus", self._cpus] if self._cpus else []
+        env = [item for name, value in self.env.items() for item in ("--env", f"{name}={value}")]
+        start = ["docker", "run", *options.split(), "--pull", "never", *pin]
+        return [*start, "--volume", mount, *env, "--entrypoint", "nginx", image(), *args]
+
+    def _stop(self) -> None:
+        assert self._process
+        if self._process.poll() is None:
+            # SIGTERM reaches the master through `docker run` too.
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                if not self.binary:
+                    subprocess.run(["docker", "kill", self.folder.name], capture_output=True)
+                self._process.kill()
+                self._process.wait()
+
+    def master(self) -> int:
+        """The master's process id."""
+        if self.binary:
+            assert self._process
+            return self._process.pid
+        command = ["docker", "inspect", "--format", "{{.State.Pid}}", self.folder.name]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    def workers(self) -> list[int]:
+        """The workers' process ids, old ones that still drain included."""
+        master = self.master()
+        return [int(pid) for pid in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
+
+    def log(self) -> str:
+        """All that Nginx wrote: errors and the access log."""
+        return self._log.read_text(errors="replace")
+
+
+class Gateway(Nginx):
+    """Real Nginx on the project's configuration, on the fleet's addresses.
+
+    `upstreams` is the fleet file, all replicas by default; `env` the gateway's environment; `files` lie beside its
+    configuration, whose folder is `{conf}` in `env`.
+    """
+
+    def __init__(
+        self,
+        fleet: Replicas,
+        upstreams: str | None = None,
+        env: Mapping[str, str] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        cpus: str | None = None,
+    ) -> None:
+        self.host = fleet.gateway_host
+        super().__init__(f"http://{self.host}:8080", {"BIND_ADDRESS": "127.0.0.1", **(env or {})}, cpus)
+        self.metrics_url = f"http://{self.host}:9113"
+        self.admin_url = f"http://{self.host}:8081"
+        self._dns = fleet.dns.address
+        self._upstreams = fleet.upstreams() if upstreams is None else upstreams
+        self._files = dict(files or {})
+
+    def configure(self) -> None:
+        shutil.copytree(ROOT / "nginx", self.conf)
+        shutil.rmtree(self.conf / "fleet", ignore_errors=True)
+        (self.conf / "fleet").mkdir()
+        self.write_fleet(self._upstreams)
+        for name, content in self._files.items():
+            (self.conf / name).write_bytes(content)
+        swaps = [
+            (r"listen 80\b", f"listen {self.host}:8080"),
+            (r"listen 9113\b", f"listen {self.host}:9113"),
+            (r"listen 127\.0\.0\.1:8081\b", f"listen {self.host}:8081"),
+            (r"resolver 127\.0\.0\.11\b", f"resolver {self._dns}"),
+            (r"/tmp\b", self.tmp_seen),  # noqa: S108
+        ]
+        if modules := os.environ.get("NGINX_MODULES"):
+            swaps.append((r"/usr/lib/nginx/modules\b", modules))
+        missing = {pattern for pattern, _ in swaps}
+        for path in (self.conf / "host").glob("*.conf"):
+            text = path.read_text()
+            for pattern, new in swaps:
+                text, found = re.subn(pattern, new, text)
+                missing -= {pattern} if found else set()
+            path.write_text(text)
+        # A test that quietly ran on the real ports would be worse than none.
+        if missing:
+            raise RuntimeError(f"nothing in nginx/host matches {missing}: it and tests/sim/fleet.py are out of step")
+
+    def write_fleet(self, upstreams: str) -> None:
+        """Replaces the fleet file; `reload()` makes it count."""
+        (self.conf / "fleet" / "default.conf").write_text(upstreams)
+
+    def reload(self) -> None:
+        """Reads the configuration anew; returns when new workers are there."""
+        before = set(self.workers())
+        os.kill(self.master(), signal.SIGHUP)
+        wait_until(lambda: bool(set(self.workers()) - before), "new workers after a reload")
+
+    def kill_worker(self) -> None:
+        """SIGKILL to one worker; returns when the master has replaced it."""
+        before = self.workers()
+        os.kill(before[0], signal.SIGKILL)
+        wait_until(lambda: before[0] not in (now := self.workers()) and len(now) >= len(before), "a new worker")
+
+    def status(self) -> dict[str, Any]:
+        """GET /status.json."""
+        status: dict[str, Any] = json.loads(get(self.url + "/status.json"))
+        return status
+
+    def states(self) -> dict[str, str]:
+        """Each replica's state by name."""
+        return {replica["name"]: replica["state"] for replica in self.status()["replicas"]}
+
+    def wait_states(self, wanted: Mapping[str, str], seconds: float = START_SECONDS) -> float:
+        """Waits until the replicas named have the states given; returns the seconds it took."""
+        return wait_until(lambda: wanted.items() <= self.states().items(), f"states {wanted}", seconds)
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> float:
+        """Waits until every replica of the fleet is ready; returns the seconds it took."""
+        return wait_until(lambda: set(self.states().values()) == {"ready"}, "all replicas ready", seconds)
+
+    def admin(self, method: str, path: str, body: object = None) -> Any:  # whatever JSON it answers
+        """A call of the admin interface; its JSON answer, or None where it has no body."""
+        data = None if body is None else json.dumps(body).encode()
+        answer = get(self.admin_url + path, data, method)
+        return json.loads(answer) if answer else None
+
+
+def image() -> str:
+    """The gateway's image as docker-compose.yml names it."""
+    name: str = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["gateway"]["image"]
+    return name
+
+
+def nginx_version() -> str:
+    """The version of the Nginx that `Nginx` runs, as "nginx/1.2.3"."""
+    binary = os.environ.get("NGINX")
+    docker = ["docker", "run", "--rm", "--pull", "never", "--network", "none", "--entrypoint", "nginx", image(), "-v"]
+    run = subprocess.run([binary, "-v"] if binary else docker, capture_output=True, text=True)
+    found = re.search(r"nginx/\S+", run.stderr)
+    return found[0] if found else "nginx of unknown version"
