@@ -1,0 +1,12 @@
+"""Clients of the gateway."""
+
+import openai
+import pytest
+
+from tests.conftest import Stack
+
+
+@pytest.fixture(scope="session")
+def client(stack: Stack) -> openai.OpenAI:
+    """OpenAI's own client. It does not retry: what a test sees is what the gateway answered."""
+    return openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0, timeout=120)

@@ -1,0 +1,135 @@
+"""Replicas that die under load: nothing fails that had not begun, and they come back into the route by themselves.
+
+"Begun" means that a token has reached the client. A stream that had begun on the dead one is cut: its KV cache is gone.
+"""
+
+import asyncio
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.conftest import Stack, run
+from tests.sim.load import Outcome, SteadyLoad
+from tests.waiting import until
+
+VICTIM = "vllm-1"
+CLIENTS = 4
+
+
+def under_load(stack: Stack, fault: Callable[[], None], back_within_s: float) -> list[Outcome]:
+    """Do `fault` while clients stream, wait until the victim serves again, and return every request's outcome."""
+
+    async def scenario() -> list[Outcome]:
+        async with SteadyLoad(
+            stack.url,
+            stack.model,
+            clients=CLIENTS,
+            prompt_tokens=20,
+            max_tokens=8,
+            patience=60,
+            turns=2,
+            # new conversations each time: known ones go where they were
+            seed=time.time_ns(),
+        ) as load:
+            await load.settle(8, seconds=60)
+            assert {outcome.replica for outcome in load.outcomes} == set(stack.replicas()), (
+                "both serve before the fault"
+            )
+            await asyncio.to_thread(fault)
+            await load.settle(8, seconds=60)
+            until_ready = asyncio.to_thread(
+                until,
+                lambda: stack.replicas()[VICTIM]["state"] == "ready",
+                back_within_s,
+                f"{VICTIM} back in the route",
+            )
+            await until_ready
+            again = len(load.outcomes)
+            for _ in range(20):
+                await load.settle(2, seconds=30)
+                if VICTIM in {outcome.replica for outcome in load.outcomes[again:]}:
+                    break
+        return load.outcomes
+
+    return asyncio.run(scenario())
+
+
+def assert_nothing_failed(outcomes: list[Outcome]) -> None:
+    """No request failed that had not begun, only streams on the victim were cut, and it serves at the end."""
+    failed = [(outcome.status, outcome.replica, outcome.why) for outcome in outcomes if outcome.failed]
+    assert not failed
+    refused = [(outcome.status, outcome.why) for outcome in outcomes if outcome.refused]
+    assert not refused
+    cut = [outcome for outcome in outcomes if outcome.cut]
+    assert {outcome.replica for outcome in cut} <= {VICTIM}
+    assert len(cut) <= CLIENTS
+    assert outcomes[-1].done
+    assert VICTIM in {outcome.replica for outcome in outcomes[-80:] if outcome.done}, f"{VICTIM} serves again"
+
+
+@pytest.mark.timeout(400)
+def test_a_replica_that_crashes(stack: Stack) -> None:
+    """All processes of a replica are killed under load: nothing fails, and Docker's restart policy brings it back."""
+    stack.wait_until_all_ready()
+
+    def crash() -> None:
+        # Everything in the container but its init, which then ends as after a crash.
+        run("docker", "compose", "exec", "-T", VICTIM, "sh", "-c", "kill -9 -1 || true")
+
+    before = restarts()
+    assert_nothing_failed(under_load(stack, crash, back_within_s=240))
+    assert restarts() == before + 1
+
+
+@pytest.mark.timeout(400)
+def test_a_replica_recreated_with_a_new_address(stack: Stack) -> None:
+    """A replica is killed under load and made anew elsewhere: nothing fails, and the gateway finds it."""
+    stack.wait_until_all_ready()
+    network, old = network_and_address(container())
+
+    def kill_and_recreate() -> None:
+        stack.compose("kill", VICTIM)
+        stack.compose("rm", "--force", VICTIM)
+        with taken(network, old):
+            stack.compose("up", "--detach", "--no-deps", "--no-build", VICTIM)
+        assert network_and_address(container())[1] != old
+
+    assert_nothing_failed(under_load(stack, kill_and_recreate, back_within_s=240))
+
+
+def restarts() -> int:
+    """How often Docker has restarted the victim."""
+    return int(run("docker", "inspect", "--format", "{{.RestartCount}}", container()))
+
+
+def container() -> str:
+    return run("docker", "compose", "ps", "--all", "--quiet", VICTIM).strip()
+
+
+def network_and_address(name: str) -> tuple[str, str]:
+    """The network that a container is in, and its address there."""
+    networks = json.loads(run("docker", "inspect", "--format", "{{json .NetworkSettings.Networks}}", name))
+    ((network, settings),) = networks.items()
+    return network, settings["IPAddress"]
+
+
+@contextmanager
+def taken(network: str, address: str) -> Iterator[None]:
+    """Other containers join the network until one of them has the address, so that the next replica cannot get it."""
+    image = run("docker", "compose", "images", "--quiet", "gateway").strip()
+    holders: list[str] = []
+    try:
+        for number in range(8):
+            holders.append(f"vllm-fleet-test-holder-{number}")
+            command = ["docker", "run", "--detach", "--rm", "--name", holders[-1], "--network", network]
+            run(*command, "--entrypoint", "sleep", image, "300")
+            if network_and_address(holders[-1])[1] == address:
+                break
+        yield
+    finally:
+        for name in holders:
+            subprocess.run(["docker", "rm", "--force", name], capture_output=True, check=False)

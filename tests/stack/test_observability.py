@@ -1,0 +1,262 @@
+"""What Prometheus and the dashboards show is there, is right, and is counted once.
+
+Every query of every dashboard is run against the real Prometheus, its variables filled in as Grafana does it, after
+real traffic. Prometheus reads its targets every few seconds: the tests wait until it has read them after the traffic.
+"""
+
+import json
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import Stack
+from tests.waiting import until
+
+DASHBOARDS = Path(__file__).parents[2] / "grafana" / "dashboards"
+METRIC = re.compile(r"([a-zA-Z_:][\w:]*)\s*\{")
+# Grafana's window for a scrape interval of 5 s: four times the interval.
+RATE_INTERVAL = "20s"
+ANSWERS = 8
+TOKENS = 12
+
+
+class Prometheus:
+    """The stack's Prometheus, asked through its HTTP API."""
+
+    def __init__(self, url: str) -> None:
+        self.client = httpx.Client(base_url=url, timeout=10)
+
+    def get(self, path: str, **params: str | float) -> dict[str, Any]:
+        reply = self.client.get(f"/api/v1/{path}", params=params)
+        body = reply.json()
+        assert body["status"] == "success", f"Prometheus refused {params}: {body.get('error')}"
+        data: dict[str, Any] = body["data"]
+        return data
+
+    def vector(self, query: str, at: float | None = None) -> list[tuple[dict[str, str], float]]:
+        """Labels and value of every series that an instant query gives, now or at a time in seconds since 1970."""
+        found = self.get("query", query=query, time=at or time.time())["result"]
+        return [(series["metric"], float(series["value"][1])) for series in found]
+
+    def number(self, query: str, at: float | None = None) -> float:
+        """The sum of what an instant query gives; 0 when it gives nothing."""
+        return sum(value for _, value in self.vector(query, at))
+
+    def has_points(self, query: str, seconds: float = 120) -> bool:
+        """Whether a graph of the query over the last `seconds` would show any point."""
+        end = time.time()
+        data = self.get("query_range", query=query, start=end - seconds, end=end, step=5)
+        return any(value != "NaN" for series in data["result"] for _, value in series["values"])
+
+    def await_scrape(self, since: float) -> None:
+        """Waits until every target has been read after `since` (seconds since 1970)."""
+        until(
+            lambda: min((stamp for _, stamp in self.vector("timestamp(up)")), default=0) > since,
+            60,
+            "Prometheus reads every target again",
+        )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What was sent, as the answers' own usage tells it."""
+
+    answers: int
+    generated_tokens: int
+
+
+def chat(stack: Stack, content: str, **more: object) -> httpx.Response:
+    body = {"model": stack.model, "messages": [{"role": "user", "content": content}], "max_tokens": TOKENS, **more}
+    return httpx.post(f"{stack.url}/v1/chat/completions", json=body, timeout=120)
+
+
+def usage(stack: Stack, content: str, stream: bool) -> dict[str, int]:
+    """Asks for an answer, whole or streamed, and gives the tokens that it says it took."""
+    reply = (
+        chat(stack, content, stream=True, stream_options={"include_usage": True}) if stream else chat(stack, content)
+    )
+    assert reply.status_code == 200, reply.text
+    events = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
+    counts: dict[str, int] = json.loads(events[-1] if stream else reply.text)["usage"]
+    return counts
+
+
+def send(stack: Stack) -> Traffic:
+    """Sends prompts, a few at a time: half of them new and half with a long common beginning, half of them streamed."""
+    shared = "The harbour master wrote down every ship that came in, and the weather of the day. " * 12
+    prompts = [(shared if i % 2 else secrets.token_hex(16)) + f" Question {i}: where is Paris?" for i in range(ANSWERS)]
+    with ThreadPoolExecutor(4) as pool:
+        used = list(pool.map(lambda i: usage(stack, prompts[i], stream=i % 4 < 2), range(ANSWERS)))
+    return Traffic(ANSWERS, sum(u["completion_tokens"] for u in used))
+
+
+@pytest.fixture(scope="module")
+def prometheus(stack: Stack) -> Iterator[Prometheus]:
+    asked = Prometheus(stack.prometheus_url)
+    yield asked
+    asked.client.close()
+
+
+@pytest.fixture(scope="module")
+def replicas(stack: Stack) -> set[str]:
+    return set(stack.replicas())
+
+
+@pytest.fixture(scope="module")
+def traffic(stack: Stack, prometheus: Prometheus, replicas: set[str]) -> None:
+    """Traffic that moves every counter: answers from each replica, mistakes that a replica and the gateway refuse."""
+    for _ in range(6):
+        send(stack)
+        mistake = chat(stack, "Hello", temperature=-1)
+        assert mistake.status_code == 400, mistake.text
+        unknown = chat(stack, "Hello", model="no-such-model")
+        assert unknown.status_code == 404, unknown.text
+        prometheus.await_scrape(time.time())
+        served = prometheus.vector("sum by (replica) (increase(vllm:request_success_total[1m])) > 0")
+        if {labels["replica"] for labels, _ in served} == replicas:
+            return
+    pytest.fail(f"after {6 * ANSWERS} requests only these of {replicas} have served one: {served}")
+
+
+def test_every_part_is_scraped(prometheus: Prometheus, replicas: set[str]) -> None:
+    """Each replica that the gateway knows, the gateway and Prometheus itself are up, and nothing else is asked."""
+    assert len(replicas) >= 2
+    expected = {("replicas", name) for name in replicas} | {("gateway", ""), ("prometheus", "")}
+
+    def scraped() -> bool:
+        found = {(labels["job"], labels.get("replica", "")): value for labels, value in prometheus.vector("up")}
+        return found == dict.fromkeys(expected, 1)
+
+    try:
+        until(scraped, 60, f"{sorted(expected)} all up")
+    except AssertionError:
+        targets = prometheus.get("targets")["activeTargets"]
+        pytest.fail(
+            f"wanted {sorted(expected)} all up, got "
+            + "; ".join(map(str, prometheus.vector("up")))
+            + "; "
+            + "; ".join(f"{target['scrapeUrl']}: {target['lastError']}" for target in targets)
+        )
+
+
+def test_configuration_is_sound(stack: Stack, prometheus: Prometheus) -> None:
+    """promtool finds no fault, and what is kept is bounded in time and in size."""
+    stack.compose("exec", "-T", "prometheus", "promtool", "check", "config", "/etc/prometheus/prometheus.yml")
+    flags = prometheus.get("status/flags")
+    assert flags["storage.tsdb.retention.time"] not in {"", "0s"}
+    assert flags["storage.tsdb.retention.size"] not in {"", "0B"}
+
+
+@pytest.mark.usefixtures("traffic")
+def test_variables_offer_every_replica_and_model(stack: Stack, prometheus: Prometheus, replicas: set[str]) -> None:
+    """The dashboards' drop-downs list what there is: their queries give the replicas and the model."""
+    for path in DASHBOARDS.glob("*.json"):
+        offered = {}
+        for variable in json.loads(path.read_text())["templating"]["list"]:
+            match = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["definition"])
+            assert match, f"{path.name}: not a label_values query: {variable['definition']}"
+            selector, label = match.groups()
+            offered[variable["name"]] = {labels[label] for labels, _ in prometheus.vector(selector)}
+        assert offered == {"model": {stack.model}, "replica": replicas}
+
+
+def panel_queries() -> Iterator[Any]:
+    """Each query of each dashboard's JSON, as Grafana reads it: dashboard, panel, expression."""
+    for path in sorted(DASHBOARDS.glob("*.json")):
+        dashboard = json.loads(path.read_text())
+        for panel in dashboard["panels"]:
+            for target in panel.get("targets", []):
+                name = f"{dashboard['title']} / {panel['title']} / {target['refId']}"
+                yield pytest.param(name, panel["datasource"]["uid"], target["expr"], id=name.replace(" ", "_"))
+
+
+def chosen(values: set[str]) -> str:
+    """Several values picked in a drop-down, as Grafana writes them into a PromQL regular expression."""
+    escaped = [re.sub(r"[\\^$.*+?()\[\]{}|]", lambda m: "\\\\" + m.group(), value) for value in sorted(values)]
+    return f"({'|'.join(escaped)})"
+
+
+@pytest.mark.usefixtures("traffic")
+@pytest.mark.parametrize(("name", "datasource", "expr"), list(panel_queries()))
+def test_every_query_of_the_dashboards_has_data(
+    name: str, datasource: str, expr: str, stack: Stack, prometheus: Prometheus, replicas: set[str]
+) -> None:
+    """A graph of the query shows points, with All in the drop-downs and with each value picked by hand."""
+    assert datasource == "prometheus"
+    for model, replica in ((".*", ".*"), (chosen({stack.model}), chosen(replicas))):
+        query = expr.replace("$__rate_interval", RATE_INTERVAL).replace("$model", model).replace("$replica", replica)
+        assert "$" not in query, f"{name}: a variable is left in {query}"
+        try:
+            until(lambda query=query: prometheus.has_points(query), 20, name)  # type: ignore[misc]
+        except AssertionError:
+            missing = [metric for metric in dict.fromkeys(METRIC.findall(query)) if not prometheus.vector(metric)]
+            cause = f"nothing exports {', '.join(missing)}" if missing else "the metrics are there, the labels are not"
+            pytest.fail(f"no data for {name}: {cause}\n{query}")
+
+
+@pytest.mark.usefixtures("traffic")
+def test_nothing_is_counted_twice(stack: Stack, prometheus: Prometheus) -> None:
+    """A known number of requests raises every counter by exactly that.
+
+    Requests for one token, by which the replica's health check and the gateway see whether it still works, are told
+    apart by their path: chats are what this test alone sends.
+    """
+    http = "http_server_request_duration_seconds_count"
+    chats = f'{http}{{http_route="/v1/chat/completions"}}'
+    checks = f'{http}{{http_route="/v1/completions"}}'
+    by_chat = [chats, 'gateway_requests_total{status="200"}', "gateway_request_duration_seconds_count"]
+    by_request = ["vllm:request_success_total", "vllm:e2e_request_latency_seconds_count"]
+    tokens = "vllm:generation_tokens_total"
+
+    def read() -> dict[str, float]:
+        now = time.time()
+        return {name: prometheus.number(f"sum({name})", now) for name in (*by_chat, *by_request, tokens, checks)}
+
+    prometheus.await_scrape(time.time() + 1)
+    before = read()
+    sent = send(stack)
+    # A replica writes its counters just after the last byte; the scrape that counts is one begun later.
+    prometheus.await_scrape(time.time() + 1)
+    grown = {name: value - before[name] for name, value in read().items()}
+
+    right = dict.fromkeys(by_chat, sent.answers) | dict.fromkeys(by_request, sent.answers + grown[checks])
+    right |= {tokens: sent.generated_tokens + grown[checks], checks: grown[checks]}
+    assert grown == right
+    copies = prometheus.vector('count by (replica) ({job="replicas",__name__="vllm:num_requests_running"})')
+    assert all(count == 1 for _, count in copies), f"a replica shows one metric more than once: {copies}"
+
+
+@pytest.mark.usefixtures("traffic")
+def test_clients_cannot_grow_the_metrics(stack: Stack, prometheus: Prometheus) -> None:
+    """Made-up models, paths, methods and host names make no time series: memory does not grow with requests."""
+    made_up = "madeup"
+
+    def series() -> set[str]:
+        """Every metric with its labels, the buckets of a histogram taken as one."""
+        prometheus.await_scrape(time.time() + 1)
+        asked: dict[str, str | float] = {"match[]": '{job=~"replicas|gateway"}', "start": time.time() - 5}
+        found = prometheus.client.get("/api/v1/series", params=asked).json()["data"]
+        return {json.dumps(labels | {"le": ""}, sort_keys=True) for labels in found}
+
+    before = series()
+    for _ in range(30):
+        word = made_up + secrets.token_hex(8)
+        chat(stack, "Hello", model=word)
+        chat(stack, "Hello", temperature=-1, user=word)
+        httpx.get(f"{stack.url}/v1/{word}")
+        httpx.post(f"{stack.url}/v1/chat/completions", json=[word], headers={"Host": f"{word}.example"})
+        httpx.request("BREW", f"{stack.url}/{word}", headers={"User-Agent": word})
+    new = series() - before
+    assert [one for one in new if made_up in one] == []
+    # A status or a reason may be seen for the first time; a series for each request would be 30 of one metric.
+    grown = Counter(json.loads(one)["__name__"] for one in new)
+    assert [name for name, times in grown.items() if times > 10] == []

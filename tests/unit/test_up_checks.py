@@ -1,0 +1,140 @@
+"""`make up` looks before it leaps: each check lets a good machine pass and names what is wrong with a bad one."""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stack import checks
+from stack.console import Problem
+
+LOOPBACK = ip_address("127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("20.10.24+dfsg1\n", (20, 10, 24)),
+        ("Docker Compose version v2.40.3-3", (2, 40, 3)),
+        ("github.com/docker/buildx 0.29.1+ds1 0.29.1+ds1-4", (0, 29, 1)),
+        ("no version here", None),
+    ],
+)
+def test_version_is_read_from_what_programs_print(text: str, expected: checks.Version | None) -> None:
+    assert checks.version(text) == expected
+
+
+@pytest.mark.parametrize("found", [(2, 24, 4), (2, 25), (3, 0)])
+def test_recent_enough_versions_pass(found: checks.Version) -> None:
+    checks.recent_enough("Compose", found, (2, 24, 4), "upgrade it")
+
+
+def test_too_old_a_version_is_named_with_the_one_needed() -> None:
+    with pytest.raises(Problem, match=r"Docker engine 19\.3 is too old: 20\.10 or newer is needed: upgrade it"):
+        checks.recent_enough("Docker engine", (19, 3), checks.OLDEST_ENGINE, "upgrade it")
+
+
+def test_no_rights_on_the_socket_are_told_from_an_engine_that_is_down() -> None:
+    checks.engine_answers("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is it running?")
+    with pytest.raises(Problem, match=r"no rights on the Docker socket: .*usermod -aG docker"):
+        checks.engine_answers("permission denied while trying to connect to the Docker daemon socket")
+
+
+def test_too_little_memory_says_how_much_is_needed_and_there() -> None:
+    checks.memory_suffices(8 * checks.GIB, 8 * checks.GIB, replicas=2)
+    with pytest.raises(Problem, match=r"2 replicas need 6\.9 GiB, 4\.0 of 8\.0 GiB are free"):
+        checks.memory_suffices(4 * checks.GIB, 8 * checks.GIB, replicas=2)
+
+
+def test_meminfo_is_read_in_bytes() -> None:
+    text = "MemTotal:       16384 kB\nMemFree:         1 kB\nMemAvailable:    8192 kB\nHugePages_Total:       0\n"
+    assert checks.meminfo(text) == (8192 * 1024, 16384 * 1024)
+
+
+def test_too_little_disk_names_the_folder() -> None:
+    checks.disk_suffices(12 * checks.GIB, checks.DISK["cpu"], Path("/var/lib/docker"))
+    with pytest.raises(Problem, match=r"5\.0 GiB are free under /var/lib/docker, 12 GiB are needed"):
+        checks.disk_suffices(5 * checks.GIB, checks.DISK["cpu"], Path("/var/lib/docker"))
+
+
+# As the kernel prints them: 127.0.0.1:80 listening, 10.0.0.1:8080 listening, and an open connection on port 3000.
+TCP4 = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0000000000000000 100 0 0
+   1: 0100000A:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 2 1 0000000000000000 100 0 0
+   2: 0100007F:0BB8 0100007F:C350 01 00000000:00000000 00:00000000 00000000     0        0 3 1 0000000000000000 20 4 0
+"""
+TCP6 = """  sl  local_address                         remote_address                        st tx_queue rx_queue
+   0: 00000000000000000000000000000000:2382 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000
+   1: 00000000000000000000000001000000:2383 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000
+"""
+
+
+def test_listening_sockets_are_read_from_the_kernels_tables() -> None:
+    assert checks.listeners(TCP4) == [
+        checks.Listener(LOOPBACK, 80),
+        checks.Listener(ip_address("10.0.0.1"), 8080),
+    ]
+    assert checks.listeners(TCP6) == [
+        checks.Listener(ip_address("::"), 9090),
+        checks.Listener(ip_address("::1"), 9091),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("address", "port"),
+    [("127.0.0.1", 80), ("0.0.0.0", 80), ("127.0.0.1", 9090)],
+    ids=["same address", "all addresses wanted", "all addresses taken"],
+)
+def test_a_taken_port_is_named_with_its_setting(address: str, port: int) -> None:
+    with pytest.raises(Problem, match=rf"port {port} \(HTTP_PORT\) is taken.*set HTTP_PORT in \.env to a free port"):
+        checks.port_is_free("HTTP_PORT", ip_address(address), port, checks.listeners(TCP4) + checks.listeners(TCP6))
+
+
+def test_a_port_on_another_address_or_of_an_open_connection_is_free() -> None:
+    checks.port_is_free("HTTP_PORT", LOOPBACK, 8080, checks.listeners(TCP4))
+    checks.port_is_free("GRAFANA_PORT", LOOPBACK, 3000, checks.listeners(TCP4))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "runtimes", "planned", "expected", "words"),
+    [
+        ("off", 4, ["nvidia"], False, False, "GPU=off"),
+        ("auto", 0, ["runc"], False, False, "run on the CPU"),
+        ("auto", 2, ["nvidia"], False, True, r"2 NVIDIA GPUs: docker-compose\.gpu\.yml is added"),
+        ("auto", 2, ["runc"], False, False, "install nvidia-container-toolkit"),
+        ("auto", 2, ["nvidia"], True, False, "override"),
+        ("on", 2, ["nvidia"], True, True, "is added"),
+    ],
+)
+def test_the_gpu_file_is_taken_where_docker_can_use_gpus(
+    wanted: checks.Choice, gpus: int, runtimes: list[str], planned: bool, expected: bool, words: str
+) -> None:
+    taken, why = checks.gpu_choice(wanted, gpus, runtimes, planned=planned)
+    assert taken is expected
+    assert re.search(words, why)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "runtimes", "words"),
+    [
+        (0, ["nvidia"], "no NVIDIA driver"),
+        (2, ["runc"], "no NVIDIA container toolkit: install nvidia-container-toolkit"),
+    ],
+)
+def test_gpus_that_were_asked_for_and_cannot_be_had_are_a_problem(gpus: int, runtimes: list[str], words: str) -> None:
+    with pytest.raises(Problem, match=words):
+        checks.gpu_choice("on", gpus, runtimes, planned=False)
+
+
+@given(st.ip_addresses(v=4), st.integers(1, 65535))
+def test_any_listener_is_read_back_and_collides_with_itself(address: object, port: int) -> None:
+    packed = ip_address(str(address)).packed[::-1].hex().upper()
+    table = f"header\n   0: {packed}:{port:04X} 00000000:0000 0A 0:0 00:0 0 0 0 1 1 0 100 0 0\n"
+    assert checks.listeners(table) == [checks.Listener(ip_address(str(address)), port)]
+    with pytest.raises(Problem):
+        checks.port_is_free("HTTP_PORT", ip_address(str(address)), port, checks.listeners(table))

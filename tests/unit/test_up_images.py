@@ -1,0 +1,147 @@
+"""Where `make up` takes base images from: a registry where one answers, packages where none does, and no third way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from stack import images
+from stack.compose import Build
+from stack.console import Problem
+from stack.shell import work
+
+NGINX = "docker.io/library/nginx:1"
+PROMETHEUS = "docker.io/prom/prometheus:v3"
+CPU = "docker.io/vllm/vllm-openai-cpu:v0"
+GPU = "docker.io/vllm/vllm-openai:v0"
+
+
+def build(**args: str) -> Build:
+    return Build(context=Path(), args=args)
+
+
+BUILDS = {
+    "gateway": build(BASE=NGINX),
+    "prometheus": build(BASE=PROMETHEUS),
+    "replica": build(BASE=CPU, GPU_BASE=GPU, DEVICE="cpu"),
+}
+ON_GPUS = {"replica-gpu": build(BASE=CPU, GPU_BASE=GPU, DEVICE="gpu")}
+
+
+@dataclass
+class World:
+    """What this machine and the registry have, and what was asked of the registry."""
+
+    here: set[str] = field(default_factory=set)
+    registry: set[str] = field(default_factory=set)
+    pulled: list[str] = field(default_factory=list)
+
+    def present(self, image: str) -> bool:
+        return image in self.here
+
+    def pull(self, image: str, _: images.Say) -> bool:
+        self.pulled.append(image)
+        return image in self.registry
+
+    def build_stand_ins(self, stand_ins: Mapping[str, images.DebianBase], _: images.Say) -> dict[str, str]:
+        return {image: f"packages:{base.name}" for image, base in stand_ins.items()}
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    world = World()
+    for name in ("present", "pull", "build_stand_ins"):
+        monkeypatch.setattr(images, name, getattr(world, name))
+    return world
+
+
+@pytest.mark.parametrize("mode", ["auto", "registry"])
+def test_a_registry_that_answers_gives_the_official_images(world: World, mode: images.Mode) -> None:
+    world.registry = {NGINX, PROMETHEUS, CPU}
+    expected = {"gateway": NGINX, "prometheus": PROMETHEUS, "replica": CPU}
+    assert images.choose_bases(BUILDS, mode, print) == (expected, True)
+
+
+def test_an_official_image_that_is_here_is_not_asked_for(world: World) -> None:
+    world.here = {NGINX, PROMETHEUS, CPU}
+    images.choose_bases(BUILDS, "registry", print)
+    assert world.pulled == []
+
+
+def test_without_a_registry_all_are_built_from_packages_after_one_try(world: World) -> None:
+    bases, registry_answers = images.choose_bases(BUILDS, "auto", print)
+    assert bases == {
+        "gateway": "packages:gateway",
+        "prometheus": "packages:prometheus",
+        "replica": "packages:python",
+    }
+    assert not registry_answers
+    assert world.pulled == [NGINX]
+
+
+def test_packages_can_be_asked_for_in_spite_of_a_registry(world: World) -> None:
+    world.here = world.registry = {NGINX, PROMETHEUS, CPU}
+    bases, _ = images.choose_bases(BUILDS, "packages", print)
+    assert set(bases.values()) == {"packages:gateway", "packages:prometheus", "packages:python"}
+    assert world.pulled == []
+
+
+def test_a_registry_that_was_asked_for_and_does_not_answer_is_a_problem(world: World) -> None:
+    with pytest.raises(Problem, match=rf"{NGINX} is neither on this machine nor .* or set IMAGES=auto"):
+        images.choose_bases(BUILDS, "registry", print)
+    assert world.pulled == [NGINX]
+
+
+def test_on_gpus_the_replica_is_built_over_the_gpu_image(world: World) -> None:
+    world.registry = {GPU}
+    assert images.choose_bases(ON_GPUS, "auto", print)[0] == {"replica-gpu": GPU}
+
+
+def test_the_gpu_image_has_no_stand_in(world: World) -> None:
+    with pytest.raises(Problem, match=rf"{GPU} is neither on this machine nor .* or set GPU=off"):
+        images.choose_bases(ON_GPUS, "auto", print)
+    assert world.pulled == [GPU]
+
+
+def test_the_gpu_image_that_was_loaded_is_taken_without_a_registry(world: World) -> None:
+    world.here = {GPU}
+    bases, _ = images.choose_bases({**BUILDS, **ON_GPUS}, "packages", print)
+    assert bases["replica-gpu"] == GPU
+
+
+@pytest.mark.parametrize(
+    ("base", "mode", "stays"),
+    [
+        pytest.param(NGINX, "auto", True, id="the pinned official image"),
+        pytest.param(NGINX, "packages", False, id="packages are wanted"),
+        pytest.param(NGINX + ".1", "auto", False, id="another pin"),
+        pytest.param(images.GATEWAY.tag, "auto", True, id="the stand-in"),
+        pytest.param(images.GATEWAY.tag, "registry", False, id="a registry is wanted"),
+        pytest.param("vllm-fleet/base-gateway:old", "auto", False, id="another recipe"),
+    ],
+)
+def test_an_image_stays_over_its_base_while_that_is_what_is_asked_for(
+    base: str, mode: images.Mode, stays: bool
+) -> None:
+    assert images.may_stay(base, build(BASE=NGINX), mode) is stays
+
+
+def test_the_gpu_image_stays_over_the_official_one_whatever_is_asked_for() -> None:
+    gpu = ON_GPUS["replica-gpu"]
+    assert images.may_stay(GPU, gpu, "packages")
+    assert not images.may_stay(CPU, gpu, "auto")
+
+
+def test_a_program_that_says_nothing_in_time_is_ended() -> None:
+    with pytest.raises(Problem, match=r"sleep 60 … failed: it said nothing: try again"):
+        work(["sleep", "60"], print, fix="try again", first_line_within=0.2)
+
+
+def test_a_program_that_fails_is_quoted_with_its_last_line() -> None:
+    heard: list[str] = []
+    with pytest.raises(Problem, match=r"failed: disk is full: make room .*up\.log"):
+        work(["sh", "-c", "echo one; echo disk is full; exit 3"], heard.append, fix="make room")
+    assert heard == ["one\n", "disk is full\n"]

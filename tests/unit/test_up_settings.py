@@ -1,0 +1,114 @@
+"""The check of `.env`: every name is one that something reads, and a mistake is one line that says where it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stack import settings
+from stack.console import Problem
+
+EXAMPLE = "# The gateway's port\n#HTTP_PORT=80\nMODEL=\n# BIND_ADDRESS=127.0.0.1\n# a sentence with A=B in it\n"
+KNOWN = {"HTTP_PORT", "MODEL", "BIND_ADDRESS"}
+
+
+def test_the_example_names_the_settings_commented_out_or_not() -> None:
+    assert settings.known_names(EXAMPLE) == KNOWN
+
+
+def test_every_setting_of_make_up_is_in_the_example() -> None:
+    known = settings.known_names(settings.EXAMPLE_FILE.read_text())
+    assert {field.alias for field in settings.Settings.model_fields.values()} <= known
+
+
+def test_a_misspelt_name_is_refused_with_the_one_that_was_meant() -> None:
+    with pytest.raises(Problem, match=r"\.env, line 2: nothing reads HTTP_PROT: did you mean HTTP_PORT\?"):
+        settings.parse_env("MODEL=a\nHTTP_PROT=81\n", KNOWN)
+
+
+def test_a_line_that_is_no_setting_is_refused() -> None:
+    with pytest.raises(Problem, match=r"\.env, line 1: 'HTTP_PORT 81' is not NAME=value"):
+        settings.parse_env("HTTP_PORT 81\n", KNOWN)
+
+
+def test_composes_own_names_pass() -> None:
+    assert settings.parse_env("COMPOSE_PROJECT_NAME=mine\n", KNOWN) == {"COMPOSE_PROJECT_NAME": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("a # comment", "a"),
+        ("a#b", "a#b"),
+        ("# comment", ""),
+        ('"a # b" # comment', "a # b"),
+        ("'{\"x\": 1}'", '{"x": 1}'),
+        ("", ""),
+    ],
+)
+def test_values_are_read_as_compose_reads_them(written: str, value: str) -> None:
+    assert settings.parse_env(f"MODEL={written}", KNOWN) == {"MODEL": value}
+
+
+@given(st.dictionaries(st.sampled_from(sorted(KNOWN)), st.text("abz09 #=./-{}:,", max_size=20)))
+def test_quoted_values_come_back_whole(values: dict[str, str]) -> None:
+    text = "".join(f"{name}='{value}'\n# comment\n\n" for name, value in values.items())
+    assert settings.parse_env(text, KNOWN) == values
+
+
+@given(st.text())
+def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
+    problem: Problem | None = None
+    try:
+        settings.parse_env(text, KNOWN)
+    except Problem as raised:
+        problem = raised
+    assert problem is None or problem.what.startswith(".env, line ")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"HTTP_PORT": "eighty"}, "HTTP_PORT=eighty will not do"),
+        ({"GRAFANA_PORT": "70000"}, "GRAFANA_PORT=70000 will not do"),
+        ({"BIND_ADDRESS": "everywhere"}, "BIND_ADDRESS=everywhere will not do"),
+        ({"IMAGES": "docker"}, "IMAGES=docker will not do: .*'auto', 'registry' or 'packages'"),
+        ({"GPU": "yes"}, "GPU=yes will not do"),
+    ],
+)
+def test_a_value_out_of_range_is_named(values: dict[str, str], message: str) -> None:
+    with pytest.raises(Problem, match=message):
+        settings.check(values)
+
+
+def test_a_gateway_open_to_others_has_to_be_wanted_in_so_many_words() -> None:
+    with pytest.raises(Problem, match=r"BIND_ADDRESS=0\.0\.0\.0 opens the gateway.*set GATEWAY_AUTH=off"):
+        settings.check({"BIND_ADDRESS": "0.0.0.0"})
+    assert settings.check({"BIND_ADDRESS": "0.0.0.0", "GATEWAY_AUTH": "off"}).url == "http://127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("values", "url"),
+    [
+        ({}, "http://127.0.0.1"),
+        ({"HTTP_PORT": "8080"}, "http://127.0.0.1:8080"),
+        ({"BIND_ADDRESS": "192.0.2.7", "GATEWAY_AUTH": "off"}, "http://192.0.2.7"),
+        ({"BIND_ADDRESS": "::", "GATEWAY_AUTH": "off"}, "http://[::1]"),
+    ],
+)
+def test_the_url_is_where_this_host_reaches_the_gateway(values: dict[str, str], url: str) -> None:
+    assert settings.check(values).url == url
+
+
+def test_the_environment_wins_over_the_file_and_unknown_names_in_it_are_not_ours(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("HTTP_PORT=81\nGRAFANA_PORT=3001\n")
+    loaded = settings.load(file, {"HTTP_PORT": "82", "PATH": "/bin"})
+    assert (loaded.http_port, loaded.grafana_port) == (82, 3001)
+
+
+def test_no_file_means_the_defaults(tmp_path: Path) -> None:
+    assert settings.load(tmp_path / ".env", {}).http_port == 80
