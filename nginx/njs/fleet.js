@@ -83,6 +83,10 @@ function publish() {
     read().forEach((replica, index) => {
         const look = record(replica.name);
         const [state, reason] = stateOf(replica.name, look);
+        // Given up, maybe too soon: not asked yet, a failed connection, or so slow that it seems dead (`late`) or wedged. Where
+        // nothing else is left, as while the others load, it is better to wait there than to be refused.
+        const suspect = state === 'unknown' || state === 'wedged'
+            || (look.alive || look.late) && (state === 'unreachable' || state === 'loading');
         // A replica keeps its number when others come and go: prefix.js remembers by number.
         ids[replica.name] = ids[replica.name] || Object.keys(ids).length % 255 + 1;
         table.replicas.push({
@@ -94,7 +98,7 @@ function publish() {
             reason,
             models: look.models,
             canary: canary.replicas.includes(replica.name),
-            suspect: state === 'unknown' || (look.alive && (state === 'unreachable' || state === 'loading')),
+            suspect: suspect && !shared.has(`drain:${replica.name}`),
             metrics: look.metrics,
         });
         for (const model of look.models) {

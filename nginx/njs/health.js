@@ -75,6 +75,7 @@ async function look(replica) {
     const now = Object.assign({}, old, { misses: 0, at: began });
     if (health.status === 200) {
         now.alive = true;
+        now.late = false;
         now.ever = true;
         now.reason = '';
         const down = fleet.get(`down:${name}`);
@@ -84,13 +85,15 @@ async function look(replica) {
         }
     } else if (health.status) {
         now.alive = false;
+        now.late = false;
         now.state = 'loading';
         now.reason = `/health says ${health.status}`;
     } else {
         now.misses = (old.misses || 0) + 1;
         now.reason = health.text;
         const refused = health.text === 'connect failed';
-        if (refused || !health.text.includes('timed out') || now.misses >= MISSES) {
+        now.late = health.text.includes('timed out');
+        if (!now.late || now.misses >= MISSES) {
             now.alive = false;
             // Nobody listens yet: a replica opens its port when its model is loaded.
             now.state = refused && !old.ever ? 'loading' : 'unreachable';
