@@ -2,7 +2,8 @@
 
 vLLM sends the status and headers of a stream at once, its first token when the queue and the prefill are done, maybe
 seconds later. Whatever had begun cannot go to another replica, so a stream that still waits in the queue of a replica
-that dies would be lost. Here the headers wait for the first bytes; until then the gateway can move the request. A
+that dies would be lost. Here the headers wait for the first bytes; until then the gateway can move the request. A chat
+opens with an event that says only whose turn it is: it waits for the token too, and leaves together with it. A
 stream whose first event is an error has not begun either: it becomes an error with its status, as without streaming.
 """
 
@@ -18,6 +19,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 ERROR_EVENT = b'data: {"error"'
+OPENING = b'"delta":{"role":"assistant","content":""}'
 HEADERS = [(b"content-type", b"application/json")]
 
 
@@ -38,6 +40,7 @@ class Held:
     def __init__(self, send: Send) -> None:
         self.send = send
         self.start: Message | None = None
+        self.opening = b""
         self.failed = False
 
     async def __call__(self, message: Message) -> None:
@@ -48,11 +51,15 @@ class Held:
             return
         elif self.start is None:
             await self.send(message)
-        elif message.get("body") or not message.get("more_body"):
+        elif OPENING in (body := message.get("body", b"")) and message.get("more_body"):
+            self.opening += body
+        elif body or not message.get("more_body"):
             start, self.start = self.start, None
-            if start["status"] == 200 and message.get("body", b"").startswith(ERROR_EVENT):
+            if start["status"] == 200 and body.startswith(ERROR_EVENT):
                 self.failed = True
-                start, message = as_error(message["body"])
+                start, message = as_error(body)
+            else:
+                message = {**message, "body": self.opening + body}
             await self.send(start)
             await self.send(message)
 

@@ -51,6 +51,22 @@ def test_headers_wait_for_the_first_bytes_and_nothing_else_does() -> None:
     ]
 
 
+def test_a_chats_opening_event_waits_for_the_first_token() -> None:
+    """One for each choice, without any text: a chat that got no further can still go to another replica."""
+    opening = b'data: {"choices":[{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null}]}\n\n'
+    token = b'data: {"choices":[{"index":0,"delta":{"content":"It"}}]}\n\n'
+    more = chunk(token)
+    assert sent(START, chunk(opening % 0), chunk(opening % 1), chunk(token), more) == [
+        [],
+        [],
+        [],
+        [START, chunk(opening % 0 + opening % 1 + token)],
+        [START, chunk(opening % 0 + opening % 1 + token), more],
+    ]
+    error = chunk(b'data: {"error": {"code": 500}}\n\n')
+    assert sent(START, chunk(opening % 0), error)[-1][0]["status"] == 503
+
+
 def test_an_answer_without_a_body_is_not_held_for_ever() -> None:
     """A 200 with nothing in it, as /health gives."""
     end = chunk(b"", more=False)
