@@ -37,7 +37,8 @@ class Stack:
 
     def status(self) -> dict[str, Any]:
         """What /status.json says."""
-        status: dict[str, Any] = requests.get(f"{self.url}/status.json", timeout=5).json()
+        # A host on which a replica loads may stand still for seconds.
+        status: dict[str, Any] = requests.get(f"{self.url}/status.json", timeout=30).json()
         return status
 
     def replicas(self) -> dict[str, dict[str, Any]]:

@@ -120,10 +120,10 @@ async def play(name: str, fault: Callable[[Watch], Awaitable[None]], hits: bool,
     load = SteadyLoad(stack.url, stack.model, clients=4, prompt_tokens=30, max_tokens=24, patience=PATIENCE)
     watch = Watch(stack.states, load)
     async with load:
-        await load.settle(8, seconds=120)
-        if hits:
-            watch.hit.add(VICTIM)
         try:
+            await load.settle(8, seconds=120)
+            if hits:
+                watch.hit.add(VICTIM)
             await fault(watch)
             await load.settle(8, seconds=120)
         except (AssertionError, TimeoutError, OSError, StackError) as why:

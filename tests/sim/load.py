@@ -199,8 +199,10 @@ class SteadyLoad:
                     break
 
     async def settle(self, requests: int, seconds: float = 20.0) -> None:
-        """Waits until `requests` more requests have ended."""
-        goal = len(self.outcomes) + requests
+        """Waits until `requests` more requests have ended; TimeoutError where they have not."""
+        before = len(self.outcomes)
         end = time.monotonic() + seconds
-        while len(self.outcomes) < goal and time.monotonic() < end:
+        while len(self.outcomes) < before + requests:
+            if time.monotonic() > end:
+                raise TimeoutError(f"{len(self.outcomes) - before} of {requests} requests ended in {seconds:.0f} s")
             await asyncio.sleep(0.02)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.conftest import Stack, run
+from tests.conftest import ROOT, Stack, run
 from tests.sim.load import Outcome, SteadyLoad
 from tests.waiting import until
 
@@ -35,40 +35,35 @@ def under_load(stack: Stack, fault: Callable[[], None], back_within_s: float) ->
             # new conversations each time: known ones go where they were
             seed=time.time_ns(),
         ) as load:
-            await load.settle(8, seconds=60)
-            assert {outcome.replica for outcome in load.outcomes} == set(stack.replicas()), (
-                "both serve before the fault"
-            )
+
+            def served(since: float) -> set[str | None]:
+                return {outcome.replica for outcome in load.outcomes if outcome.done and outcome.sent > since}
+
+            def back() -> bool:
+                return bool(stack.replicas()[VICTIM]["state"] == "ready")
+
+            replicas = set(stack.replicas())
+            await asyncio.to_thread(until, lambda: served(0) == replicas, 60, "all serve before the fault")
             await asyncio.to_thread(fault)
-            await load.settle(8, seconds=60)
-            until_ready = asyncio.to_thread(
-                until,
-                lambda: stack.replicas()[VICTIM]["state"] == "ready",
-                back_within_s,
-                f"{VICTIM} back in the route",
-            )
-            await until_ready
-            again = len(load.outcomes)
-            for _ in range(20):
-                await load.settle(2, seconds=30)
-                if VICTIM in {outcome.replica for outcome in load.outcomes[again:]}:
-                    break
+            hit = time.monotonic()
+            await asyncio.to_thread(until, lambda: served(hit) >= replicas - {VICTIM}, 60, "the others go on")
+            await asyncio.to_thread(until, back, back_within_s, f"{VICTIM} back in the route")
+            again = time.monotonic()
+            await asyncio.to_thread(until, lambda: VICTIM in served(again), 60, f"{VICTIM} serves again")
         return load.outcomes
 
     return asyncio.run(scenario())
 
 
 def assert_nothing_failed(outcomes: list[Outcome]) -> None:
-    """No request failed that had not begun, only streams on the victim were cut, and it serves at the end."""
+    """No request failed that had not begun, and only streams on the victim were cut."""
     failed = [(outcome.status, outcome.replica, outcome.why) for outcome in outcomes if outcome.failed]
     assert not failed
     refused = [(outcome.status, outcome.why) for outcome in outcomes if outcome.refused]
     assert not refused
-    cut = [outcome for outcome in outcomes if outcome.cut]
-    assert {outcome.replica for outcome in cut} <= {VICTIM}
+    cut = [outcome.replica for outcome in outcomes if outcome.cut]
+    assert set(cut) <= {VICTIM}
     assert len(cut) <= CLIENTS
-    assert outcomes[-1].done
-    assert VICTIM in {outcome.replica for outcome in outcomes[-80:] if outcome.done}, f"{VICTIM} serves again"
 
 
 @pytest.mark.timeout(400)
@@ -77,8 +72,10 @@ def test_a_replica_that_crashes(stack: Stack) -> None:
     stack.wait_until_all_ready()
 
     def crash() -> None:
-        # Everything in the container but its init, which then ends as after a crash.
-        run("docker", "compose", "exec", "-T", VICTIM, "sh", "-c", "kill -9 -1 || true")
+        # Everything in the container but its init, which then ends as after a crash. Whether this shell is still there to
+        # tell how it went is chance; the count of restarts tells it.
+        command = ["docker", "compose", "exec", "-T", VICTIM, "sh", "-c", "kill -9 -1"]
+        subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False)
 
     before = restarts()
     assert_nothing_failed(under_load(stack, crash, back_within_s=240))
