@@ -72,8 +72,8 @@ def test_a_replica_that_crashes(stack: Stack) -> None:
     stack.wait_until_all_ready()
 
     def crash() -> None:
-        # Everything in the container but its init, which then ends as after a crash. Whether this shell is still there to
-        # tell how it went is chance; the count of restarts tells it.
+        # Everything in the container but its init, which then ends as after a crash. This shell may be gone too
+        # before it tells how it went; the count of restarts tells it.
         command = ["docker", "compose", "exec", "-T", VICTIM, "sh", "-c", "kill -9 -1"]
         subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False)
 
