@@ -4,6 +4,7 @@ All are pinned to the CPUs given, started as their own documentation starts them
 gateway, which runs as it is shipped.
 """
 
+import math
 import os
 import shutil
 import socket
@@ -24,12 +25,13 @@ REQUIREMENTS = Path(__file__).with_name("peers.requirements.txt")
 
 @dataclass(frozen=True)
 class Target:
-    """What a peer stands in front of: replica URLs that serve `model`, and the CPUs that the peer may use."""
+    """What a peer stands in front of: replica URLs that serve `model`, the CPUs for it, and how many clients ask."""
 
     urls: Sequence[str]
     model: str
     cpus: str
     fleet: Replicas | None = None
+    clients: int = 0
 
 
 def free_port() -> int:
@@ -83,24 +85,40 @@ def direct(target: Target) -> Iterator[str]:
 
 
 class PlainNginx(Nginx):
-    """Nginx as vLLM's own page has it, with what a benchmark would stumble over mended (buffering, keepalive)."""
+    """Nginx as vLLM's own page has it, with what a benchmark would stumble over mended (buffering, keepalive).
 
-    def __init__(self, target: Target, method: str) -> None:
+    `options` are each server's, with {} where its address goes; `keyed`: key.js reads what `method` goes by and
+    is told what was chosen.
+    """
+
+    def __init__(self, target: Target, method: str, options: str = "", keyed: bool = False) -> None:
         self._port = free_port()
         super().__init__(f"http://127.0.0.1:{self._port}", cpus=target.cpus)
         self._target = target
         self._method = method
+        self._options = options
+        self._keyed = keyed
 
     def configure(self) -> None:
-        servers = " ".join(f"server {url.removeprefix('http://')};" for url in self._target.urls)
+        addresses = [url.removeprefix("http://") for url in self._target.urls]
+        servers = " ".join(f"server {address} {self._options.format(address)};" for address in addresses)
+        modules = os.environ.get("NGINX_MODULES", "/usr/lib/nginx/modules")
+        keys = f"""
+  js_engine qjs;
+  js_path {self.conf_seen};
+  js_import key from key.js;
+  js_shared_dict_zone zone=routes:16m timeout=1h evict;
+  js_var $key;
+  js_set $route key.route;"""
         write_plain(
             self,
-            f"""
+            f"""{keys if self._keyed else ""}
   upstream replicas {{ {self._method} {servers} keepalive 64; }}
   server {{
     listen 127.0.0.1:{self._port} backlog=4096;
     location = /health {{ return 200; }}
     location / {{
+      {"js_access key.read; js_header_filter key.remember;" if self._keyed else ""}
       proxy_pass http://replicas;
       proxy_http_version 1.1;
       proxy_set_header Connection "";
@@ -109,13 +127,22 @@ class PlainNginx(Nginx):
     }}
   }}
 """,
+            f"load_module {modules}/ngx_http_js_module.so;" if self._keyed else "",
         )
+        if self._keyed:
+            shutil.copy(Path(__file__).with_name("key.js"), self.conf)
 
 
 @contextmanager
-def nginx(target: Target, method: str) -> Iterator[str]:
-    with PlainNginx(target, method) as plain:
+def nginx(target: Target, method: str, options: str = "", keyed: bool = False) -> Iterator[str]:
+    with PlainNginx(target, method, options, keyed) as plain:
         yield plain.url
+
+
+def bounded_hash(target: Target) -> AbstractContextManager[str]:
+    """A consistent hash that goes on to the next replica where one has a quarter more than the mean."""
+    most = math.ceil(1.25 * target.clients / len(target.urls))
+    return nginx(target, "hash $key consistent;", f"max_conns={most}", keyed=True)
 
 
 @contextmanager
@@ -222,6 +249,12 @@ PEERS: dict[str, Start] = {
     "sglang-router, cache_aware": lambda target: router(target, SGLANG_ROUTER, "cache_aware"),
     "HAProxy, leastconn": haproxy,
     "LiteLLM": litellm,
+}
+
+# Two other designs for this gateway's affinity, with what stock Nginx has: `make bench` compares their workloads.
+DESIGNS: dict[str, Start] = {
+    "Nginx, sticky route": lambda target: nginx(target, "least_conn; sticky route $route;", "route={}", keyed=True),
+    "Nginx, bounded hash": bounded_hash,
 }
 
 # From which `make bench` picks vllm-router's best other policy (kv_aware needs the engine's own event stream).

@@ -11,7 +11,10 @@ from matplotlib.figure import Figure
 from benchmark.peers import OURS
 
 matplotlib.use("svg")
-COLOURS = ("#4c566a", "#9aa5b8", "#c7cedb", "#5e81ac", "#81a1c1", "#a3be8c", "#d08770", "#b48ead", "#ebcb8b", "#88c0d0")
+COLOURS = (
+    *("#4c566a", "#9aa5b8", "#c7cedb", "#5e81ac", "#81a1c1", "#a3be8c", "#d08770", "#b48ead", "#ebcb8b", "#88c0d0"),
+    "#8fbcbb",
+)
 
 
 def bars(

@@ -3,11 +3,15 @@
 from tests.sim.fleet import Nginx
 
 
-def write_plain(nginx: Nginx, http: str) -> None:
-    """Writes the configuration of one worker without an access log; `http` is what stands inside its http block."""
+def write_plain(nginx: Nginx, http: str, main: str = "") -> None:
+    """Writes the configuration of one worker without an access log.
+
+    `http` is what stands inside its http block, `main` what stands before all blocks.
+    """
     tmp = nginx.tmp_seen
     nginx.conf.mkdir()
     (nginx.conf / "nginx.conf").write_text(f"""
+{main}
 worker_processes 1;
 pid {tmp}/nginx.pid;
 error_log stderr;

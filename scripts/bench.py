@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark import overhead, peers, workloads  # noqa: E402
 from benchmark.overhead import SIZES, Cost, quantile  # noqa: E402
-from benchmark.peers import OURS, PEERS, Start, Target  # noqa: E402
+from benchmark.peers import DESIGNS, OURS, PEERS, Start, Target  # noqa: E402
 from benchmark.pictures import bars, line  # noqa: E402
 from benchmark.report import provenance, table  # noqa: E402
 from benchmark.workloads import WORKLOADS, Cell, Sizes  # noqa: E402
@@ -67,7 +67,8 @@ LOADS = """# Workloads
 
 Written by `make bench`. {replicas} simulated replicas (`{shape}`;
 tests/sim/engine.py has their model of time), {clients} clients, {seconds:.0f} s each after a warm-up, new replicas and
-a new gateway for each row. Direct: clients take the replicas in turn. vllm-router's {best} is the best of {others}
+a new gateway for each row. Direct: clients take the replicas in turn. {designs} are other
+designs of this gateway's affinity. vllm-router's {best} is the best of {others}
 in this run.
 """
 
@@ -190,7 +191,7 @@ def one_peer(name: str, start: Start, proxy: str, names: Sequence[str], seed: in
         tell(f"{name}: {workload}")
         with Replicas(REPLICAS, *workloads.SHAPE) as fleet:
             urls = [sim.url for sim in fleet]
-            with start(Target(urls, fleet.model, proxy, fleet)) as url:
+            with start(Target(urls, fleet.model, proxy, fleet, CLIENTS)) as url:
                 ask = urls if name == "direct" else [url]
                 cells[workload] = asyncio.run(
                     workloads.run(ask, urls, fleet.model, workload, seed, CLIENTS, seconds, Sizes())
@@ -225,7 +226,7 @@ def run_workloads(chosen: dict[str, Start], names: Sequence[str], seconds: float
         others = ", ".join(peers.OTHER_POLICIES)
         shape = " ".join(workloads.SHAPE)
         known = {"replicas": REPLICAS, "shape": shape, "clients": CLIENTS, "seconds": seconds, "best": best}
-        intro = LOADS.format(**known, others=others)
+        intro = LOADS.format(**known, others=others, designs=" and ".join(DESIGNS))
         for file, title, value in PICTURES:
             series = {name: [value(cells[workload]) for workload in WORKLOADS] for name, cells in found.items()}
             bars(DOCS / file, title, list(WORKLOADS), series, log="ms" in title)
@@ -367,7 +368,10 @@ def main(
     tell("the peers' programs")
     peers.install()
     seed = random.randrange(10**9) if seed is None else seed
-    chosen = {name: start for name, start in PEERS.items() if any(part in name for part in only.split(","))}
+    chosen, designs = (
+        {name: start for name, start in group.items() if any(part in name for part in only.split(","))}
+        for group in (PEERS, DESIGNS)
+    )
     names = [name for name in WORKLOADS if workload in name]
     write = not (quick or only or workload)
     affinity = os.sched_getaffinity(0)
@@ -381,7 +385,7 @@ def main(
             run_overhead(chosen, 1 if quick else 2, 1 if quick else 3, seed, write)
             os.sched_setaffinity(0, affinity)
         if "workloads" in wanted:
-            run_workloads(chosen, names, 3 if quick else 10, seed, write)
+            run_workloads(chosen | designs, names, 3 if quick else 10, seed, write)
             os.sched_setaffinity(0, affinity)
         if "memory" in wanted:
             run_memory(20_000 if quick else 1_000_000, seed, write)
