@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Packs the stack for a host without a network: images, models, pins, docs and this checkout, in one archive.
 
-On that host, which has Docker with Compose and Python 3.11 or newer:
+On that host, which has Docker with Compose and Buildx, and Python 3.11 to 3.14:
 
     tar xf vllm-fleet-DATE.tar && vllm-fleet/install.sh && cd vllm-fleet && make up"""
 
@@ -24,11 +24,15 @@ from stack.images import present
 from stack.shell import ROOT, ask
 
 NAME = "vllm-fleet"
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 INSTALL = """\
 #!/bin/sh
 # Installs the stack from this bundle: checks it, loads the images, makes .venv. Needs no network. Can be run again.
 set -eu
 cd "$(dirname "$0")"
+for needed in "docker info" "docker compose version" "docker buildx version"; do
+  $needed >/dev/null || { echo "'$needed' fails, see above: mend that and run this again." >&2; exit 1; }
+done
 echo "Checking the files ..."
 sha256sum --check --quiet SHA256SUMS
 echo "Loading the images ..."
@@ -62,7 +66,8 @@ def main(
         archive = out / f"{NAME}-{datetime.now(UTC):%Y-%m-%d}.tar"
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             _pack(archive, Path(scratch), have, folders)
-        console.print(f"{archive}: {archive.stat().st_size / 2**30:.1f} GiB. There: tar xf it, then {NAME}/install.sh")
+        size = f"{archive.stat().st_size / 2**30:.1f} GiB"
+        console.print(f"{archive}: {size}. There: tar xf it, then {NAME}/install.sh", soft_wrap=True)
 
 
 def _check_disk(out: Path, images: list[str], folders: list[Path]) -> None:
@@ -94,13 +99,16 @@ def _pack(archive: Path, scratch: Path, images: list[str], folders: list[Path]) 
         now.result = ", ".join(images)
     with step("Gathering Python packages") as now:
         wheels = scratch / "wheels"
+        download = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", f"--dest={wheels}"]
         # bootstrap.sh brings pip up to date first
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(wheels), "pip>=25.1"]
-        run = subprocess.run([*download, "--group", f"{ROOT / 'pyproject.toml'}:scripts"])
-        if run.returncode:
-            raise Problem("pip could not fetch the packages", "see what it says above")
+        download += ["--only-binary=:all:", "--group", f"{ROOT / 'pyproject.toml'}:scripts", "pip>=25.1"]
+        # the Python there may be another
+        for version in PYTHONS:
+            now.say(f"for Python {version}")
+            if subprocess.run([*download, f"--python-version={version}"]).returncode:
+                raise Problem("pip could not fetch the packages", "see what it says above")
         files |= {f"wheels/{path.name}": path for path in sorted(wheels.iterdir())}
-        now.result = f"{len(list(wheels.iterdir()))} packages for Python {sys.version_info[0]}.{sys.version_info[1]}"
+        now.result = f"{len(list(wheels.iterdir()))}, for Python {', '.join(PYTHONS)}"
     install = scratch / "install.sh"
     install.write_text(INSTALL)
     install.chmod(0o755)
