@@ -85,6 +85,7 @@ async def network_cut(watch: Watch) -> None:
     container = run("docker", "compose", "ps", "--quiet", VICTIM).strip()
     template = "{{range $name, $_ := .NetworkSettings.Networks}}{{$name}}{{end}}"
     network = run("docker", "inspect", "--format", template, container).strip()
+    start = time.monotonic()
     await asyncio.to_thread(run, "docker", "network", "disconnect", network, container)
     try:
         await watch.left(VICTIM, 10.0)
@@ -92,6 +93,8 @@ async def network_cut(watch: Watch) -> None:
     finally:
         await asyncio.to_thread(run, "docker", "network", "connect", "--alias", VICTIM, network, container)
     await watch.back(VICTIM, START_SECONDS)
+    late = [outcome.ttft for outcome in watch.load.outcomes if outcome.ended > start and outcome.ttft > HOLD]
+    assert not late, f"{len(late)} waited for the network to come back, {max(late):.0f} s, and not for another replica"
 
 
 async def recreate(watch: Watch) -> None:

@@ -5,12 +5,14 @@
 
 import asyncio
 import json
+import secrets
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import requests
 
 from tests.conftest import ROOT, Stack, run
 from tests.sim.load import Outcome, SteadyLoad
@@ -96,6 +98,31 @@ def test_a_replica_recreated_with_a_new_address(stack: Stack) -> None:
         assert network_and_address(container())[1] != old
 
     assert_nothing_failed(under_load(stack, kill_and_recreate, back_within_s=240))
+
+
+def test_a_request_sent_into_a_cut_network_goes_elsewhere(stack: Stack) -> None:
+    """Right after the cut the gateway sends on a connection that it kept; nobody answers there, so it is moved."""
+    stack.wait_until_all_ready()
+
+    def ask(prompt: str) -> str:
+        body = {"model": stack.model, "prompt": prompt, "max_tokens": 1}
+        answer = requests.post(f"{stack.url}/v1/completions", json=body, timeout=40)
+        assert answer.status_code == 200, answer.text
+        return answer.headers["X-Replica"]
+
+    def known_to_victim() -> str:
+        prompt = f"{secrets.token_hex(16)} " + "and so on " * 50
+        return prompt if ask(prompt) == VICTIM else ""
+
+    prompt = until(known_to_victim, 60, f"{VICTIM} is sent a new prompt")
+    name = container()
+    network, _ = network_and_address(name)
+    run("docker", "network", "disconnect", network, name)
+    try:
+        assert ask(prompt) != VICTIM
+    finally:
+        run("docker", "network", "connect", "--alias", VICTIM, network, name)
+    stack.wait_until_all_ready()
 
 
 def restarts() -> int:
