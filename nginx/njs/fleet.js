@@ -8,6 +8,7 @@ import fs from 'fs';
 
 const shared = ngx.shared.fleet;
 const load = ngx.shared.load;
+const counters = ngx.shared.counters;
 
 const WORK_LEFT = Math.exp(-1 / 5);   // after a second: work counts for some five seconds
 
@@ -108,21 +109,25 @@ function publish() {
     started();
     set('ids', ids);
     set('table', table);
+    // After the table: who reads this number reads this table or a later one.
+    counters.incr('table', 1, 0);
     return table;
 }
 
-let seen = '';
+let seen = 0;
 let parsed = null;
 
-// The table. It is parsed anew only when it has changed.
+// The table, and `lists`: what route.js made of it. It is read anew only when another one was published.
 function table() {
-    const text = shared.get('table');
-    if (text === undefined) {
-        return publish();
+    const number = counters.get('table');
+    if (number === undefined) {
+        publish();
+        return table();
     }
-    if (text !== seen) {
-        parsed = JSON.parse(text);
-        seen = text;
+    if (number !== seen) {
+        parsed = get('table');
+        parsed.lists = Object.create(null);
+        seen = number;
     }
     return parsed;
 }

@@ -29,11 +29,12 @@ function bucket(bounds, value) {
 
 // A request is over. `firstByte` is NaN where none came from a replica.
 function served(replica, model, status, reason, firstByte, seconds) {
-    const first = firstByte >= 0 ? bucket(FIRST_BYTE, firstByte) : '';
-    add(`request|${replica}|${model}|${status}|${reason}|${first}|${bucket(DURATION, seconds)}`, 1);
-    add(`seconds|${replica}`, seconds);
-    if (firstByte >= 0) {
-        add(`first|${replica}`, firstByte);
+    const began = firstByte >= 0;
+    const first = began ? bucket(FIRST_BYTE, firstByte) : '';
+    add('request|' + replica + '|' + model + '|' + status + '|' + reason + '|' + first + '|' + bucket(DURATION, seconds), 1);
+    add('seconds|' + replica, seconds);
+    if (began) {
+        add('first|' + replica, firstByte);
     }
 }
 

@@ -7,18 +7,20 @@
 //
 // Of a long message only the length, the first and the last characters of each piece between two cuts are hashed: a wrong
 // match costs one cache miss, hashing every byte would cost every request.
+//
+// Every request runs through here, and QuickJS takes its time: loops over characters and objects made in passing are dear,
+// cutting and joining strings is not.
 
 import crypto from 'crypto';
 
 const prefixes = ngx.shared.prefixes;
 
-const FIRST_CUT = 512;   // characters; half a kilobyte is some eight blocks of a replica's cache
-const WHOLE = 1024;      // characters; a message up to this length is hashed whole
+const FIRST_CUT = 512;   // characters: some eight blocks of a replica's cache; a message up to this length is hashed whole
 const SAMPLE = 64;       // characters, at each end of a piece
 const LOOK_BACK = 6;     // messages: a turn adds two, a turn with tools some more
 const HOLDERS = 6;       // replicas remembered a key, eight bits each
 
-// What a cut is, in the lowest bits of its place.
+// What a cut is.
 const KEPT = 1;   // worth remembering; the others are only looked up
 const OWN = 2;    // a match here is the same conversation: its first answer follows
 
@@ -29,9 +31,6 @@ function sample(text) {
 // What a message says, as one string.
 function contentOf(message) {
     const content = message.content;
-    if (typeof content === 'string') {
-        return content;
-    }
     if (!Array.isArray(content)) {
         return message.tool_calls ? JSON.stringify(message.tool_calls) : '';
     }
@@ -42,74 +41,76 @@ function contentOf(message) {
     return text;
 }
 
-// Cuts a prompt: {text, cuts, lengths}. Each cut is how much of `text` comes before it, times four, plus what it is; its
-// length is that of all messages before it, of which `text` has but samples. `answered` is the index of the first answer.
-function cut(seed, messages, answered) {
-    const cuts = [];
-    const lengths = [];
-    const last = messages.length - 1;
-    let text = seed;
-    let before = 0;
-    for (let i = 0; i <= last; i++) {
-        const message = messages[i];
-        const length = message.length;
-        const early = i < 2 || i === last;
-        if (length <= WHOLE) {
-            if (early && length > FIRST_CUT) {
-                cuts.push((text.length + FIRST_CUT) * 4 + KEPT);
-                lengths.push(before + FIRST_CUT);
-            }
-            text += message;
-        } else {
-            let from = 0;
-            for (let to = FIRST_CUT; to < length; to *= 2) {
-                text += sample(message.slice(from, to));
-                from = to;
-                if (early) {
-                    cuts.push(text.length * 4 + KEPT);
-                    lengths.push(before + to);
-                }
-            }
-            text += sample(message.slice(from));
-        }
-        before += length;
-        if (early || i >= last - LOOK_BACK) {
-            cuts.push(text.length * 4 + (early ? KEPT : 0) + (i >= answered - 1 ? OWN : 0));
-            lengths.push(before);
+// `text`, and after it what a message says; `before` is the length of the messages before it.
+function grow(prompt, text, said, before, early) {
+    const length = said.length;
+    let from = 0;
+    for (let to = FIRST_CUT; to < length; to *= 2) {
+        text += sample(said.slice(from, to));
+        from = to;
+        if (early) {
+            prompt.cuts.push((before + to) * 4 + KEPT);
+            prompt.texts.push(text);
         }
     }
-    return { text, cuts, lengths };
+    return text + (from ? sample(said.slice(from)) : said);
 }
 
-// The cuts of a request's body, or null where it has no prompt that is cached.
+// The cuts of a request's body, from the start of its prompt to the end, or null where it has no prompt that is cached:
+// {cuts, texts, keys, holders, at}. A cut is the length of all that comes before it, times four, plus what it is; its text is
+// what its key is made of. The last three are filled when a replica is chosen: the keys and holders that were looked up, and
+// which cut matched.
 function cutsOf(body, model) {
-    if (Array.isArray(body.messages)) {
-        const texts = [];
-        let answered = Infinity;
-        for (const message of body.messages) {
-            if (message) {
-                if (message.role === 'assistant' && answered > texts.length) {
-                    answered = texts.length;
-                }
-                texts.push(`\n${message.role}\n${contentOf(message)}`);
-            }
+    const cuts = [];
+    const texts = [];
+    const prompt = { cuts, texts, keys: [], holders: [], at: -1 };
+    const messages = body.messages;
+    if (!Array.isArray(messages)) {
+        const said = promptOf(body);
+        if (!said) {
+            return null;
         }
-        return texts.length ? cut(model, texts, answered) : null;
+        texts.push(grow(prompt, model, said, 0, true));
+        cuts.push(said.length * 4 + KEPT + OWN);
+        return prompt;
     }
+    const last = messages.length - 1;
+    let text = model;
+    let length = 0;
+    let own = 0;
+    for (let i = 0; i <= last; i++) {
+        const message = messages[i];
+        if (!message) {
+            continue;
+        }
+        const content = message.content;
+        const said = `\n${message.role}\n${typeof content === 'string' ? content : contentOf(message)}`;
+        const early = i < 2 || i === last;
+        if (!own && (message.role === 'assistant' || i < last && messages[i + 1] && messages[i + 1].role === 'assistant')) {
+            own = OWN;
+        }
+        text = said.length > FIRST_CUT ? grow(prompt, text, said, length, early) : text + said;
+        length += said.length;
+        if (early || i >= last - LOOK_BACK) {
+            cuts.push(length * 4 + own + (early ? KEPT : 0));
+            texts.push(text);
+        }
+    }
+    return cuts.length ? prompt : null;
+}
+
+// The prompt of a body that has no messages, or ''. Of several prompts the first, of token numbers the first 4096.
+function promptOf(body) {
     const prompt = body.prompt || body.input;
-    if (typeof prompt === 'string') {
-        return cut(model, [prompt], 1);
-    }
     if (Array.isArray(prompt) && prompt.length) {
-        // Several prompts, or one as token numbers.
-        return cut(model, [typeof prompt[0] === 'string' ? prompt[0] : JSON.stringify(prompt.slice(0, 4096))], 1);
+        return typeof prompt[0] === 'string' ? prompt[0] : JSON.stringify(prompt.slice(0, 4096));
     }
-    return null;
+    return typeof prompt === 'string' ? prompt : '';
 }
 
 // The key of the i-th cut.
 function key(prompt, i) {
-    return crypto.createHash('md5').update(prompt.text.slice(0, prompt.cuts[i] >> 2)).digest('base64');
+    return prompt.keys[i] || (prompt.keys[i] = crypto.createHash('md5').update(prompt.texts[i]).digest('base64'));
 }
 
 // The ids of the replicas that were sent this key, the latest first, packed into a number; 0 for none.

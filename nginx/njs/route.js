@@ -14,11 +14,14 @@ const BRACE = 123;           // {: every JSON body here begins so
 const PARSED = 1 << 20;      // characters; of a longer body only the model is read
 
 // How many requests a replica may have beyond the one with fewest, or how many times the mean, whichever is more …
-const NEW = [0, 1.25];       // … and still be given a prompt that nobody has
+const NEW = [1, 1.5];        // … and still be given a prompt that nobody has
 const SOFT = [4, 1.25];      // … before a beginning that much of its work shares is given to another replica too
 const HARD = [32, 2];        // … before all that comes goes elsewhere: affinity overloads nobody
-const HOT = 1 / 4;           // of what a busy replica gets, begins alike: worth the room in another cache
-const HOT_OF = 16;           // requests, at least, to judge by
+const HOT = 3 / 4;           // of what a busy replica gets, begins alike: worth the room in another cache
+const HOT_OF = 4;            // requests, at least, to judge by
+
+const ANSWER = 1000;         // characters of prompt that take a replica about as long as its part in one answer
+const ALIKE = 1.25;          // times the least work: no reason to prefer one replica to the other
 
 // ---- reading the request
 
@@ -89,9 +92,12 @@ function loads(list) {
     let least = Infinity;
     let sum = 0;
     for (let i = 0; i < list.length; i++) {
-        busy[i] = fleet.inFlight(list[i].name) / list[i].weight;
-        least = Math.min(least, busy[i]);
-        sum += busy[i];
+        const one = fleet.inFlight(list[i].name) / list[i].weight;
+        busy.push(one);
+        sum += one;
+        if (one < least) {
+            least = one;
+        }
     }
     return { busy, least, mean: sum / list.length };
 }
@@ -100,24 +106,33 @@ function limit(load, bound) {
     return Math.max(load.least + bound[0], load.mean * bound[1]);
 }
 
-// For a prompt that nobody has: of those not too busy, the replica that was given least to compute lately. Going by the
-// number of requests alone would send a burst of long prompts to one.
+function workOf(replica) {
+    return fleet.work(replica.name) / replica.weight;
+}
+
+// For a prompt that nobody has: of those not too busy, and given about the least to compute lately, the next in turn.
+// Going by the number of requests alone would send a burst of long prompts to one, and all that follow the end of one
+// batch to where it was, to be the next batch and wait for each other: in turn they meet fewer others that begin.
 function lightest(list, load) {
     const most = limit(load, NEW);
-    const start = list.length > 1 ? counters.incr('new', 1, 0) : 0;
-    let best = null;
+    const works = [];
     let least = Infinity;
-    for (let n = 0; n < list.length; n++) {
-        const i = (start + n) % list.length;
-        if (load.busy[i] <= most) {
-            const work = fleet.work(list[i].name) / list[i].weight;
-            if (work < least) {
-                least = work;
-                best = list[i];
-            }
-        }
+    for (let i = 0; i < list.length; i++) {
+        works[i] = load.busy[i] <= most ? workOf(list[i]) : Infinity;
+        least = Math.min(least, works[i]);
     }
-    return best;
+    let i = list.length > 1 ? counters.incr('new', 1, 0) % list.length : 0;
+    while (works[i] > least * ALIKE) {
+        i = (i + 1) % list.length;
+    }
+    return list[i];
+}
+
+// Whether the i-th replica is the better one of two that know the prompt: they are compared as those that do not.
+function better(list, load, i, than) {
+    const most = limit(load, NEW);
+    return load.busy[i] > most || load.busy[than] > most ? load.busy[i] < load.busy[than]
+        : workOf(list[i]) < workOf(list[than]);
 }
 
 // Counts a request to a busy replica; whether its beginning is one that many of them share. Sending it elsewhere then takes
@@ -134,17 +149,17 @@ function hot(name, key) {
 }
 
 // The replica that was sent the longest beginning of this prompt, unless it has too much to do; null if there is none.
-// `found` takes the keys and holders that were looked up, and where the match is. `own`: only whole conversations count.
-function byPrefix(list, load, prompt, found, own) {
+// `own`: only whole conversations count.
+function byPrefix(list, load, prompt, own) {
     for (let at = prompt.cuts.length - 1; at >= 0; at--) {
         if (own && !(prompt.cuts[at] & prefix.OWN)) {
             continue;
         }
-        const key = found.keys[at] || (found.keys[at] = prefix.key(prompt, at));
-        const packed = found.holders[at] = prefix.holders(key);
+        const key = prefix.key(prompt, at);
+        const packed = prompt.holders[at] = prefix.holders(key);
         let chosen = -1;
         for (let i = 0; packed && i < list.length; i++) {
-            if (prefix.holds(packed, list[i].id) && (chosen < 0 || load.busy[i] < load.busy[chosen])) {
+            if (prefix.holds(packed, list[i].id) && (chosen < 0 || better(list, load, i, chosen))) {
                 chosen = i;
             }
         }
@@ -152,7 +167,7 @@ function byPrefix(list, load, prompt, found, own) {
             if (!own && load.busy[chosen] > limit(load, SOFT) && hot(list[chosen].name, key)) {
                 return null;
             }
-            found.at = at;
+            prompt.at = at;
             return list[chosen];
         }
     }
@@ -160,37 +175,34 @@ function byPrefix(list, load, prompt, found, own) {
 }
 
 // The replica is sent this prompt now. What comes before the match it was sent already.
-function remember(prompt, found, replica) {
+function remember(prompt, replica) {
     const end = prompt.cuts.length - 1;
-    for (let i = Math.max(0, found.at); i <= end; i++) {
+    const at = prompt.at;
+    for (let i = Math.max(0, at); i <= end; i++) {
         // The end is set each time, so that what is in use stays.
-        if (prompt.cuts[i] & prefix.KEPT && (i !== found.at || i === end)) {
-            const key = found.keys[i] || prefix.key(prompt, i);
-            const packed = found.holders[i] === undefined ? prefix.holders(key) : found.holders[i];
-            prefix.keep(key, replica.id, packed);
+        if (prompt.cuts[i] & prefix.KEPT && (i !== at || i === end)) {
+            const key = prefix.key(prompt, i);
+            prefix.keep(key, replica.id, prompt.holders[i] === undefined ? prefix.holders(key) : prompt.holders[i]);
         }
     }
-    metrics.blocks(found.at + 1, end - found.at);
-    const unknown = prompt.lengths[end] - (found.at < 0 ? 0 : prompt.lengths[found.at]);
-    if (unknown) {
-        fleet.addWork(replica.name, unknown);
-    }
+    metrics.blocks(at + 1, end - at);
+    const unknown = (prompt.cuts[end] - (at < 0 ? 0 : prompt.cuts[at])) / 4;
+    fleet.addWork(replica.name, unknown + ANSWER);
 }
 
 // A session stays where it was; a new one, or one whose replica is gone, begins where its prompt fits best.
 function bySession(table, list, prompt, key) {
-    const found = { keys: [], holders: [], at: -1 };
     const packed = prefix.holders(key);
     let replica = list.find((one) => packed % 256 === one.id);
     const reason = replica ? 'session' : 'load';
     if (!replica) {
         list = table.canary === null ? list : group(list, table.canary);
         const load = loads(list);
-        replica = prompt && byPrefix(list, load, prompt, found, false) || lightest(list, load);
+        replica = prompt && byPrefix(list, load, prompt, false) || lightest(list, load);
     }
     prefix.keep(key, replica.id, 0);
     if (prompt) {
-        remember(prompt, found, replica);
+        remember(prompt, replica);
     }
     return [replica, reason];
 }
@@ -218,17 +230,16 @@ function pick(r, table, list, body, model) {
     if (!prompt) {
         return [leastBusy(table.canary === null ? list : group(list, table.canary)), 'load'];
     }
-    const found = { keys: [], holders: [], at: -1 };
     let load = loads(list);
-    let replica = byPrefix(list, load, prompt, found, table.canary !== null);
+    let replica = byPrefix(list, load, prompt, table.canary !== null);
     if (!replica && table.canary !== null) {
         list = group(list, table.canary);
         load = loads(list);
-        replica = byPrefix(list, load, prompt, found, false);
+        replica = byPrefix(list, load, prompt, false);
     }
     const reason = replica ? 'prefix' : 'load';
     replica = replica || lightest(list, load);
-    remember(prompt, found, replica);
+    remember(prompt, replica);
     return [replica, reason];
 }
 
@@ -285,7 +296,9 @@ async function choose(r) {
             refuseModel(r, table, model);
             return;
         }
-        const list = candidates(table, known, null);
+        // Most requests find the same replicas: those of a model are listed once for each table.
+        const name = known ? model : '';
+        const list = table.lists[name] || (table.lists[name] = candidates(table, known, null));
         if (!list.length) {
             refuseNone(r, table);
             return;
@@ -295,9 +308,9 @@ async function choose(r) {
         }
         if (list[0].state === 'ready') {
             const [replica, reason] = pick(r, table, list, body, model);
-            send(r, replica, known ? model : '', reason);
+            send(r, replica, name, reason);
         } else {
-            send(r, leastBusy(list), known ? model : '', 'fallback');
+            send(r, leastBusy(list), name, 'fallback');
         }
     } catch (e) {
         ngx.log(ngx.ERR, `choosing: ${e.message} ${e.stack}`);
