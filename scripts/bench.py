@@ -262,16 +262,16 @@ def replica_addresses(stack: Stack) -> dict[str, str]:
     return found
 
 
-def run_real(seconds: float, seed: int, write: bool) -> None:
+def run_real(chosen: dict[str, Start], workload: str, seconds: float, seed: int, write: bool) -> None:
     stack = Stack.find()
     addresses = replica_addresses(stack)
     gateway = f"http://{addresses.pop('gateway')}:80"
     urls = [f"http://{address}:8000" for address in addresses.values()]
     cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     sizes = Sizes(tokens=0.1, answers=0.3, shared=0.4)
-    names = ["many-turn chats", "shared system prompts", "random prompts"]
+    names = [name for name in ("many-turn chats", "shared system prompts", "random prompts") if workload in name]
     found: dict[str, dict[str, Cell]] = {}
-    for turn, (name, start) in enumerate(PEERS.items()):
+    for turn, (name, start) in enumerate(chosen.items()):
         if name == "LiteLLM":
             continue
         found[name] = {}
@@ -377,7 +377,7 @@ def main(
     affinity = os.sched_getaffinity(0)
     try:
         if real:
-            run_real(5 if quick else 12, seed, write)
+            run_real(chosen, workload, 5 if quick else 12, seed, write)
             return
         if FIRST in wanted:
             run_first_token(20 if quick else 200, seed, write)
