@@ -33,8 +33,9 @@ class Sizes:
     def prompt(self, rng: random.Random, tokens: int) -> str:
         return text(rng, max(4, int(tokens * self.tokens)))
 
-    def answer(self, tokens: int) -> int:
-        return max(4, int(tokens * self.answers))
+    def answer(self, rng: random.Random, tokens: int) -> int:
+        """Half to one and a half times as long: were all alike, those begun together would end and begin together."""
+        return max(4, int(tokens * rng.uniform(0.5, 1.5) * self.answers))
 
     def texts(self, rng: random.Random, count: int, tokens: int) -> list[str]:
         return [self.prompt(rng, tokens) for _ in range(max(2, int(count * self.shared)))]
@@ -54,7 +55,7 @@ def chats(rng: random.Random, _: random.Random, sizes: Sizes) -> Client:
         messages = [system(sizes.prompt(rng, 300))]
         for _turn in range(6):
             messages.append(user(sizes.prompt(rng, 100)))
-            answer = yield messages, sizes.answer(40)
+            answer = yield messages, sizes.answer(rng, 40)
             messages.append({"role": "assistant", "content": answer})
 
 
@@ -62,36 +63,36 @@ def shared_prompts(rng: random.Random, common: random.Random, sizes: Sizes) -> C
     """Twelve system prompts of 1,500 tokens, and a question of its own after one of them."""
     prompts = sizes.texts(common, 12, 1500)
     while True:
-        yield [system(rng.choice(prompts)), user(sizes.prompt(rng, 60))], sizes.answer(40)
+        yield [system(rng.choice(prompts)), user(sizes.prompt(rng, 60))], sizes.answer(rng, 40)
 
 
 def random_prompts(rng: random.Random, _: random.Random, sizes: Sizes) -> Client:
     """Nothing in common: affinity has nothing to win, and must not lose."""
     while True:
-        yield [user(sizes.prompt(rng, rng.randint(300, 800)))], sizes.answer(40)
+        yield [user(sizes.prompt(rng, rng.randint(300, 800)))], sizes.answer(rng, 40)
 
 
 def hot_prefix(rng: random.Random, common: random.Random, sizes: Sizes) -> Client:
     """One prefix of 2,000 tokens on every request: all to one replica would be the wrong answer."""
     prefix = sizes.prompt(common, 2000)
     while True:
-        yield [system(prefix), user(sizes.prompt(rng, 50))], sizes.answer(40)
+        yield [system(prefix), user(sizes.prompt(rng, 50))], sizes.answer(rng, 40)
 
 
 def long_and_short(rng: random.Random, _: random.Random, sizes: Sizes) -> Client:
     """One in five prompts is of 3,000 tokens, the others of 60."""
     while True:
         if rng.random() < 0.2:
-            yield [user(sizes.prompt(rng, 3000))], sizes.answer(30)
+            yield [user(sizes.prompt(rng, 3000))], sizes.answer(rng, 30)
         else:
-            yield [user(sizes.prompt(rng, 60))], sizes.answer(60)
+            yield [user(sizes.prompt(rng, 60))], sizes.answer(rng, 60)
 
 
 def kv_pressure(rng: random.Random, common: random.Random, sizes: Sizes) -> Client:
     """Questions to 48 documents of 2,000 tokens: three times what one replica's cache holds, less than the fleet's."""
     documents = sizes.texts(common, 48, 2000)
     while True:
-        yield [system(rng.choice(documents)), user(sizes.prompt(rng, 40))], sizes.answer(20)
+        yield [system(rng.choice(documents)), user(sizes.prompt(rng, 40))], sizes.answer(rng, 20)
 
 
 WORKLOADS: dict[str, Callable[[random.Random, random.Random, Sizes], Client]] = {
