@@ -245,10 +245,12 @@ function pick(r, table, list, body, model) {
 
 // `chosen` is what the log phase needs; it is nearer there than the variables are.
 function send(r, replica, model, reason) {
-    r.variables.replica = replica.name;
-    r.variables.reason = reason;
-    r.chosen = { replica: replica.name, model, reason };
-    fleet.enter(replica.name);
+    const name = replica.name;
+    const variables = r.variables;
+    variables.replica = name;
+    variables.reason = reason;
+    r.chosen = { replica: name, model, reason };
+    fleet.enter(name);
 }
 
 // ---- refusing
@@ -363,12 +365,13 @@ function retry(r) {
 function done(r) {
     const chosen = r.chosen;
     if (chosen) {
+        const variables = r.variables;
         let firstByte = NaN;
         if (chosen.replica) {
             fleet.leave(chosen.replica);
-            firstByte = Number(last(r.variables.upstream_header_time));
+            firstByte = Number(last(variables.upstream_header_time));
         }
-        metrics.served(chosen.replica, chosen.model, r.status, chosen.reason, firstByte, Number(r.variables.request_time));
+        metrics.served(chosen.replica, chosen.model, r.status, chosen.reason, firstByte, Number(variables.request_time));
     }
     return '1';
 }
