@@ -16,7 +16,7 @@ const PARSED = 1 << 20;      // characters; of a longer body only the model is r
 // How many requests a replica may have beyond the one with fewest, or how many times the mean, whichever is more …
 const NEW = [1, 1.5];        // … and still be given a prompt that nobody has
 const SOFT = [4, 1.25];      // … before a beginning that much of its work shares is given to another replica too
-const HARD = [32, 2];        // … before all that comes goes elsewhere: affinity overloads nobody
+const HARD = [8, 2];         // … before all that comes goes elsewhere: affinity overloads nobody
 const HOT = 3 / 4;           // of what a busy replica gets, begins alike: worth the room in another cache
 const HOT_OF = 4;            // requests, at least, to judge by
 
