@@ -207,6 +207,7 @@ defaults
   timeout client 1h
   timeout server 1h
   http-reuse always
+  option http-no-delay
 frontend all
   bind 127.0.0.1:{port}
   default_backend replicas

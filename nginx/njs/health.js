@@ -11,6 +11,7 @@ import settings from './settings.js';
 
 const shared = ngx.shared.fleet;
 
+const LOOK_MS = 900;             // a look is over before the next one begins, or Nginx ends it and nothing of it counts
 const MISSES = 3;                // looks without an answer; a busy replica may miss one
 const MODELS_MS = 5000;          // adapters come and go at run time
 const PATIENCE_MS = 3000;        // without a token, before a replica with work is asked for one
@@ -69,9 +70,11 @@ async function look(replica) {
     const old = fleet.record(name);
     const began = Date.now();
     const due = began - (old.asked || 0) > MODELS_MS;
+    // Looking up the name, connecting and reading have a limit each; together they must not take longer than this.
+    const late = new Promise((resolve) => setTimeout(() => resolve({ status: 0, text: 'timed out' }), LOOK_MS));
     const [health, measured, models] = await Promise.all([
         ask(replica, '/health'), ask(replica, '/metrics'), due ? ask(replica, '/v1/models') : null,
-    ]);
+    ].map((asked) => Promise.race([asked, late])));
     const now = Object.assign({}, old, { misses: 0, at: began });
     if (health.status === 200) {
         now.alive = true;
