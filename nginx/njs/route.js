@@ -1,6 +1,5 @@
 // The choice of a replica for a request, and of the next one when it failed.
 
-import bodies from './body.js';
 import fleet from './fleet.js';
 import prefix from './prefix.js';
 import metrics from './metrics.js';
@@ -11,6 +10,8 @@ const counters = ngx.shared.counters;
 const popular = ngx.shared.popular;
 
 const TRIES = 9;             // Nginx allows ten internal redirects
+const BRACE = 123;           // {: every JSON body here begins so
+const PARSED = 1 << 20;      // characters; of a longer body only the model is read
 
 // How many requests a replica may have beyond the one with fewest, or how many times the mean, whichever is more …
 const NEW = [1, 1.5];        // … and still be given a prompt that nobody has
@@ -21,6 +22,33 @@ const HOT_OF = 4;            // requests, at least, to judge by
 
 const ANSWER = 1000;         // characters of prompt that take a replica about as long as its part in one answer
 const ALIKE = 1.25;          // times the least work: no reason to prefer one replica to the other
+
+// ---- reading the request
+
+// {model, body}: what a body asks for. Bodies that are no JSON object give no model: the replica says what is wrong.
+function read(r, text) {
+    if (text.charCodeAt(0) !== BRACE && /^multipart\//.test(r.headersIn['Content-Type'])) {
+        const field = /name="model"\r\n\r\n([^\r\n]*)/.exec(text);
+        return { model: field ? field[1] : '', body: {} };
+    }
+    if (text.length > PARSED) {
+        // Model and messages are near one of the two ends in every client's layout.
+        const field = /^\s*\{\s*"model"\s*:\s*"([^"\\]*)"/.exec(text.slice(0, 512))
+            || /,\s*"model"\s*:\s*"([^"\\]*)"\s*(?:,\s*"\w+"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*)*\}\s*$/.exec(text.slice(-512));
+        if (field) {
+            return { model: field[1], body: { prompt: text.slice(0, PARSED / 4) } };
+        }
+    }
+    try {
+        const body = JSON.parse(text);
+        if (body && typeof body === 'object') {
+            return { model: typeof body.model === 'string' ? body.model : '', body };
+        }
+    } catch (e) {
+        // not JSON
+    }
+    return { model: '', body: {} };
+}
 
 // ---- choosing
 
@@ -263,9 +291,7 @@ async function choose(r) {
             refuse(r, 'closed', 401, 'no_keys', settings.closed);
             return;
         }
-        const content = r.variables.content_length > bodies.LONG_BODY ? r.readRequestArrayBuffer() : r.readRequestText();
-        const body = bodies.parse(r, await content || '');
-        const model = typeof body.model === 'string' ? body.model : '';
+        const { model, body } = read(r, await r.readRequestText() || '');
         const table = fleet.table();
         const known = fleet.serving(table, model);
         if (model && !known && !table.replicas.some((replica) => !replica.models.length)) {
@@ -375,4 +401,4 @@ function models(r) {
     }
 }
 
-export default { choose, retry, done, models, byPrefix };
+export default { choose, retry, done, models, read, byPrefix };

@@ -1,7 +1,6 @@
 // Lets a test call a function of a gateway's module inside real njs: POST {"module", "name", "arguments"} gives its value.
 
 import answers from './answers.js';
-import body from './body.js';
 import fleet from './fleet.js';
 import health from './health.js';
 import metrics from './metrics.js';
@@ -10,7 +9,7 @@ import route from './route.js';
 import settings from './settings.js';
 import stream from './stream.js';
 
-const MODULES = { answers, body, fleet, health, metrics, prefix, route, settings, stream };
+const MODULES = { answers, fleet, health, metrics, prefix, route, settings, stream };
 
 // Passes chunks through stream.js as Nginx would; `lost` is the chunk at which the connection to the replica was lost.
 function filtered(type, chunks, lost) {
@@ -36,15 +35,15 @@ function filtered(type, chunks, lost) {
     return out.toString('base64');
 }
 
-// Parses a body of this content type, as a short one or as a long one.
-function parse(type, text, long) {
-    return body.parse({ headersIn: { 'Content-Type': type } }, long ? new Uint8Array(Buffer.from(text)).buffer : text);
+// Reads a body of this content type.
+function read(type, text) {
+    return route.read({ headersIn: { 'Content-Type': type } }, text);
 }
 
 async function call(r) {
     const asked = JSON.parse(await r.readRequestText());
     const value = asked.name === 'filtered' ? filtered(...asked.arguments)
-        : asked.name === 'parse' && asked.module === 'body' ? parse(...asked.arguments)
+        : asked.name === 'read' ? read(...asked.arguments)
         : asked.name === undefined ? MODULES[asked.module]
             : MODULES[asked.module][asked.name](...asked.arguments);
     r.return(200, JSON.stringify(value === undefined ? null : value));

@@ -76,15 +76,12 @@ python_info 1
     assert call("health", "parse", text) == {"running": 7, "kv": 0.75, "tokens": 1_500_000}
 
 
-# ---- body.js
+# ---- route.js: reading a body
 
 
 def model(call: Call, body: str, content_type: str = "application/json") -> str:
-    """The model that a body names, which must be the same whether it is read as a short or as a long one."""
-    short, long = (call("body", "parse", content_type, body, long) for long in (False, True))
-    found = short.get("model") if isinstance(short, dict) else None
-    assert found == (long.get("model") if isinstance(long, dict) else None)
-    return found if isinstance(found, str) else ""
+    found: str = call("route", "read", content_type, body)["model"]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -123,30 +120,6 @@ def test_the_model_of_a_body(call: Call, body: str, expected: str) -> None:
 )
 def test_the_model_of_a_body_too_long_to_parse_each_time(call: Call, body: dict[str, object]) -> None:
     assert model(call, json.dumps(body)) == "m"
-
-
-LONG_TEXTS = st.builds(
-    lambda piece, start, end: start + piece * (5000 // len(piece)) + end,
-    st.sampled_from(["words and ", "ö", 'a quote " ', "back\\slash", "line\n"]),
-    st.text(max_size=3),
-    st.text(max_size=3),
-)
-TEXTS = LONG_TEXTS | st.text(max_size=9)
-PARTS = st.builds(lambda text: {"type": "text", "text": text}, TEXTS) | st.builds(
-    lambda url: {"type": "image_url", "image_url": {"url": url, "detail": "low"}}, TEXTS
-)
-MESSAGES = st.builds(
-    lambda role, content: {"role": role, "content": content}, st.sampled_from(["user", "tool"]), TEXTS | st.lists(PARTS)
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(messages=st.lists(MESSAGES, max_size=4), prompt=TEXTS | st.lists(TEXTS, max_size=3), ascii_only=st.booleans())
-def test_long_strings_come_back_as_they_were(
-    call: Call, messages: list[object], prompt: object, ascii_only: bool
-) -> None:
-    body = {"model": "m", "messages": messages, "prompt": prompt, "stop": ['a"b'], "prompt_cache_key": "k"}
-    assert call("body", "parse", "application/json", json.dumps(body, ensure_ascii=ascii_only), True) == body
 
 
 def test_the_model_of_an_upload(call: Call) -> None:
