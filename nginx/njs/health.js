@@ -71,10 +71,20 @@ async function look(replica) {
     const began = Date.now();
     const due = began - (old.asked || 0) > MODELS_MS;
     // Looking up the name, connecting and reading have a limit each; together they must not take longer than this.
-    const late = new Promise((resolve) => setTimeout(() => resolve({ status: 0, text: 'timed out' }), LOOK_MS));
+    let timer = null;
+    const late = new Promise((resolve) => {
+        timer = setTimeout(() => {
+            timer = null;
+            resolve({ status: 0, text: 'timed out' });
+        }, LOOK_MS);
+    });
     const [health, measured, models] = await Promise.all([
         ask(replica, '/health'), ask(replica, '/metrics'), due ? ask(replica, '/v1/models') : null,
     ].map((asked) => Promise.race([asked, late])));
+    // The turn lasts as long as a timer is pending; one that has fired cannot be cleared.
+    if (timer !== null) {
+        clearTimeout(timer);
+    }
     const now = Object.assign({}, old, { misses: 0, at: began });
     if (health.status === 200) {
         now.alive = true;
