@@ -103,6 +103,7 @@ def up() -> None:
         gpu, shown.result = choose_gpus(wanted)
     compose = Compose(gpu=gpu)
     config = compose.config()
+    fleet.check_named(config)
     if not all(images.present(service.image) for service in config.services.values() if service.build):
         with step("Disk") as shown:
             shown.result = check_disk(gpu=gpu)
@@ -121,7 +122,7 @@ def up() -> None:
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)
     with step("Gateway's configuration") as shown:
-        shown.result = fleet.reload_if_changed(compose)
+        shown.result = fleet.reload_if_changed(compose, config)
     with step("Ready") as shown:
         fleet.wait_until_ready(compose, services, wanted.url, shown.say)
         shown.result = "every service is healthy, every replica answers"

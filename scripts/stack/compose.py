@@ -38,6 +38,11 @@ class Service(BaseModel):
     volumes: list[Volume] = []
 
 
+def is_replica(service: str) -> bool:
+    """Whether the service of this name runs `vllm serve`."""
+    return service.startswith("vllm-")
+
+
 class Config(BaseModel):
     """The stack that the Compose files describe, settings filled in."""
 
@@ -47,7 +52,7 @@ class Config(BaseModel):
     @property
     def replicas(self) -> list[str]:
         """The services that run `vllm serve`."""
-        return sorted(name for name in self.services if name.startswith("vllm-"))
+        return sorted(filter(is_replica, self.services))
 
 
 class Container(BaseModel):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 
 import httpx
 from pydantic import BaseModel
 
-from stack.compose import Compose, Container
+from stack.compose import Compose, Config, Container, is_replica
 from stack.console import Problem
-from stack.shell import CACHE, ROOT, ask
+from stack.shell import CACHE, ask
 
 Say = Callable[[str], None]
 
-# its time is when the gateway was last told to read nginx/ again
+# its time is when the gateway was last told to read its files again
 RELOADED = CACHE / "gateway-reloaded"
 # A first answer on a busy machine without a GPU.
 CHAT_SECONDS = 120
@@ -50,6 +52,24 @@ def fleet_status(url: str) -> FleetStatus | None:
     return FleetStatus.model_validate_json(answer.content)
 
 
+def mounted(config: Config) -> dict[str, Path]:
+    """The folders of this host that the gateway reads, by where it sees them."""
+    return {volume.target: Path(volume.source) for volume in config.services["gateway"].volumes}
+
+
+def check_named(config: Config) -> None:
+    """A Problem where the gateway's fleet files do not name a replica: it would start and get no request."""
+    folders = mounted(config)
+    folder = folders.get("/etc/nginx/fleet", folders["/etc/nginx"] / "fleet")
+    lines = "".join(file.read_text() for file in folder.glob("*.conf"))
+    for name in sorted(set(config.replicas) - set(re.findall(r"^\s*upstream\s+(\S+)", lines, re.MULTILINE))):
+        line = f"upstream {name} {{ zone {name} 64k; server {name}:8000 resolve; keepalive 64; }}"
+        raise Problem(
+            f"{folder}/ does not name {name}, so it would get no request",
+            f"add this line there, or plan the fleet again (`make plan`): {line}",
+        )
+
+
 def not_ready(services: list[str], containers: dict[str, Container], states: dict[str, str]) -> list[str]:
     """What is still missing, in words; empty when every service is healthy and every replica ready.
 
@@ -65,8 +85,11 @@ def not_ready(services: list[str], containers: dict[str, Container], states: dic
             )
         if container.health == "unhealthy":
             raise Problem(f"{service} runs but is unwell", f"see why: docker compose logs {service}")
-        if not container.well or states.get(service, "ready") != "ready":
+        state = states.get(service, "not in the route yet") if is_replica(service) else "ready"
+        if not container.well:
             missing.append(f"{service} {states.get(service) or container.health or container.state}")
+        elif state != "ready":
+            missing.append(f"{service} {state}")
     return missing
 
 
@@ -86,23 +109,25 @@ def wait_until_ready(compose: Compose, services: list[str], url: str, say: Say) 
         time.sleep(1)
 
 
-def reload_if_changed(compose: Compose) -> str:
-    """Makes the running gateway read nginx/ again if something in it is newer than what the gateway last read."""
+def reload_if_changed(compose: Compose, config: Config) -> str:
+    """Makes the running gateway read its files again if one of them is newer than what it last read."""
     container = compose.containers()["gateway"].id
     began = ask("docker", "inspect", "--format", "{{.State.StartedAt}}", container).stdout.strip()
     read = max(datetime.fromisoformat(began).timestamp(), RELOADED.stat().st_mtime if RELOADED.exists() else 0)
-    if max(path.stat().st_mtime for path in (ROOT / "nginx").rglob("*")) <= read:
+    # a folder's own time tells of files that went
+    files = [path for folder in mounted(config).values() for path in (folder, *folder.rglob("*"))]
+    if max(path.stat().st_mtime for path in files) <= read:
         return "unchanged"
     check = ask(*compose.command("exec", "-T", "gateway", "nginx", "-p", "/etc/nginx/", "-t"))
     if check.returncode:
         error = next((line for line in check.stderr.splitlines() if "[emerg]" in line), check.stderr.strip())
         raise Problem(
-            f"nginx/ has a mistake, so the gateway keeps its old configuration: {error}",
+            f"the gateway's files have a mistake, so it keeps its old configuration: {error}",
             "correct it and run `make up` again",
         )
     compose.ask("exec", "-T", "gateway", "nginx", "-p", "/etc/nginx/", "-s", "reload")
     RELOADED.touch()
-    return "read again, as nginx/ changed"
+    return "read again, as its files changed"
 
 
 def chat(url: str, question: str) -> str:

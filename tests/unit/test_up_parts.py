@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import yaml
 
 from stack import fleet, images, model
-from stack.compose import Container, Service, Volume
+from stack.compose import Compose, Config, Container, Service, Volume
 from stack.console import Problem
 from stack.shell import ROOT
 
@@ -68,6 +71,65 @@ def test_the_stack_is_ready_when_all_are_healthy_and_the_gateway_has_every_repli
 def test_a_replica_that_docker_calls_healthy_counts_only_once_the_gateway_sends_to_it() -> None:
     containers = {"vllm-0": container("vllm-0")}
     assert fleet.not_ready(["vllm-0"], containers, {"vllm-0": "loading"}) == ["vllm-0 loading"]
+
+
+def test_a_replica_that_the_gateway_does_not_name_is_not_ready() -> None:
+    containers = {name: container(name) for name in ("vllm-0", "vllm-1")}
+    missing = fleet.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready"})
+    assert missing == ["vllm-1 not in the route yet"]
+
+
+def planned(tmp_path: Path, fleet_file: str, *replicas: str) -> Config:
+    """A stack whose gateway has the plan's fleet laid over that of nginx/."""
+    for folder, text in (("nginx/fleet", "upstream old { }\n"), ("fleet", fleet_file)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "default.conf").write_text(text)
+    mounts = {"nginx": "/etc/nginx", "fleet": "/etc/nginx/fleet"}
+    volumes = [Volume(source=str(tmp_path / name), target=target) for name, target in mounts.items()]
+    services = {"gateway": Service(image="gateway", volumes=volumes)} | {
+        name: Service(image="replica") for name in replicas
+    }
+    return Config.model_validate({"services": services, "x-pins": {}})
+
+
+def test_a_replica_that_no_line_of_the_mounted_fleet_names_is_a_problem_at_once(tmp_path: Path) -> None:
+    config = planned(tmp_path, "# the plan's\nupstream vllm-0 { server vllm-0:8000 resolve; }\n", "vllm-0", "vllm-1")
+    with pytest.raises(Problem, match=rf"{tmp_path}/fleet/ does not name vllm-1, .*upstream vllm-1"):
+        fleet.check_named(config)
+    del config.services["vllm-1"]
+    fleet.check_named(config)
+
+
+class Gateway(Compose):
+    """A gateway that runs since an hour ago; `said` are the commands that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def command(self, *args: str) -> list[str]:
+        self.said.append(args[-1])
+        return ["true"]
+
+    def containers(self) -> dict[str, Container]:
+        return {"gateway": container("gateway")}
+
+
+def test_a_new_plan_makes_the_gateway_read_its_fleet_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan's file lies outside nginx/, and the mount, so the container, stays the same."""
+    config = planned(tmp_path, "upstream vllm-0 { }\n", "vllm-0")
+    now = time.time()
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (now - 7200, now - 7200))
+    began = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(now - 3600))
+    monkeypatch.setattr(fleet, "RELOADED", tmp_path / "reloaded")
+    monkeypatch.setattr(fleet, "ask", lambda *_: subprocess.CompletedProcess([], 0, began, ""))
+    gateway = Gateway()
+    assert fleet.reload_if_changed(gateway, config) == "unchanged"
+    (tmp_path / "fleet" / "default.conf").write_text("upstream vllm-2 { }\n")
+    assert fleet.reload_if_changed(gateway, config).startswith("read again")
+    assert gateway.said == ["-t", "reload"]
+    assert fleet.reload_if_changed(gateway, config) == "unchanged"
 
 
 def test_a_service_that_still_starts_is_waited_for() -> None:
