@@ -127,7 +127,7 @@ def up() -> None:
         fleet.wait_until_ready(compose, services, wanted.url, shown.say)
         shown.result = "every service is healthy, every replica answers"
     with step(QUESTION) as shown:
-        shown.result = fleet.chat(wanted.url, QUESTION)
+        shown.result = fleet.first_answer(wanted.url, QUESTION)
 
     console.print(f"\n[bold]API[/]         {wanted.url}/v1")
     console.print(f"[bold]Status[/]      {wanted.url}/status")

@@ -1,4 +1,4 @@
-"""The running stack from outside: the fleet's state, the wait until it is ready, the reload, a chat answer."""
+"""The running stack from outside: the fleet's state, the wait until it is ready, the reload, a first answer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 from pydantic import BaseModel
@@ -20,7 +21,41 @@ Say = Callable[[str], None]
 # its time is when the gateway was last told to read its files again
 RELOADED = CACHE / "gateway-reloaded"
 # A first answer on a busy machine without a GPU.
-CHAT_SECONDS = 120
+ANSWER_SECONDS = 120
+# What vLLM says to a request that a model cannot answer: an embedding model to a chat, one without a chat template too.
+NOT_THIS_WAY = {httpx.codes.BAD_REQUEST, httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED}
+
+
+class Way(NamedTuple):
+    """A way to put a question to a model."""
+
+    path: str
+    body: Callable[[str], dict[str, Any]]
+    said: Callable[[Any, str], str]  # of the answer and the model's name
+
+
+WAYS = (
+    Way(
+        "/v1/chat/completions",
+        lambda question: {"messages": [{"role": "user", "content": question}], "max_tokens": 32, "temperature": 0},
+        lambda answer, _: str(answer["choices"][0]["message"]["content"]).strip(),
+    ),
+    Way(
+        "/v1/completions",
+        lambda question: {"prompt": question, "max_tokens": 32, "temperature": 0},
+        lambda answer, _: str(answer["choices"][0]["text"]).strip(),
+    ),
+    Way(
+        "/v1/embeddings",
+        lambda question: {"input": question},
+        lambda answer, model: f"a vector of {len(answer['data'][0]['embedding'])} numbers from {model}",
+    ),
+    Way(
+        "/v1/rerank",
+        lambda question: {"query": question, "documents": [question]},
+        lambda answer, model: f"a score of {answer['results'][0]['relevance_score']:.2f} from {model}",
+    ),
+)
 
 
 class ReplicaStatus(BaseModel):
@@ -130,20 +165,21 @@ def reload_if_changed(compose: Compose, config: Config) -> str:
     return "read again, as its files changed"
 
 
-def chat(url: str, question: str) -> str:
-    """The answer to one question, asked the way users do; no answer is a Problem."""
+def first_answer(url: str, question: str) -> str:
+    """What the fleet says to one question, asked the way users do: as a chat where a model chats; none is a Problem."""
     fix = "see `make status` and `docker compose logs gateway`"
+    said = f"{url}/v1/models lists no model"
     try:
         models = httpx.get(f"{url}/v1/models", timeout=10).raise_for_status().json()["data"]
-        request = {
-            "model": models[0]["id"],
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": 32,
-            "temperature": 0,
-        }
-        answer = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=CHAT_SECONDS)
+        for way in WAYS:
+            for model in models:
+                asked = {"model": model["id"], **way.body(question)}
+                answer = httpx.post(url + way.path, json=asked, timeout=ANSWER_SECONDS)
+                if answer.status_code == httpx.codes.OK:
+                    return way.said(answer.json(), model["id"])
+                said = f"{url}{way.path} answered {answer.status_code}: {answer.text.strip()[:300]}"
+                if answer.status_code not in NOT_THIS_WAY:
+                    raise Problem(said, fix)
     except (httpx.HTTPError, LookupError) as error:
         raise Problem(f"{url} does not answer: {error}", fix) from None
-    if answer.status_code != httpx.codes.OK:
-        raise Problem(f"{url}/v1/chat/completions answered {answer.status_code}: {answer.text.strip()[:300]}", fix)
-    return str(answer.json()["choices"][0]["message"]["content"]).strip()
+    raise Problem(said, fix)

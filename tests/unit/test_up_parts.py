@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +154,72 @@ def test_a_service_that_still_starts_is_waited_for() -> None:
 def test_a_service_that_waiting_will_not_bring_up_is_a_problem(containers: dict[str, Container], message: str) -> None:
     with pytest.raises(Problem, match=message):
         fleet.not_ready(["vllm-0"], containers, {})
+
+
+CHAT = {"choices": [{"message": {"content": " Paris. "}}]}
+TEXT = {"choices": [{"text": " Paris"}]}
+VECTOR = {"data": [{"embedding": [0.5] * 8}]}
+RANKS = {"results": [{"index": 0, "relevance_score": 0.75}]}
+
+
+@contextmanager
+def gateway(models: Mapping[str, Mapping[str, tuple[int, object]]]) -> Iterator[str]:
+    """The address of a gateway with these models: status and answer by path, 404 on every other path."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def send(self, status: int, answer: object) -> None:
+            body = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.send(200, {"data": [{"id": name} for name in models]})
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send(*models[asked["model"]].get(self.path, (404, {"detail": "Not Found"})))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ({"a": {"/v1/chat/completions": (200, CHAT)}}, "Paris."),
+        ({"a": {"/v1/chat/completions": (400, "no template"), "/v1/completions": (200, TEXT)}}, "Paris"),
+        ({"a": {"/v1/embeddings": (200, VECTOR)}}, "a vector of 8 numbers from a"),
+        ({"a": {"/v1/rerank": (200, RANKS)}}, "a score of 0.75 from a"),
+        (
+            {"a": {"/v1/embeddings": (200, VECTOR)}, "b": {"/v1/chat/completions": (200, CHAT)}},
+            "Paris.",
+        ),
+    ],
+    ids=["chats", "has no chat template", "embeds", "ranks", "embeds beside one that chats"],
+)
+def test_the_question_is_put_the_way_a_model_of_the_fleet_can_answer(
+    models: Mapping[str, Mapping[str, tuple[int, object]]], said: str
+) -> None:
+    with gateway(models) as url:
+        assert fleet.first_answer(url, "What is the capital of France?") == said
+
+
+@pytest.mark.parametrize(
+    ("models", "problem"),
+    [
+        ({"a": {"/v1/chat/completions": (503, "none ready")}}, r"/v1/chat/completions answered 503: .*none ready"),
+        ({"a": {}}, r"/v1/rerank answered 404"),
+        ({}, "no model"),
+    ],
+)
+def test_no_answer_is_a_problem(models: Mapping[str, Mapping[str, tuple[int, object]]], problem: str) -> None:
+    with gateway(models) as url, pytest.raises(Problem, match=problem):
+        fleet.first_answer(url, "?")
