@@ -2,11 +2,12 @@
 
 Each is drained (it finishes what it has and gets nothing new), recreated with the image and settings of now, awaited
 until it answers a one-token request, and put back into the route. The first that does not come back ends the roll; the
-replicas not yet rolled go on serving as they are.
+replicas not yet rolled go on serving as they are. So does the only replica of a model, for which nothing can stand in.
 """
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from typing import Annotated
@@ -17,6 +18,7 @@ from stack.compose import Compose, running_gpu_file
 from stack.console import Problem, Step, console, one_line_for_mistakes, step
 from stack.gateway import Gateway, Replica
 
+RECREATE = ("up", "--detach", "--force-recreate", "--no-deps")
 POLL_S = 0.5
 # The gateway looks at each replica once a second.
 ROUTE_S = 30
@@ -32,17 +34,19 @@ def await_that(condition: Callable[[], bool], within_s: float) -> bool:
     return True
 
 
-def check_rest(replicas: list[Replica], name: str) -> None:
-    """A Problem where nothing would serve a model while the named replica is away."""
+def alone_in(replicas: list[Replica], name: str) -> str:
+    """The models, in words, that the named replica serves and none of the other `replicas`; '' where there are none."""
     served = {model for replica in replicas if replica.name == name for model in replica.models}
-    others = {
-        model for replica in replicas if replica.name != name and replica.state == "ready" for model in replica.models
-    }
-    if alone := served - others:
+    others = {model for replica in replicas if replica.name != name for model in replica.models}
+    return ", ".join(sorted(served - others))
+
+
+def check_rest(replicas: list[Replica], name: str, by_hand: str) -> None:
+    """A Problem where nothing would serve a model while the named replica is away."""
+    if models := alone_in([one for one in replicas if one.name == name or one.state == "ready"], name):
         raise Problem(
-            f"{name} is the only ready replica of {', '.join(sorted(alone))}: rolling it would stop the service",
-            "wait until another one is ready (`make status`), or accept the gap: "
-            f"`docker compose up --detach --force-recreate --no-deps {name}`",
+            f"{name} is the only ready replica of {models}: rolling it would stop the service",
+            f"wait until another one is ready (`make status`), or accept the gap: {by_hand}",
         )
 
 
@@ -64,7 +68,7 @@ def drain(gateway: Gateway, name: str, within_s: float, shown: Step) -> None:
 
 def recreate(compose: Compose, name: str, within_s: float, shown: Step) -> None:
     """Replaces the replica's container and waits until its health check, a one-token request, passes."""
-    compose.ask("up", "--detach", "--no-deps", "--force-recreate", "--quiet-pull", name, timeout_s=within_s)
+    compose.ask(*RECREATE, name, timeout_s=within_s)
 
     def is_well() -> bool:
         container = compose.containers().get(name)
@@ -103,11 +107,25 @@ def roll(
     with one_line_for_mistakes():
         compose = Compose(gpu=running_gpu_file())
         gateway = Gateway(compose)
-        known = [replica.name for replica in gateway.replicas()]
+        replicas = gateway.replicas()
+        known = [replica.name for replica in replicas]
         if unknown := set(names or []) - set(known):
             raise Problem(f"there is no replica {', '.join(sorted(unknown))}", f"name some of {', '.join(known)}")
-        for name in names or known:
-            check_rest(gateway.replicas(), name)
+        by_hand = {name: shlex.join(compose.command(*RECREATE, name)) for name in known}
+        lone = {name: models for name in names or known if (models := alone_in(replicas, name))}
+        rolled = [name for name in names or known if name not in lone]
+        for name, models in lone.items():
+            if names or not rolled:
+                raise Problem(
+                    f"{name} is the only replica of {models}: rolling it would stop the service",
+                    f"give it a second one, or accept the gap: {by_hand[name]}",
+                )
+            console.print(
+                f"{name} is left as it is: it is the only replica of {models}. With a gap: {by_hand[name]}",
+                soft_wrap=True,
+            )
+        for name in rolled:
+            check_rest(gateway.replicas(), name, by_hand[name])
             try:
                 with step(f"{name}: drain") as shown:
                     drain(gateway, name, drain_seconds, shown)
@@ -118,7 +136,7 @@ def roll(
                 gateway.undrain(name)
             with step(f"{name}: back in the route"):
                 await_route(gateway, name)
-        console.print("every replica was rolled")
+        console.print(f"rolled: {', '.join(rolled)}")
 
 
 if __name__ == "__main__":

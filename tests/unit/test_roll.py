@@ -1,0 +1,106 @@
+"""`make roll` finds out whom it may roll before it drains anyone, and leaves those be that nothing can stand in for."""
+
+from __future__ import annotations
+
+import pytest
+
+import roll
+from stack.compose import Compose, Container
+from stack.gateway import Gateway, Replica
+
+
+class Fleet(Gateway):
+    """A gateway over a fleet that is `name: model`; `drained` are those it was told to drain."""
+
+    def __init__(self, served: dict[str, str], *, down: str = "") -> None:
+        self.served, self.down = served, down
+        self.drained: list[str] = []
+
+    def replicas(self) -> list[Replica]:
+        return [
+            Replica(
+                name=name, state="unreachable" if name == self.down else "ready", reason="", models=[model], in_flight=0
+            )
+            for name, model in self.served.items()
+        ]
+
+    def drain(self, name: str) -> None:
+        self.drained.append(name)
+
+    def undrain(self, name: str) -> None:
+        if name == self.down:
+            self.down = ""
+
+
+class Containers(Compose):
+    """Containers that are well again as soon as they were made anew."""
+
+    def ask(self, *_: str, timeout_s: float = 60) -> str:  # noqa: ARG002
+        return ""
+
+    def containers(self) -> dict[str, Container]:
+        fields = {"ID": "1", "State": "running", "Health": "healthy", "Status": "Up"}
+        return {f"vllm-{n}": Container.model_validate(fields | {"Service": f"vllm-{n}"}) for n in range(3)}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, fleet: Fleet, *names: str) -> int:
+    """The exit status of `make roll` over this fleet."""
+    monkeypatch.setattr(roll, "Gateway", lambda _: fleet)
+    monkeypatch.setattr(roll, "Compose", lambda gpu: Containers(gpu=gpu))
+    monkeypatch.setattr(roll, "running_gpu_file", lambda: True)
+    try:
+        roll.roll(list(names), 1, 1)
+    except SystemExit as end:
+        return int(str(end.code))
+    return 0
+
+
+def heard(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said since the last time, to people and as an error."""
+    return "".join(capsys.readouterr())
+
+
+def test_all_are_rolled_in_turn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fleet = Fleet({"vllm-0": "chat", "vllm-1": "chat"})
+    assert run(monkeypatch, fleet) == 0
+    assert fleet.drained == ["vllm-0", "vllm-1"]
+    assert "rolled: vllm-0, vllm-1" in heard(capsys)
+
+
+def test_the_only_replica_of_a_model_is_left_as_it_is_and_the_others_are_rolled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = Fleet({"vllm-0": "chat", "vllm-1": "chat", "vllm-2": "bge-m3"})
+    assert run(monkeypatch, fleet) == 0
+    assert fleet.drained == ["vllm-0", "vllm-1"]
+    said = heard(capsys)
+    assert "vllm-2 is left as it is: it is the only replica of bge-m3" in said
+    # with the files that it was started with
+    assert "-f docker-compose.gpu.yml up --detach --force-recreate --no-deps vllm-2" in said
+
+
+@pytest.mark.parametrize("names", [("vllm-0", "vllm-2"), ("vllm-2",)])
+def test_one_that_was_named_is_refused_before_any_is_drained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], names: tuple[str, ...]
+) -> None:
+    fleet = Fleet({"vllm-0": "chat", "vllm-1": "chat", "vllm-2": "bge-m3"})
+    assert run(monkeypatch, fleet, *names) == 1
+    assert fleet.drained == []
+    assert "vllm-2 is the only replica of bge-m3" in heard(capsys)
+
+
+def test_a_fleet_of_lone_replicas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet({"vllm-0": "chat", "vllm-1": "bge-m3"})
+    assert run(monkeypatch, fleet) == 1
+    assert fleet.drained == []
+
+
+def test_one_whose_stand_in_is_down_is_refused_in_its_turn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = Fleet({"vllm-0": "chat", "vllm-1": "chat"}, down="vllm-1")
+    assert run(monkeypatch, fleet) == 1
+    assert "vllm-0 is the only ready replica of chat" in heard(capsys)
+    down_first = Fleet({"vllm-0": "chat", "vllm-1": "chat"}, down="vllm-0")
+    assert run(monkeypatch, down_first) == 0
+    assert down_first.drained == ["vllm-0", "vllm-1"]
