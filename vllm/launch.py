@@ -189,6 +189,17 @@ def find_model(model: str, models: Path) -> tuple[str, dict[str, Any]]:
     return model, _hub_config(model)
 
 
+def find_draft(speculative: dict[str, Any], models: Path) -> dict[str, Any]:
+    """Speculative decoding's settings with the path of a draft model or head that is a folder below models/.
+
+    Another name stays as it is: vLLM fetches it from the hub.
+    """
+    draft = speculative.get("model")
+    if isinstance(draft, str) and draft and (models / draft).is_dir():
+        return speculative | {"model": find_model(draft, models)[0]}
+    return speculative
+
+
 def _hub_config(model: str) -> dict[str, Any]:
     """The model's config.json from the hub or its cache, where vLLM will look for it next."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is told below
@@ -337,6 +348,9 @@ def main(arguments: list[str]) -> int:
     try:
         settings = read_settings(ENGINE_FILE, environment)
         model, config = find_model(settings.model, MODELS)
+        if settings.speculative_config:
+            found = find_draft(settings.speculative_config, MODELS)
+            settings = settings.model_copy(update={"speculative_config": found})
         template = find_chat_template(settings.chat_template, MODELS) if settings.chat_template else None
         check_fit(settings, config, count_gpus(environment) if environment.get("FLEET_DEVICE") == "gpu" else None)
     except SettingsError as error:

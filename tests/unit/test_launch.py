@@ -126,6 +126,16 @@ def test_every_setting_reaches_vllm(start: Start, models: Path) -> None:
     assert arguments[-4:] == ["--seed", "7", "--generation-config", "a b"]  # last, so that they win
 
 
+def test_a_draft_model_is_looked_for_below_the_models_too(start: Start, models: Path) -> None:
+    """The name of a draft stays one for the hub only where no folder has it."""
+    for name, found in (("org/small", str(models / "org/small")), ("org/other", "org/other")):
+        _, _, arguments = start(SPECULATIVE_CONFIG=json.dumps({"method": "draft_model", "model": name}))
+        assert json.loads(value_of(arguments, "--speculative-config"))["model"] == found
+    status, said, _ = start(SPECULATIVE_CONFIG='{"method": "draft_model", "model": "org"}')
+    assert status == 2
+    assert f"{models / 'org'}: no config.json" in said
+
+
 MISTAKES = [
     (
         "unknown setting",
