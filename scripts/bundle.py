@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stack.compose import Compose
+from stack.compose import Compose, running_gpu_file
 from stack.console import Problem, console, one_line_for_mistakes, step
 from stack.images import present
 from stack.shell import ROOT, ask
@@ -51,23 +52,40 @@ def main(
 ) -> None:
     """Pack images, models, pins and docs in one archive for a host without a network."""
     with one_line_for_mistakes():
-        images = sorted({service.image for service in Compose().config().services.values()})
-        have = [image for image in images if present(image)]
-        for image in sorted(set(images) - set(have)):
-            console.print(f"[yellow]{image} is not on this machine and is left out[/]")
-        if not have:
-            raise Problem("none of the stack's images is on this machine", "bring the stack up once: make up")
-        folders = [ROOT / "models" / name for name in model] if model else [ROOT / "models"]
-        for folder in folders:
-            if not folder.is_dir():
-                raise Problem(f"there is no {folder}", "bring the model with scripts/download_model.py")
-        out.mkdir(parents=True, exist_ok=True)
-        _check_disk(out, have, folders)
+        images = _images()
+        folders = [_model(name) for name in model] if model else [ROOT / "models"]
         archive = out / f"{NAME}-{datetime.now(UTC):%Y-%m-%d}.tar"
-        with tempfile.TemporaryDirectory(dir=out) as scratch:
-            _pack(archive, Path(scratch), have, folders)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            _check_disk(out, images, folders)
+            with tempfile.TemporaryDirectory(dir=out) as scratch:
+                _pack(archive, Path(scratch), images, folders)
+        except OSError as error:
+            raise Problem(
+                f"the bundle cannot be written: {error}", "mend that, or name another folder with --out"
+            ) from None
         size = f"{archive.stat().st_size / 2**30:.1f} GiB"
         console.print(f"{archive}: {size}. There: tar xf it, then {NAME}/install.sh", soft_wrap=True)
+
+
+def _images() -> list[str]:
+    """The images of the stack as it runs. A Problem where one is missing that `make up` does not do without either."""
+    services = Compose(gpu=running_gpu_file()).config().services.values()
+    missing = {service.image: service.build for service in services if not present(service.image)}
+    for image, build in missing.items():
+        if build:
+            raise Problem(f"{image} is not on this machine", "bring the stack up, then pack it: make up")
+        console.print(f"[yellow]{image} is not on this machine and is left out[/]")
+    return sorted({service.image for service in services} - missing.keys())
+
+
+def _model(name: str) -> Path:
+    """The folder of a model below models/, or of several."""
+    folder = ROOT / "models" / name
+    inside = Path(name).parts and not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not inside or not any(folder.rglob("config.json")):
+        raise Problem(f"--model {name}: there is no such model in models/", "bring it with scripts/download_model.py")
+    return folder
 
 
 def _check_disk(out: Path, images: list[str], folders: list[Path]) -> None:
@@ -113,21 +131,40 @@ def _pack(archive: Path, scratch: Path, images: list[str], folders: list[Path]) 
     install.write_text(INSTALL)
     install.chmod(0o755)
     files["install.sh"] = install
+    _write(archive, scratch, files)
+
+
+def _write(archive: Path, scratch: Path, files: Mapping[str, Path]) -> None:
+    """Writes `files`, by their names in it, and their sums into `archive`, which is there only once it is whole."""
     with step("Writing the archive") as now:
         sums = scratch / "SHA256SUMS"
         with sums.open("w") as lines:
             for name, path in files.items():
                 now.say(name)
                 lines.write(f"{_sha256(path)}  {name}\n")
-        with tarfile.open(archive, "w") as tar:
+        unfinished = scratch / archive.name
+        with tarfile.open(unfinished, "w") as tar:
             for name, path in [*files.items(), ("SHA256SUMS", sums)]:
                 now.say(name)
                 tar.add(path, f"{NAME}/{name}", recursive=False)
+        unfinished.rename(archive)
 
 
 def _checkout() -> list[str]:
     """The files of this checkout that belong to the stack, and the plan for its replicas if there is one."""
-    listed = ask("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard").stdout.splitlines()
+    list_files = ("ls-files", "--cached", "--others", "--exclude-standard", "-z")
+    listed = ask("git", "-C", str(ROOT), *list_files).stdout.split("\0")
+    if "docker-compose.yml" not in listed:
+        # no repository, or one that is not ours to read: an empty one lists what .gitignore leaves
+        with tempfile.TemporaryDirectory() as empty:
+            ask("git", "init", "--quiet", "--bare", empty)
+            done = ask("git", "-C", str(ROOT), f"--git-dir={empty}", f"--work-tree={ROOT}", *list_files)
+        listed = done.stdout.split("\0")
+        if "docker-compose.yml" not in listed:
+            raise Problem(
+                f"the files of {ROOT} cannot be listed: {done.stderr.strip() or 'git leaves them out'}",
+                "install git and run this again",
+            )
     planned = [name for name in ("docker-compose.override.yml", "fleet/default.conf") if (ROOT / name).exists()]
     return [name for name in [*listed, *planned] if (ROOT / name).is_file() and not name.startswith("models/")]
 

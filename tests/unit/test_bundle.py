@@ -1,0 +1,112 @@
+"""What `make bundle` takes along, and what it refuses; tests/stack/test_bundle.py installs one."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import bundle
+from stack.compose import Compose, Config
+from stack.console import Problem
+
+BUILT = {"context": "."}
+REPLICA = {"image": "fleet/replica:1-gpu", "build": BUILT}
+CONFIG = {
+    "services": {
+        "gateway": {"image": "fleet/gateway:1", "build": BUILT},
+        "vllm-0": REPLICA,
+        "grafana": {"image": "grafana:1"},
+    },
+    "x-pins": {},
+}
+
+
+class Stack(Compose):
+    """The stack as Compose's files describe it where docker-compose.gpu.yml is among them."""
+
+    def config(self) -> Config:
+        assert "docker-compose.gpu.yml" in self.files
+        return Config.model_validate(CONFIG)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The images of a machine whose stack runs on GPUs."""
+    images = {"fleet/gateway:1", "fleet/replica:1-gpu"}
+    monkeypatch.setattr(bundle, "Compose", Stack)
+    monkeypatch.setattr(bundle, "running_gpu_file", lambda: True, raising=False)
+    monkeypatch.setattr(bundle, "present", lambda image: image in images)
+    return images
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one model and with what does not belong into a bundle."""
+    root = tmp_path / "checkout"
+    for name in ("docker-compose.yml", "scripts/ü.py", ".env", "models/org/small/config.json", "models/README.md"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
+    (root / ".gitignore").write_text("/.env\n/dist/\n/models/*\n!/models/README.md\n")
+    monkeypatch.setattr(bundle, "ROOT", root)
+    return root
+
+
+def test_the_images_of_the_files_that_run_are_packed(here: set[str]) -> None:
+    assert bundle._images() == sorted(here)
+
+
+def test_an_image_that_the_stack_cannot_do_without_must_be_there(here: set[str]) -> None:
+    here.remove("fleet/replica:1-gpu")
+    with pytest.raises(Problem, match=r"fleet/replica:1-gpu is not on this machine: .*make up"):
+        bundle._images()
+
+
+@pytest.mark.parametrize("how", ["git", "no git", "within another checkout"])
+def test_the_checkout_is_packed_with_git_or_without(checkout: Path, how: str) -> None:
+    if how == "git":
+        subprocess.run(["git", "init", "--quiet", checkout], check=True)
+    if how == "within another checkout":
+        subprocess.run(["git", "init", "--quiet", checkout.parent], check=True)
+        (checkout.parent / ".gitignore").write_text("/checkout/\n")
+    assert sorted(bundle._checkout()) == [".gitignore", "docker-compose.yml", "scripts/ü.py"]
+
+
+def test_a_checkout_that_cannot_be_listed_is_a_problem(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(checkout))
+    with pytest.raises(Problem, match="git is not installed"):
+        bundle._checkout()
+
+
+@pytest.mark.parametrize("name", ["org/small", "org", "org/small/"])
+def test_a_model_is_a_folder_of_models(checkout: Path, name: str) -> None:
+    assert bundle._model(name) == checkout / "models" / name
+
+
+@pytest.mark.parametrize("name", ["../scripts", "org/../../scripts", "/etc", "org/large", ".", ""])
+def test_another_folder_is_no_model(checkout: Path, name: str) -> None:
+    (checkout / "scripts" / "config.json").write_text("{}")
+    with pytest.raises(Problem, match="--model"):
+        bundle._model(name)
+
+
+@pytest.mark.usefixtures("checkout", "here")
+def test_a_folder_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bundle.main(out=Path("/proc/bundle"))
+    assert "/proc/bundle" in "".join(capsys.readouterr())
+
+
+def test_an_archive_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    good, gone = tmp_path / "good", tmp_path / "gone"
+    good.write_text("good")
+    scratch, archive = tmp_path / "scratch", tmp_path / "fleet.tar"
+    scratch.mkdir()
+    with pytest.raises(OSError, match="gone"):
+        bundle._write(archive, scratch, {"good": good, "gone": gone})
+    assert not archive.exists()
+    bundle._write(archive, scratch, {"good": good})
+    with tarfile.open(archive) as tar:
+        assert tar.getnames() == ["vllm-fleet/good", "vllm-fleet/SHA256SUMS"]
