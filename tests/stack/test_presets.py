@@ -175,23 +175,27 @@ def replica_of(preset: str, models: Path) -> Iterator[Replica]:
     command += ["--volume", f"{models}:/models:ro"]
     command += ["--volume", f"{ROOT / 'models' / SMOLLM2}:/models/{SMOLLM2}:ro"]
     command += [f"--env={setting}={value}" for setting, value in settings.items()]
-    subprocess.run(["docker", "rm", "--force", name], capture_output=True, check=False)
-    try:
-        run(*command, "vllm-0")
-        address = run("docker", "port", name, "8000").split()[0]
-        replica = Replica(name, f"http://{address}", settings["MODEL"])
+    remove(name)
+    run(*command, "vllm-0")
+    with subprocess.Popen(["docker", "wait", name], stdout=subprocess.DEVNULL) as end:
+        try:
+            address = run("docker", "port", name, "8000").split()[0]
+            replica = Replica(name, f"http://{address}", settings["MODEL"])
 
-        def answers() -> bool:
-            state = run("docker", "inspect", "--format", "{{.State.Running}}", name).strip()
-            assert state == "true", replica.log()[-8000:]
-            with contextlib.suppress(requests.RequestException):
-                return requests.get(f"{replica.url}/health", timeout=10).ok
-            return False
+            def answers() -> bool:
+                assert end.poll() is None, replica.log()[-8000:]
+                with contextlib.suppress(requests.RequestException):
+                    return requests.get(f"{replica.url}/health", timeout=10).ok
+                return False
 
-        until(answers, 240, f"{preset} up")
-        yield replica
-    finally:
-        subprocess.run(["docker", "rm", "--force", name], capture_output=True, check=False)
+            until(answers, 240, f"{preset} up")
+            yield replica
+        finally:
+            remove(name)
+
+
+def remove(container: str) -> None:
+    subprocess.run(["docker", "rm", "--force", container], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module")
