@@ -87,6 +87,7 @@ def up() -> None:
     """All the steps, in their order."""
     with step("Settings") as shown:
         wanted = settings.load()
+        settings.export_hub()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
     with step("Docker") as shown:
         shown.result = engine.check()
@@ -115,6 +116,7 @@ def up() -> None:
         console.print(
             f"  {name} is left out: {image} is neither here nor to be had. Later: docker load, make up", soft_wrap=True
         )
+    model.fetch(config)
     with step("Model") as shown:
         shown.result = model.bring(config, shown.say)
     with step("Containers") as shown:

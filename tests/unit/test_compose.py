@@ -17,8 +17,8 @@ from vllm import launch
 BASE = ROOT / "docker-compose.yml"
 GPU = ROOT / "docker-compose.gpu.yml"
 REPLICAS = ("vllm-0", "vllm-1")
-# `make up` reads these itself.
-NOT_FOR_COMPOSE = {"IMAGES", "GPU"}
+# The host's commands read these themselves.
+NOT_FOR_COMPOSE = {"IMAGES", "GPU", "HF_TOKEN_FILE"}
 
 
 def compose(*files: Path, settings: dict[str, str] | None = None, env_file: Path = Path(os.devnull)) -> dict[str, Any]:
@@ -116,7 +116,16 @@ def test_every_setting_of_the_launcher_reaches_it_from_the_env_file(tmp_path: Pa
 
 def test_a_setting_that_is_not_set_does_not_reach_the_container(services: dict[str, Any]) -> None:
     environment = services["vllm-0"]["environment"]
-    assert {name for name, value in environment.items() if value is not None} == {"DRAIN_SECONDS"}
+    assert {name for name, value in environment.items() if value is not None} == {"DRAIN_SECONDS", "HF_ENDPOINT"}
+
+
+def test_a_mirror_of_the_hub_reaches_the_replicas_and_a_token_reaches_nothing() -> None:
+    mirror = "https://mirror.example"
+    config = compose(BASE, settings={"HF_ENDPOINT": mirror, "HF_TOKEN_FILE": "/token", "HF_TOKEN": "secret"})
+    assert {config["services"][name]["environment"]["HF_ENDPOINT"] for name in REPLICAS} == {mirror}
+    assert "TOKEN" not in json.dumps(config).upper().replace("TOKENS", "")
+    empty = compose(BASE, settings={"HF_ENDPOINT": ""})["services"]["vllm-0"]["environment"]
+    assert empty["HF_ENDPOINT"] == "https://huggingface.co"
 
 
 def test_the_example_names_every_setting_that_is_read_and_no_other() -> None:

@@ -58,9 +58,81 @@ def replica(tmp_path: Path, engine: str, **environment: str) -> Service:
 
 
 def test_the_model_is_that_of_the_environment_then_of_the_engine_file_then_the_default(tmp_path: Path) -> None:
-    assert model.of_replica(replica(tmp_path, "model: a/b\n", MODEL="c/d")) == "c/d"
-    assert model.of_replica(replica(tmp_path, "model: a/b\n")) == "a/b"
-    assert model.of_replica(replica(tmp_path, "# all defaults\n")) == model.PACKAGED
+    assert model.of_replica(replica(tmp_path, "model: a/b\n", MODEL="c/d")) == ["c/d"]
+    assert model.of_replica(replica(tmp_path, "model: a/b\n")) == ["a/b"]
+    assert model.of_replica(replica(tmp_path, "# all defaults\n")) == [model.PACKAGED]
+
+
+def test_a_draft_model_is_one_of_the_replicas_models(tmp_path: Path) -> None:
+    draft = json.dumps({"method": "draft_model", "model": "a/draft"})
+    assert model.of_replica(replica(tmp_path, "model: a/b\n", SPECULATIVE_CONFIG=draft)) == ["a/b", "a/draft"]
+    in_file = 'model: a/b\nspeculative_config: {"method": "eagle", "model": "a/head"}\n'
+    assert model.of_replica(replica(tmp_path, in_file)) == ["a/b", "a/head"]
+    for none in ('{"method": "ngram"}', "not JSON", "[]"):
+        assert model.of_replica(replica(tmp_path, "model: a/b\n", SPECULATIVE_CONFIG=none)) == ["a/b"]
+
+
+DOWNLOAD = """\
+import os, pathlib, sys
+pathlib.Path(os.environ["ASKED"]).write_text(" ".join(sys.argv[1:]))
+if "gated" in sys.argv[1]:
+    sys.exit("gated")
+folder = pathlib.Path(os.environ["MODELS"], sys.argv[1])
+folder.mkdir(parents=True)
+(folder / "config.json").touch()
+"""
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where what a stand-in for download_model.py was asked for is noted; it brings all models but gated ones."""
+    script, asked, models = tmp_path / "download.py", tmp_path / "asked", tmp_path / "models"
+    script.write_text(DOWNLOAD)
+    monkeypatch.setattr(model, "DOWNLOAD", script)
+    monkeypatch.setattr(model, "MODELS", models)
+    monkeypatch.setattr(model, "ROOT", tmp_path)
+    monkeypatch.setenv("ASKED", str(asked))
+    monkeypatch.setenv("MODELS", str(models))
+    return asked
+
+
+def stack_of(service: Service) -> Config:
+    return Config.model_validate({"services": {"vllm-0": service}, "x-pins": {"model-revision": "abc1234def"}})
+
+
+def test_a_model_from_the_hub_is_brought_into_models_once(tmp_path: Path, asked: Path) -> None:
+    config = stack_of(replica(tmp_path, "model: a/b\n"))
+    model.fetch(config)
+    assert asked.read_text() == "a/b"
+    asked.unlink()
+    model.fetch(config)
+    assert not asked.exists()  # it is there
+    assert model.bring(config, print) == "a/b: in models/a/b"
+
+
+def test_a_model_that_cannot_be_had_ends_make_up_with_what_the_download_said(
+    tmp_path: Path, asked: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        model.fetch(stack_of(replica(tmp_path, "model: a/gated\n")))
+    assert end.value.code == 1
+    assert asked.read_text() == "a/gated"
+    assert "gated" in capfd.readouterr().err
+
+
+def test_a_name_that_the_hub_cannot_have_is_not_asked_for(tmp_path: Path, asked: Path) -> None:
+    for name in ("/etc/model", "model", "../a/b"):
+        config = stack_of(replica(tmp_path, f"model: {name}\n"))
+        model.fetch(config)
+        with pytest.raises(Problem, match=re.escape(name)):
+            model.bring(config, print)
+    assert not asked.exists()
+
+
+def test_the_default_model_is_of_the_pinned_revision(tmp_path: Path, asked: Path) -> None:
+    said = model.bring(stack_of(replica(tmp_path, "# all defaults\n")), print)
+    assert asked.read_text() == f"{model.PACKAGED} --revision abc1234def"
+    assert said == f"{model.PACKAGED}: revision abc1234 from the hub"
 
 
 def container(service: str, state: str = "running", health: str = "healthy") -> Container:

@@ -112,3 +112,26 @@ def test_the_environment_wins_over_the_file_and_unknown_names_in_it_are_not_ours
 
 def test_no_file_means_the_defaults(tmp_path: Path) -> None:
     assert settings.load(tmp_path / ".env", {}).http_port == 80
+
+
+def test_what_the_file_says_of_the_hub_goes_where_every_command_looks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / ".env"
+    file.write_text("HF_ENDPOINT=https://mirror.example\nHF_TOKEN_FILE=~/token\nHTTP_PORT=81\n")
+    monkeypatch.setenv("HOME", "/home/me")
+    environment: dict[str, str] = {}
+    settings.export_hub(file, environment)
+    assert environment == {"HF_ENDPOINT": "https://mirror.example", "HF_TOKEN_FILE": "/home/me/token"}
+    environment = {"HF_ENDPOINT": "https://other.example", "HF_TOKEN_FILE": ""}
+    settings.export_hub(file, environment)
+    assert environment == {"HF_ENDPOINT": "https://other.example", "HF_TOKEN_FILE": "/home/me/token"}
+    environment = {}
+    settings.export_hub(tmp_path / "none", environment)
+    assert environment == {}
+
+
+def test_a_token_itself_is_no_setting() -> None:
+    known = settings.known_names(settings.EXAMPLE_FILE.read_text())
+    with pytest.raises(Problem, match=r"nothing reads HF_TOKEN: did you mean HF_TOKEN_FILE\?"):
+        settings.parse_env("HF_TOKEN=abc\n", known)
