@@ -14,9 +14,9 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from stack import checks, engine, fleet, images, model, settings
-from stack.compose import PROJECT, Compose
+from stack.compose import OVERRIDE, PROJECT, Compose, Config
 from stack.console import console, one_line_for_mistakes, step
-from stack.shell import CACHE, LOG, ROOT, ask, work
+from stack.shell import CACHE, LOG, ask, work
 
 QUESTION = "What is the capital of France?"
 
@@ -44,21 +44,21 @@ def check_ports(wanted: settings.Settings, own: set[int]) -> str:
     return ", ".join(str(port) for _, port in ports.values())
 
 
-def check_memory() -> str:
-    """A Problem where the fleet of nginx/fleet/ does not fit into the memory that is free."""
-    lines = "".join(file.read_text() for file in (ROOT / "nginx" / "fleet").glob("*.conf"))
+def check_memory(config: Config) -> str:
+    """A Problem where the replicas do not fit into the memory that is free."""
     available, total = checks.meminfo(Path("/proc/meminfo").read_text())
-    checks.memory_suffices(available, total, replicas=len(re.findall(r"^upstream\s", lines, re.MULTILINE)))
+    checks.memory_suffices(available, total, [model.memory(config.services[name]) for name in config.replicas])
     return f"{available / checks.GIB:.1f} of {total / checks.GIB:.1f} GiB free"
 
 
-def check_disk(*, gpu: bool) -> str:
+def check_disk(config: Config) -> str:
     """A Problem where Docker's disk has no room for the images."""
     folder = Path(ask("docker", "info", "--format", "{{.DockerRootDir}}").stdout.strip() or "/var/lib")
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    checks.disk_suffices(free, checks.DISK["gpu" if gpu else "cpu"], folder)
+    on_gpus = any(config.services[name].on_gpus for name in config.replicas)
+    checks.disk_suffices(free, checks.DISK["gpu" if on_gpus else "cpu"], folder)
     return f"{free / checks.GIB:.0f} GiB free under {folder}"
 
 
@@ -66,8 +66,11 @@ def choose_gpus(wanted: settings.Settings) -> tuple[bool, str]:
     """Whether the GPU file is added, and why."""
     listed = ask("nvidia-smi", "--list-gpus")
     gpus = len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
-    planned = (ROOT / "docker-compose.override.yml").exists()
-    return checks.gpu_choice(wanted.gpu, gpus, engine.runtimes(), planned=planned)
+    override: checks.Override = "none"
+    if OVERRIDE.exists():
+        config = Compose().config()
+        override = "gpu" if any(config.services[name].on_gpus for name in config.replicas) else "cpu"
+    return checks.gpu_choice(wanted.gpu, gpus, override, toolkit=engine.gpu_toolkit())
 
 
 @contextmanager
@@ -94,9 +97,6 @@ def up() -> None:
     own = published_ports()
     with step("Ports") as shown:
         shown.result = check_ports(wanted, own)
-    if not own:
-        with step("Memory") as shown:
-            shown.result = check_memory()
 
     with step("Docker engine and plugins") as shown:
         shown.result = engine.bring(shown.say)
@@ -105,9 +105,12 @@ def up() -> None:
     compose = Compose(gpu=gpu)
     config = compose.config()
     fleet.check_named(config)
+    if not own:
+        with step("Memory") as shown:
+            shown.result = check_memory(config)
     if not all(images.present(service.image) for service in config.services.values() if service.build):
         with step("Disk") as shown:
-            shown.result = check_disk(gpu=gpu)
+            shown.result = check_disk(config)
     with step("Images") as shown:
         shown.result = images.bring(config, wanted.images, shown.say)
     services = [name for name, service in config.services.items() if images.present(service.image)]

@@ -13,6 +13,8 @@ from stack.console import Problem
 
 Version = tuple[int, ...]
 Choice = Literal["auto", "on", "off"]
+# docker-compose.override.yml: not there, or there without GPUs for replicas, or with some
+Override = Literal["none", "cpu", "gpu"]
 
 # The oldest that the stack was run with, and what it needs of them.
 OLDEST_ENGINE: Version = (20, 10)  # BuildKit's bind mounts; unprivileged users may open port 80 in a container
@@ -20,8 +22,9 @@ OLDEST_COMPOSE: Version = (2, 24, 4)  # the tag `!override`
 OLDEST_BUILDX: Version = (0, 13)
 
 GIB = 2**30
-# Measured: a replica of the default model holds 2.9 GiB on a CPU; the gateway, Prometheus and Grafana together 0.5 GiB.
-MEMORY_A_REPLICA = int(3.2 * GIB)
+# Measured: a replica of the default model holds 2.9 GiB on a CPU, of which 1 is its KV cache and 0.25 its weights; the
+# gateway, Prometheus and Grafana hold 0.5 GiB together.
+MEMORY_OF_VLLM = int(1.9 * GIB)
 MEMORY_OF_THE_REST = GIB // 2
 # Images, the layers they are built in, and the model, where none of it is there yet.
 DISK: dict[Literal["cpu", "gpu"], int] = {"cpu": 12 * GIB, "gpu": 45 * GIB}
@@ -53,14 +56,14 @@ def engine_answers(error: str) -> None:
         )
 
 
-def memory_suffices(available: int, total: int, replicas: int) -> None:
-    """A Problem where `replicas` replicas of the default model do not fit into the available memory (bytes)."""
-    needed = replicas * MEMORY_A_REPLICA + MEMORY_OF_THE_REST
+def memory_suffices(available: int, total: int, replicas: Collection[int]) -> None:
+    """A Problem where the replicas, with so many bytes each, do not fit into the available memory (bytes)."""
+    needed = sum(replicas) + MEMORY_OF_THE_REST
     if available < needed:
         raise Problem(
-            f"too little memory: {replicas} replicas need {needed / GIB:.1f} GiB, "
+            f"too little memory: {len(replicas)} replicas and the rest need {needed / GIB:.1f} GiB, "
             f"{available / GIB:.1f} of {total / GIB:.1f} GiB are free",
-            "stop other programs, or take a replica out of nginx/fleet/ and docker-compose.yml",
+            "stop other programs, or let `make plan` plan a fleet that fits",
         )
 
 
@@ -112,27 +115,29 @@ def port_is_free(name: str, address: IPv4Address | IPv6Address, port: int, taken
             )
 
 
-def gpu_choice(wanted: Choice, gpus: int, runtimes: Collection[str], *, planned: bool) -> tuple[bool, str]:
+def gpu_choice(wanted: Choice, gpus: int, override: Override, *, toolkit: bool) -> tuple[bool, str]:
     """Whether to add docker-compose.gpu.yml, and the reason in words.
 
-    `gpus`: how many the driver lists; `runtimes`: what the Docker engine can run containers with; `planned`: whether a
-    docker-compose.override.yml decides about devices already.
+    `gpus`: how many the driver lists; `toolkit`: whether Docker can give them to containers.
     """
+    file = "docker-compose.override.yml"
     if wanted == "off":
+        if override == "gpu":
+            fix = f"remove {file} (`make plan` writes it again), or take GPU=off out of .env"
+            raise Problem(f"GPU=off, but {file} puts the replicas on GPUs", fix)
         return False, "GPU=off: the replicas run on the CPU"
-    if wanted == "on" and not gpus:
-        raise Problem(
-            "GPU=on, but there is no NVIDIA driver with a GPU",
-            "install the driver until `nvidia-smi -L` lists one, or set GPU=off",
-        )
-    toolkit = "nvidia" in runtimes
-    fix = "install nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker`, restart Docker"
-    if wanted == "on" and not toolkit:
-        raise Problem("GPU=on, but Docker has no NVIDIA container toolkit", f"{fix}, or set GPU=off")
-    if planned and wanted == "auto":
-        return False, "docker-compose.override.yml decides"
+    who, otherwise = ("GPU=on", "set GPU=off") if wanted == "on" else (file, f"remove {file}")
+    needed = wanted == "on" or override == "gpu"
+    if needed and not gpus:
+        fix = f"install the driver until `nvidia-smi -L` lists one, or {otherwise}"
+        raise Problem(f"{who} asks for GPUs, but there is no NVIDIA driver with a GPU", fix)
+    install = "install nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker`, restart Docker"
+    if needed and not toolkit:
+        raise Problem(f"{who} asks for GPUs, but Docker has no NVIDIA container toolkit", f"{install}, or {otherwise}")
+    if override != "none" and wanted == "auto":
+        return False, f"{file} decides: the replicas run on {'GPUs' if override == 'gpu' else 'the CPU'}"
     if gpus and not toolkit:
-        return False, f"{gpus} GPUs, but Docker cannot use them; on the CPU. For the GPUs: {fix}"
+        return False, f"{gpus} GPUs, but Docker cannot use them; on the CPU. For the GPUs: {install}"
     if gpus:
         return True, f"{gpus} NVIDIA GPUs: docker-compose.gpu.yml is added (GPU=off in .env prevents it)"
     return False, "none: the replicas run on the CPU"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field
 
@@ -13,6 +14,8 @@ from stack.shell import ROOT, ask
 
 # as Compose decides it
 PROJECT = os.environ.get("COMPOSE_PROJECT_NAME", "vllm-fleet")
+# Compose lays it over docker-compose.yml by itself; `make plan` writes it.
+OVERRIDE = ROOT / "docker-compose.override.yml"
 
 
 class Build(BaseModel):
@@ -36,6 +39,12 @@ class Service(BaseModel):
     build: Build | None = None
     environment: dict[str, str | None] = {}
     volumes: list[Volume] = []
+    deploy: dict[str, Any] = {}
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether it is given GPUs."""
+        return bool(self.deploy.get("resources", {}).get("reservations", {}).get("devices"))
 
 
 def is_replica(service: str) -> bool:
@@ -77,8 +86,8 @@ class Compose:
         self.files: list[str] = []
         if gpu:
             self.files = ["docker-compose.yml", "docker-compose.gpu.yml"]
-            if (ROOT / "docker-compose.override.yml").exists():
-                self.files.append("docker-compose.override.yml")
+            if OVERRIDE.exists():
+                self.files.append(OVERRIDE.name)
 
     def command(self, *args: str) -> list[str]:
         """A `docker compose` command line."""

@@ -54,10 +54,12 @@ def check() -> str:
     return ", ".join(words)
 
 
-def runtimes() -> list[str]:
-    """What the engine can run containers with; with NVIDIA's container toolkit 'nvidia' is among them."""
+def gpu_toolkit() -> bool:
+    """Whether Docker can give GPUs to containers: it knows NVIDIA's runtime, or finds the hook of NVIDIA's toolkit."""
     done = ask("docker", "info", "--format", "{{json .Runtimes}}")
-    return list(json.loads(done.stdout)) if done.returncode == 0 else []
+    return (done.returncode == 0 and "nvidia" in (json.loads(done.stdout) or ())) or bool(
+        shutil.which("nvidia-container-runtime-hook")
+    )
 
 
 def bring(say: Say) -> str:

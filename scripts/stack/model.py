@@ -12,9 +12,11 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from stack import checks
 from stack.compose import Config, Service
 from stack.console import Problem
 from stack.shell import CACHE, ROOT, work
@@ -28,18 +30,36 @@ DOWNLOAD = ROOT / "scripts" / "download_model.py"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def of_replica(service: Service) -> list[str]:
-    """The models that a replica loads: MODEL and the draft of SPECULATIVE_CONFIG, else those of its engine settings."""
+def setting(service: Service, name: str) -> Any:
+    """What a replica's launcher will read: the environment's word, else that of the engine settings, else None."""
     file = next((volume.source for volume in service.volumes if volume.target == "/etc/vllm/engine.yaml"), None)
-    settings = (yaml.safe_load(Path(file).read_text()) if file else None) or {}
-    draft = service.environment.get("SPECULATIVE_CONFIG") or settings.get("speculative_config") or {}
+    in_file = None
+    # what cannot be read the launcher refuses
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        in_file = yaml.safe_load(Path(file).read_text()) if file else None
+    return service.environment.get(name.upper()) or (in_file.get(name) if isinstance(in_file, dict) else None)
+
+
+def of_replica(service: Service) -> list[str]:
+    """The models that a replica loads, its draft among them."""
+    draft = setting(service, "speculative_config")
     if isinstance(draft, str):
         # what is not JSON the launcher refuses
         with suppress(ValueError):
             draft = json.loads(draft)
-    names = [service.environment.get("MODEL") or settings.get("model", PACKAGED)]
-    names += [draft["model"]] if isinstance(draft, dict) and draft.get("model") else []
-    return [str(name) for name in names]
+    drafts = [draft["model"]] if isinstance(draft, dict) and draft.get("model") else []
+    return [str(name) for name in (setting(service, "model") or PACKAGED, *drafts)]
+
+
+def memory(service: Service) -> int:
+    """The memory of this host that a replica needs at least, in bytes: on GPUs its cache and its weights lie there."""
+    if service.on_gpus:
+        return checks.MEMORY_OF_VLLM
+    cache = 0.0
+    with suppress(ValueError):
+        cache = float(setting(service, "kv_cache_gb") or 0)
+    files = (file for name in of_replica(service) for file in folder_of(name).rglob("*.safetensors"))
+    return checks.MEMORY_OF_VLLM + int(cache * checks.GIB) + sum(file.stat().st_size for file in files)
 
 
 def of_fleet(config: Config) -> list[str]:

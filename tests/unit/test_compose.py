@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from stack.compose import Service
 from stack.replica_gpus import IMAGE, dump_compose, gpu_service
 from tests.conftest import ROOT
 from vllm import launch
@@ -83,6 +84,10 @@ def test_only_the_gateway_is_published_beyond_loopback_and_only_when_asked() -> 
     loopback = {"gateway": {"127.0.0.1"}, "prometheus": {"127.0.0.1"}, "grafana": {"127.0.0.1"}}
     assert published(compose(BASE)) == loopback
     assert published(compose(BASE, settings={"BIND_ADDRESS": "0.0.0.0"})) == loopback | {"gateway": {"0.0.0.0"}}
+
+
+def test_without_the_gpu_file_no_replica_is_on_gpus(services: dict[str, Any]) -> None:
+    assert not any(Service.model_validate(services[name]).on_gpus for name in REPLICAS)
 
 
 def test_one_dead_replica_keeps_nothing_from_starting(services: dict[str, Any]) -> None:
@@ -171,6 +176,7 @@ def test_the_gpu_file_pins_each_replica_to_its_own_gpu() -> None:
         for number, name in enumerate(REPLICAS)
     }
     for name in REPLICAS:
+        assert Service.model_validate(config[name]).on_gpus
         assert config[name]["image"] == IMAGE
         assert config[name]["build"]["args"]["DEVICE"] == "gpu"
         assert config[name]["environment"]["TENSOR_PARALLEL_SIZE"] == "1"

@@ -46,9 +46,10 @@ def test_no_rights_on_the_socket_are_told_from_an_engine_that_is_down() -> None:
 
 
 def test_too_little_memory_says_how_much_is_needed_and_there() -> None:
-    checks.memory_suffices(8 * checks.GIB, 8 * checks.GIB, replicas=2)
-    with pytest.raises(Problem, match=r"2 replicas need 6\.9 GiB, 4\.0 of 8\.0 GiB are free"):
-        checks.memory_suffices(4 * checks.GIB, 8 * checks.GIB, replicas=2)
+    replicas = [3 * checks.GIB, 4 * checks.GIB]
+    checks.memory_suffices(8 * checks.GIB, 8 * checks.GIB, replicas)
+    with pytest.raises(Problem, match=r"2 replicas and the rest need 7\.5 GiB, 4\.0 of 8\.0 GiB are free"):
+        checks.memory_suffices(4 * checks.GIB, 8 * checks.GIB, replicas)
 
 
 def test_meminfo_is_read_in_bytes() -> None:
@@ -101,34 +102,45 @@ def test_a_port_on_another_address_or_of_an_open_connection_is_free() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "gpus", "runtimes", "planned", "expected", "words"),
+    ("wanted", "gpus", "toolkit", "override", "expected", "words"),
     [
-        ("off", 4, ["nvidia"], False, False, "GPU=off"),
-        ("auto", 0, ["runc"], False, False, "run on the CPU"),
-        ("auto", 2, ["nvidia"], False, True, r"2 NVIDIA GPUs: docker-compose\.gpu\.yml is added"),
-        ("auto", 2, ["runc"], False, False, "install nvidia-container-toolkit"),
-        ("auto", 2, ["nvidia"], True, False, "override"),
-        ("on", 2, ["nvidia"], True, True, "is added"),
+        ("off", 4, True, "none", False, "GPU=off"),
+        ("off", 4, True, "cpu", False, "GPU=off"),
+        ("auto", 0, False, "none", False, "run on the CPU"),
+        ("auto", 2, True, "none", True, r"2 NVIDIA GPUs: docker-compose\.gpu\.yml is added"),
+        ("auto", 2, False, "none", False, "install nvidia-container-toolkit"),
+        ("auto", 2, True, "cpu", False, "override"),
+        ("auto", 0, False, "cpu", False, "override"),
+        ("auto", 2, True, "gpu", False, "override"),
+        ("on", 2, True, "gpu", True, "is added"),
     ],
 )
 def test_the_gpu_file_is_taken_where_docker_can_use_gpus(
-    wanted: checks.Choice, gpus: int, runtimes: list[str], planned: bool, expected: bool, words: str
+    wanted: checks.Choice, gpus: int, toolkit: bool, override: checks.Override, expected: bool, words: str
 ) -> None:
-    taken, why = checks.gpu_choice(wanted, gpus, runtimes, planned=planned)
+    taken, why = checks.gpu_choice(wanted, gpus, override, toolkit=toolkit)
     assert taken is expected
     assert re.search(words, why)
 
 
 @pytest.mark.parametrize(
-    ("gpus", "runtimes", "words"),
-    [
-        (0, ["nvidia"], "no NVIDIA driver"),
-        (2, ["runc"], "no NVIDIA container toolkit: install nvidia-container-toolkit"),
-    ],
+    ("wanted", "override", "who"),
+    [("on", "none", "GPU=on"), ("on", "cpu", "GPU=on"), ("auto", "gpu", r"docker-compose\.override\.yml")],
 )
-def test_gpus_that_were_asked_for_and_cannot_be_had_are_a_problem(gpus: int, runtimes: list[str], words: str) -> None:
-    with pytest.raises(Problem, match=words):
-        checks.gpu_choice("on", gpus, runtimes, planned=False)
+@pytest.mark.parametrize(
+    ("gpus", "toolkit", "words"),
+    [(0, True, "no NVIDIA driver"), (2, False, "no NVIDIA container toolkit: install nvidia-container-toolkit")],
+)
+def test_gpus_that_were_asked_for_or_planned_and_cannot_be_had_are_a_problem(
+    wanted: checks.Choice, override: checks.Override, who: str, gpus: int, toolkit: bool, words: str
+) -> None:
+    with pytest.raises(Problem, match=f"^{who}.*{words}"):
+        checks.gpu_choice(wanted, gpus, override, toolkit=toolkit)
+
+
+def test_a_plan_for_gpus_is_not_started_where_gpus_were_refused() -> None:
+    with pytest.raises(Problem, match=r"GPU=off, but docker-compose\.override\.yml puts the replicas on GPUs: remove"):
+        checks.gpu_choice("off", 2, "gpu", toolkit=True)
 
 
 @given(st.ip_addresses(v=4), st.integers(1, 65535))

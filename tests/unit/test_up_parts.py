@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stack import fleet, images, model
+from stack import checks, fleet, images, model
 from stack.compose import Compose, Config, Container, Service, Volume
 from stack.console import Problem
 from stack.shell import ROOT
@@ -50,9 +50,9 @@ def test_another_recipe_has_another_tag() -> None:
     assert other.tag != images.GATEWAY.tag
 
 
-def replica(tmp_path: Path, engine: str, **environment: str) -> Service:
+def replica(tmp_path: Path, engine: str | bytes, **environment: str) -> Service:
     file = tmp_path / "engine.yaml"
-    file.write_text(engine)
+    file.write_bytes(engine if isinstance(engine, bytes) else engine.encode())
     volumes = [Volume(source=str(file), target="/etc/vllm/engine.yaml")]
     return Service(image="replica", environment={"MODEL": None, **environment}, volumes=volumes)
 
@@ -63,6 +63,11 @@ def test_the_model_is_that_of_the_environment_then_of_the_engine_file_then_the_d
     assert model.of_replica(replica(tmp_path, "# all defaults\n")) == [model.PACKAGED]
 
 
+def test_engine_settings_that_cannot_be_read_are_left_to_the_launcher(tmp_path: Path) -> None:
+    for text in ("model: [a\n", "- model\n", "\ud800"):
+        assert model.of_replica(replica(tmp_path, text.encode("utf-8", "surrogatepass"))) == [model.PACKAGED]
+
+
 def test_a_draft_model_is_one_of_the_replicas_models(tmp_path: Path) -> None:
     draft = json.dumps({"method": "draft_model", "model": "a/draft"})
     assert model.of_replica(replica(tmp_path, "model: a/b\n", SPECULATIVE_CONFIG=draft)) == ["a/b", "a/draft"]
@@ -70,6 +75,23 @@ def test_a_draft_model_is_one_of_the_replicas_models(tmp_path: Path) -> None:
     assert model.of_replica(replica(tmp_path, in_file)) == ["a/b", "a/head"]
     for none in ('{"method": "ngram"}', "not JSON", "[]"):
         assert model.of_replica(replica(tmp_path, "model: a/b\n", SPECULATIVE_CONFIG=none)) == ["a/b"]
+
+
+def test_a_replica_needs_its_own_memory_its_cache_and_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "MODELS", tmp_path)
+    (tmp_path / "a/b").mkdir(parents=True)
+    with (tmp_path / "a/b/model.safetensors").open("wb") as weights:
+        weights.truncate(5 * checks.GIB)
+    own = checks.MEMORY_OF_VLLM
+    assert model.memory(replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n")) == own + 6 * checks.GIB
+    assert model.memory(replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n", KV_CACHE_GB="2")) == own + 7 * checks.GIB
+    for unknown in ("", "kv_cache_gb: lots\n"):
+        assert model.memory(replica(tmp_path, f"model: x/y\n{unknown}")) == own
+    on_gpus = replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n")
+    on_gpus.deploy = {"resources": {"reservations": {"devices": [{"driver": "nvidia"}]}}}
+    assert model.memory(on_gpus) == own
 
 
 DOWNLOAD = """\
