@@ -37,6 +37,8 @@ METRICS_PORT = 9464
 # Longer than the gateway keeps an idle connection (60 s), or it would send a request into one that just closed.
 KEEP_ALIVE_S = 90
 NCCL_NAMES = ("NCCL_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_DEBUG")
+# arguments of `vllm serve` with which a replica takes another number of GPUs than its settings say
+PARALLEL = re.compile(r"--(tensor|pipeline|data)-parallel-size|-(tp|pp|dp)\b")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -181,6 +183,8 @@ def find_model(model: str, models: Path) -> tuple[str, dict[str, Any]]:
             content = json.loads(config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SettingsError(f"{config}: cannot be read ({error}); fetch the model again") from None
+        if not isinstance(content, dict):
+            raise SettingsError(f"{config}: holds a {type(content).__name__}, not an object; fetch the model again")
         return str(folder), content
     if not HUB_NAME.fullmatch(model):
         raise SettingsError(
@@ -247,12 +251,13 @@ def check_fit(settings: Settings, config: dict[str, Any], gpus: int | None) -> N
             f"PIPELINE_PARALLEL_SIZE is {pp}, but on a CPU vLLM ends at the first request with stages: set it to 1, "
             "and TENSOR_PARALLEL_SIZE to share the work"
         )
-    if gpus is not None and tp * pp > gpus:
+    if gpus not in (None, tp * pp) and not any(PARALLEL.match(word) for word in settings.extra_args):
         raise SettingsError(
-            f"TENSOR_PARALLEL_SIZE {tp} times PIPELINE_PARALLEL_SIZE {pp} needs {tp * pp} GPUs, "
-            f"but this replica is pinned to {gpus}: lower them or give it more device_ids"
+            f"TENSOR_PARALLEL_SIZE {tp} times PIPELINE_PARALLEL_SIZE {pp} is {tp * pp}, but this replica is pinned to "
+            f"{gpus} GPUs: make the two equal, here or by its device_ids"
         )
-    heads = config.get("num_attention_heads", config.get("text_config", {}).get("num_attention_heads"))
+    text_config = config.get("text_config")
+    heads = (config | (text_config if isinstance(text_config, dict) else {})).get("num_attention_heads")
     if isinstance(heads, int) and heads % tp:
         sizes = ", ".join(str(size) for size in range(1, min(heads, 16) + 1) if heads % size == 0)
         raise SettingsError(

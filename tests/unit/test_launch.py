@@ -179,7 +179,13 @@ MISTAKES = [
         "more workers than GPUs",
         "model: org/small",
         {"FLEET_DEVICE": "gpu", "PATH": "/nowhere", "NVIDIA_VISIBLE_DEVICES": "0,1", "TENSOR_PARALLEL_SIZE": "3"},
-        ["needs 3 GPUs", "pinned to 2", "device_ids"],
+        ["is 3, but", "pinned to 2 GPUs", "device_ids"],
+    ),
+    (
+        "fewer workers than GPUs",
+        "model: org/small",
+        {"FLEET_DEVICE": "gpu", "PATH": "/nowhere", "NVIDIA_VISIBLE_DEVICES": "0,1"},
+        ["is 1, but", "pinned to 2 GPUs", "device_ids"],
     ),
 ]
 
@@ -205,7 +211,7 @@ def test_a_missing_engine_file_is_a_mistake(tmp_path: Path) -> None:
         launch.read_settings(tmp_path / "none.yaml", {})
 
 
-@pytest.mark.parametrize("content", [None, "{", ""])
+@pytest.mark.parametrize("content", [None, "{", "", "[]"])
 def test_a_folder_without_a_whole_config_is_a_mistake(models: Path, content: str | None) -> None:
     config = models / "org/small/config.json"
     config.unlink()
@@ -272,6 +278,27 @@ def test_no_gpu_is_a_mistake(monkeypatch: pytest.MonkeyPatch, visible: str) -> N
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(launch.SettingsError, match="sees none"):
         launch.count_gpus({"NVIDIA_VISIBLE_DEVICES": visible})
+
+
+@pytest.mark.parametrize("extra", ["--data-parallel-size 2", "-dp 2", "--tensor-parallel-size=2"])
+def test_parallel_sizes_among_the_further_arguments_are_left_to_vllm(start: Start, extra: str) -> None:
+    environment = {"FLEET_DEVICE": "gpu", "PATH": "/nowhere", "NVIDIA_VISIBLE_DEVICES": "0,1"}
+    assert start(EXTRA_ARGS=extra, **environment)[0] == 0
+    assert start(EXTRA_ARGS="--seed 7 --no-parallelism", **environment)[0] == 2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"text_config": None}, {"text_config": [1]}, {"num_attention_heads": "9"}, {"num_attention_heads": None}],
+)
+def test_heads_that_the_config_does_not_tell_are_left_to_vllm(config: dict[str, Any]) -> None:
+    launch.check_fit(launch.Settings(model="org/small", tensor_parallel_size=2), config, None)
+
+
+def test_the_heads_of_a_model_for_text_and_images_are_found() -> None:
+    chosen = launch.Settings(model="org/small", tensor_parallel_size=2)
+    with pytest.raises(launch.SettingsError, match="9 attention heads"):
+        launch.check_fit(chosen, {"text_config": {"num_attention_heads": 9}}, None)
 
 
 def test_metrics_are_told_apart_by_replica_and_unset_nccl_settings_stay_unset() -> None:
