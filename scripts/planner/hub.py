@@ -1,6 +1,8 @@
-"""The Hugging Face hub, for config.json alone; weights are download_model.py's business."""
+"""The Hugging Face hub: its names, tokens and refusals, and config.json; weights are download_model.py's business."""
 
+import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,12 @@ import httpx
 from stack.console import Problem
 
 HUB = "https://huggingface.co"
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+
+
+def is_repository(text: str) -> bool:
+    """Whether it is a name like owner/model."""
+    return re.fullmatch(f"{NAME}/{NAME}", text) is not None
 
 
 def read_token(file: Path | None = None) -> str | None:
@@ -18,32 +26,56 @@ def read_token(file: Path | None = None) -> str | None:
     if path is None:
         return None
     try:
-        return path.read_text().strip()
+        token = path.read_bytes().strip()
     except OSError as error:
-        raise Problem(f"cannot read the token file {path}: {error.strerror}", "correct HF_TOKEN_FILE") from error
+        raise Problem(
+            f"cannot read the token file {path}: {error.strerror}", "correct HF_TOKEN_FILE or --token-file"
+        ) from error
+    if not re.fullmatch(rb"[!-~]+", token):
+        raise Problem(f"{path} holds something else than one token", "put your token in it, alone, as the hub shows it")
+    return token.decode()
+
+
+def gated(repository: str) -> Problem:
+    """What the hub's 401 and 403 mean: it answers so for a name that it does not have, too."""
+    return Problem(
+        f"{repository} is gated, or there is no such model",
+        "correct the name, or accept its terms on the hub and put your token in a file that HF_TOKEN_FILE names"
+        " (scripts/download_model.py takes --token-file FILE, too)",
+    )
+
+
+def not_the_hub(url: str) -> Problem:
+    """For an answer that the hub would not give: a login page, a mirror's error."""
+    return Problem(
+        f"{url} answers something else than the hub does",
+        "see what it says; HF_ENDPOINT or --endpoint has to name the hub or a mirror that speaks its API",
+    )
 
 
 def fetch_config(repository: str) -> Mapping[str, Any]:
     """The config.json of a repository on the hub, or on HF_ENDPOINT. Raises Problem where it cannot be had."""
-    if repository.count("/") != 1 or repository.startswith((".", "/")):
+    if not is_repository(repository):
         raise Problem(f"{repository} is neither a folder with a config.json nor a name like owner/model", "correct it")
     token = read_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    url = f"{os.environ.get('HF_ENDPOINT', HUB).rstrip('/')}/{repository}/resolve/main/config.json"
+    url = f"{(os.environ.get('HF_ENDPOINT') or HUB).rstrip('/')}/{repository}/resolve/main/config.json"
     try:
         answer = httpx.get(url, headers=headers, timeout=20, follow_redirects=True)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise Problem(
-            f"cannot reach the hub for {repository}/config.json: {error}",
-            "give a folder that holds the model, or bring it with scripts/download_model.py",
+            f"cannot reach {url}: {error}",
+            "correct HF_ENDPOINT if it is set, give a folder that holds the model, or bring it with"
+            " scripts/download_model.py",
         ) from error
     if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        # the hub says so too of a name that it does not have
-        raise Problem(
-            f"{repository} is gated, or there is no such model",
-            "correct the name, or accept its terms on the hub and set HF_TOKEN_FILE to a file with your token",
-        )
+        raise gated(repository)
     if answer.status_code != httpx.codes.OK:
         raise Problem(f"{url}: status {answer.status_code}", "correct the name")
-    found: Mapping[str, Any] = answer.json()
+    try:
+        found = json.loads(answer.content)
+    except ValueError as error:
+        raise not_the_hub(url) from error
+    if not isinstance(found, dict):
+        raise not_the_hub(url)
     return found

@@ -1,38 +1,49 @@
 """Where a model can be brought from: the hub, a folder, or an HTTP or S3 mirror.
 
-Each source lists its files with their size and SHA-256 and gives a file's bytes from an offset, so that a download can
-be resumed and checked whatever it came from."""
+Each source lists its files with their size and what it knows of their content, and gives a file's bytes from an offset,
+so that a download can be resumed and checked whatever it came from. Where a source does not answer, httpx's errors
+come through."""
 
 import hashlib
 import hmac
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 from xml.etree import ElementTree
 
 import httpx
+from pydantic import BaseModel, Field, ValidationError
 
+from planner.hub import gated, is_repository, not_the_hub, read_token
 from stack.console import Problem
 
 SUMS = "SHA256SUMS"
+WRITE_SUMS = f"write it with: sha256sum * > {SUMS}"
 CHUNK = 1 << 20
-# What vLLM loads; a repository's other formats of the same weights stay where they are.
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", SUMS)
-TIMEOUT = httpx.Timeout(30, read=120)
+# What vLLM loads; of weights in both formats, the first.
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+WANTED = (*WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+TIMEOUT = httpx.Timeout(30, connect=10, read=120)
+# compressed on the way, sizes and offsets would mean something else
+PLAIN = {"Accept-Encoding": "identity"}
+REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of a model: its path below the model's folder, bytes, and SHA-256 where the source knows it."""
+    """One file of a model: its path below the model's folder, its bytes, and what the source knows of its content."""
 
     path: str
     size: int
     sha256: str | None = None
+    git: str | None = None  # the SHA-1 of git's blob
+    version: str = ""  # where there is no sum: changes when the file does
 
 
 class Source(Protocol):
@@ -48,39 +59,90 @@ class Source(Protocol):
         """The file's bytes from `offset`."""
 
 
-def open_source(text: str, revision: str | None, token: str | None, endpoint: str) -> Source:
+def open_source(text: str, revision: str | None, token_file: Path | None, endpoint: str) -> Source:
     """The source that `text` names: a folder, an http(s):// or s3:// address, or a repository of the hub `endpoint`."""
-    if Path(text).is_dir():
-        return Folder(Path(text).resolve())
-    if text.startswith(("http://", "https://")):
-        return Http(text.rstrip("/"), token)
+    folder = Path(text)
+    is_address = text.startswith(("http://", "https://", "s3://"))
+    if revision and (is_address or folder.is_dir()):
+        raise Problem(f"{text} has no revisions: --revision is the hub's", "leave --revision out")
+    if folder.is_dir():
+        return Folder(folder.resolve())
     if text.startswith("s3://"):
         return S3.from_address(text)
-    if text.count("/") != 1 or text.startswith((".", "/")):
+    if is_address:
+        # HF_TOKEN_FILE's token is for the hub alone
+        return Http(text.rstrip("/"), read_token(token_file) if token_file else None)
+    if not is_repository(text):
         raise Problem(f"{text} is neither a folder, an address nor a name like owner/model", "correct it")
-    return Hub(text, revision or "main", token, endpoint.rstrip("/"))
+    return Hub(text, revision or "main", read_token(token_file), endpoint.rstrip("/"))
 
 
 def wanted(path: str) -> bool:
-    """Whether vLLM needs the file. A path that leads out of the model's folder is never wanted."""
-    inside = not path.startswith("/") and ".." not in Path(path).parts
-    return inside and any(fnmatch(Path(path).name, pattern) for pattern in WANTED)
+    """Whether vLLM may need the file. Hidden ones and paths that lead out of the model's folder are never wanted."""
+    parts = PurePosixPath(path).parts
+    inside = path.isprintable() and not any(part.startswith((".", "/")) for part in parts)
+    return inside and any(fnmatch(parts[-1], pattern) for pattern in WANTED)
 
 
-def parse_sums(text: str, where: str) -> dict[str, str]:
+def for_vllm(files: list[File], source: str) -> list[File]:
+    """The files without the same weights in a second format. A Problem where they are no model that vLLM can load."""
+    at_top = {file.path for file in files if "/" not in file.path}
+    if "config.json" not in at_top:
+        raise Problem(f"{source} has no config.json", "is it a model's folder?")
+    if not any(fnmatch(path, pattern) for path in at_top for pattern in WEIGHTS):
+        raise Problem(f"{source} has no weights that vLLM loads ({', '.join(WEIGHTS)})", "choose a model that has")
+    safe = {PurePosixPath(file.path).parent for file in files if file.path.endswith(".safetensors")}
+    return [file for file in files if not (file.path.endswith(".bin") and PurePosixPath(file.path).parent in safe)]
+
+
+def parse_sums(content: bytes, where: str) -> dict[str, str]:
     """The lines of `sha256sum`: SHA-256 by path."""
     sums = {}
-    for line in text.splitlines():
-        digest, _, path = line.partition(" ")
-        if len(digest) != 64 or not path.strip(" *"):
-            raise Problem(f"{where} is not what sha256sum writes: {line[:60]}", f"write it with: sha256sum * > {SUMS}")
-        sums[path.strip(" *").removeprefix("./")] = digest
+    for line in content.decode(errors="replace").splitlines():
+        row = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)", line)
+        if not row:
+            raise Problem(f"{where} is not what sha256sum writes: {line[:60]}", WRITE_SUMS)
+        sums[row[2]] = row[1].lower()
     return sums
 
 
+def with_sums(found: list[File], content: bytes, where: str) -> list[File]:
+    """The files with the SHA-256 that `content` has for them. A Problem where it names one that is not there."""
+    sums = parse_sums(content, where)
+    if missing := {path for path in sums if wanted(path)} - {file.path for file in found}:
+        raise Problem(f"{where} names {min(missing)}, which is not there", f"put it there, or {WRITE_SUMS}")
+    return [replace(file, sha256=sums.get(file.path)) for file in found]
+
+
 def _sum_of(files: list[File]) -> str:
-    text = "".join(f"{file.sha256 or file.size} {file.path}\n" for file in sorted(files, key=lambda one: one.path))
-    return hashlib.sha256(text.encode()).hexdigest()
+    lines = sorted(f"{file.sha256 or file.version} {file.size} {file.path}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _client(token: str | None) -> httpx.Client:
+    headers = PLAIN | ({"Authorization": f"Bearer {token}"} if token else {})
+    return httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
+
+
+def _stream(
+    client: httpx.Client,
+    url: str,
+    offset: int,
+    refused: Callable[[int], Problem],
+    headers: dict[str, str] | None = None,
+) -> Iterator[bytes]:
+    """A file's bytes from `offset`; where the server knows no ranges, the first bytes are skipped."""
+    asked = {**(headers or {}), **({"Range": f"bytes={offset}-"} if offset else {})}
+    with client.stream("GET", url, headers=asked) as answer:
+        if answer.status_code not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
+            raise refused(answer.status_code)
+        skip = offset if answer.status_code == httpx.codes.OK else 0
+        for chunk in answer.iter_raw(CHUNK):
+            if skip >= len(chunk):
+                skip -= len(chunk)
+            else:
+                yield chunk[skip:]
+                skip = 0
 
 
 @dataclass
@@ -95,10 +157,15 @@ class Folder:
         self.name = self.folder.name
 
     def files(self) -> list[File]:
-        sums_file = self.folder / SUMS
-        sums = parse_sums(sums_file.read_text(), str(sums_file)) if sums_file.is_file() else {}
-        paths = {str(path.relative_to(self.folder)): path for path in self.folder.rglob("*") if path.is_file()}
-        found = [File(path, file.stat().st_size, sums.get(path)) for path, file in paths.items() if wanted(path)]
+        found = []
+        for path in self.folder.rglob("*"):
+            inside = str(path.relative_to(self.folder))
+            if wanted(inside) and path.is_file():
+                about = path.stat()
+                found.append(File(inside, about.st_size, version=str(about.st_mtime_ns)))
+        sums = self.folder / SUMS
+        if sums.is_file():
+            found = with_sums(found, sums.read_bytes(), str(sums))
         self.revision = _sum_of(found)
         return found
 
@@ -119,32 +186,49 @@ class Http:
     revision: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        self.name = urlsplit(self.url).path.rsplit("/", 1)[-1]
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        self._client = httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
+        self.name = httpx.URL(self.url).path.rsplit("/", 1)[-1]
+        self._client = _client(self.token)
 
     def files(self) -> list[File]:
-        try:
-            answer = self._client.get(f"{self.url}/{SUMS}")
-        except httpx.HTTPError as error:
-            raise Problem(f"{self.url} does not answer: {error}", "check the address and the network") from error
-        if answer.status_code != httpx.codes.OK:
-            raise Problem(
-                f"{self.url}/{SUMS}: status {answer.status_code}",
-                f"the mirror's folder needs one, written with: sha256sum * > {SUMS}",
-            )
+        sums = b"".join(self.read(File(SUMS, 0), 0))
         found = []
-        for path, digest in parse_sums(answer.text, f"{self.url}/{SUMS}").items():
+        for path, digest in parse_sums(sums, f"{self.url}/{SUMS}").items():
             if wanted(path):
                 head = self._client.head(f"{self.url}/{quote(path)}")
                 if head.status_code != httpx.codes.OK:
-                    raise Problem(f"{self.url}/{path}: status {head.status_code}", f"{SUMS} names it: put it there")
-                found.append(File(path, int(head.headers["content-length"]), digest))
+                    raise self._refused(path, head.status_code)
+                size = head.headers.get("content-length", "")
+                if not size.isdecimal():
+                    raise Problem(f"{self.url}/{path}: the server tells no size", "let it answer HEAD with a length")
+                found.append(File(path, int(size), digest))
         self.revision = _sum_of(found)
         return found
 
     def read(self, file: File, offset: int) -> Iterator[bytes]:
-        yield from _stream(self._client, f"{self.url}/{quote(file.path)}", offset, {})
+        url = f"{self.url}/{quote(file.path)}"
+        yield from _stream(self._client, url, offset, lambda status: self._refused(file.path, status))
+
+    def _refused(self, path: str, status: int) -> Problem:
+        what = f"{self.url}/{path}: status {status}"
+        if status in REFUSED:
+            return Problem(what, "name a file with the mirror's token: --token-file FILE")
+        return Problem(what, f"put there {SUMS} and each file that it names; {WRITE_SUMS}")
+
+
+class _Lfs(BaseModel):
+    sha256: str
+
+
+class _Sibling(BaseModel):
+    rfilename: str
+    size: int
+    blobId: str  # noqa: N815 - the hub's name
+    lfs: _Lfs | None = None
+
+
+class _About(BaseModel):
+    sha: str = Field(pattern="^[0-9a-f]+$")
+    siblings: list[_Sibling]
 
 
 @dataclass
@@ -157,62 +241,41 @@ class Hub:
     endpoint: str
 
     def __post_init__(self) -> None:
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        self._client = httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
+        self._client = _client(self.token)
 
     def files(self) -> list[File]:
         asked = f"{self.endpoint}/api/models/{self.name}/revision/{quote(self.revision, safe='')}?blobs=true"
-        try:
-            answer = self._client.get(asked)
-        except httpx.HTTPError as error:
-            raise Problem(
-                f"{self.endpoint} does not answer: {error}", "name a mirror with --endpoint, or give a folder"
-            ) from error
-        if answer.status_code in (401, 403):
-            raise Problem(
-                f"{self.name} is gated or private",
-                "accept its terms on the hub and give --token-file FILE with your token in it",
-            )
+        answer = self._client.get(asked)
         if answer.status_code != httpx.codes.OK:
-            raise Problem(f"{self.name} at revision {self.revision}: status {answer.status_code}", "correct the name")
-        about = answer.json()
+            raise self._refused(asked, answer.status_code)
+        try:
+            about = _About.model_validate_json(answer.content)
+        except ValidationError as error:
+            raise not_the_hub(asked) from error
         # from here on the commit, so that all files are of one
-        self.revision = about["sha"]
-        files = [
-            File(one["rfilename"], one.get("size") or 0, (one.get("lfs") or {}).get("sha256"))
-            for one in about["siblings"]
-            if wanted(one["rfilename"])
+        self.revision = about.sha
+        return [
+            # git has large files as a pointer, their content has a SHA-256
+            File(one.rfilename, one.size, one.lfs.sha256) if one.lfs else File(one.rfilename, one.size, git=one.blobId)
+            for one in about.siblings
+            if wanted(one.rfilename)
         ]
-        if any(file.path.endswith(".safetensors") for file in files):
-            return files
-        raise Problem(f"{self.name} has no safetensors weights", "choose a repository that has")
 
     def read(self, file: File, offset: int) -> Iterator[bytes]:
         url = f"{self.endpoint}/{self.name}/resolve/{self.revision}/{quote(file.path)}"
-        yield from _stream(self._client, url, offset, {})
+        yield from _stream(self._client, url, offset, lambda status: self._refused(url, status))
 
-
-def _stream(client: httpx.Client, url: str, offset: int, headers: dict[str, str]) -> Iterator[bytes]:
-    """A file's bytes from `offset`; where the server knows no ranges, the first bytes are skipped."""
-    if offset:
-        headers = headers | {"Range": f"bytes={offset}-"}
-    # compressed on the way, offsets would mean something else
-    with client.stream("GET", url, headers={"Accept-Encoding": "identity", **headers}) as answer:
-        if answer.status_code not in (200, 206):
-            raise Problem(f"{url}: status {answer.status_code}", "check the address, then run this again: it goes on")
-        skip = offset if answer.status_code == httpx.codes.OK else 0
-        for chunk in answer.iter_raw(CHUNK):
-            if skip >= len(chunk):
-                skip -= len(chunk)
-            else:
-                yield chunk[skip:]
-                skip = 0
+    def _refused(self, url: str, status: int) -> Problem:
+        # of a gated model the hub lists the files for everyone, and refuses them
+        if status in REFUSED:
+            return gated(self.name)
+        return Problem(f"{url}: status {status}", "correct the name or --revision, or try again later")
 
 
 @dataclass
 class S3:
     """A prefix of an S3 bucket, at Amazon or at AWS_ENDPOINT_URL. Keys from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
-    (and AWS_SESSION_TOKEN); without them the bucket has to be public."""
+    (and AWS_SESSION_TOKEN); without them the bucket has to be public. Its SHA256SUMS is used where there is one."""
 
     bucket: str
     prefix: str
@@ -221,10 +284,10 @@ class S3:
 
     @staticmethod
     def from_address(text: str) -> "S3":
-        parts = urlsplit(text)
-        if not parts.netloc or not parts.path.strip("/"):
+        bucket, _, folder = text.removeprefix("s3://").partition("/")
+        if not bucket or not folder.strip("/"):
             raise Problem(f"{text} names no bucket with a folder", "write it as s3://BUCKET/FOLDER")
-        return S3(parts.netloc, parts.path.strip("/") + "/")
+        return S3(bucket, folder.strip("/") + "/")
 
     def __post_init__(self) -> None:
         self.name = self.prefix.rstrip("/").rsplit("/", 1)[-1]
@@ -233,58 +296,68 @@ class S3:
         # an endpoint of one's own rarely has a name for each bucket
         amazon = f"https://{self.bucket}.s3.{self._region}.amazonaws.com"
         self._base = f"{endpoint.rstrip('/')}/{self.bucket}" if endpoint else amazon
-        self._client = httpx.Client(timeout=TIMEOUT)
+        self._client = httpx.Client(headers=PLAIN, timeout=TIMEOUT)
 
     def files(self) -> list[File]:
-        sums: dict[str, str] = {}
         found: list[File] = []
+        sums = None
         more = ""
         while True:
             query = {"list-type": "2", "prefix": self.prefix}
             if more:
                 query["continuation-token"] = more
             text = "&".join(f"{key}={quote(value, safe='')}" for key, value in sorted(query.items()))
-            try:
-                answer = self._client.get(f"{self._base}/?{text}", headers=self._signed("/", text))
-            except httpx.HTTPError as error:
-                raise Problem(
-                    f"{self._base} does not answer: {error}", "check AWS_ENDPOINT_URL and AWS_REGION"
-                ) from error
+            answer = self._client.get(f"{self._base}/?{text}", headers=self._signed("/", text))
             if answer.status_code != httpx.codes.OK:
+                raise self._refused("", answer.status_code)
+            try:
+                page = ElementTree.fromstring(answer.content)  # noqa: S314 - of the user's own storage
+                listed = [self._listed(one) for one in page.iterfind("{*}Contents")]
+            except (ElementTree.ParseError, ValueError) as error:
                 raise Problem(
-                    f"s3://{self.bucket}/{self.prefix}: status {answer.status_code}",
-                    "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION",
-                )
-            page = ElementTree.fromstring(answer.content)  # noqa: S314 - of the user's own storage
-            space = page.tag.partition("}")[0] + "}" if page.tag.startswith("{") else ""
-            for one in page.iter(f"{space}Contents"):
-                path = (one.findtext(f"{space}Key") or "").removeprefix(self.prefix)
-                if wanted(path):
-                    found.append(File(path, int(one.findtext(f"{space}Size") or 0)))
-            more = page.findtext(f"{space}NextContinuationToken") or ""
+                    f"{self._base} answers something else than S3 does", "correct AWS_ENDPOINT_URL"
+                ) from error
+            found += [file for file in listed if wanted(file.path)]
+            sums = next((file for file in listed if file.path == SUMS), sums)
+            more = page.findtext("{*}NextContinuationToken") or ""
             if not more:
                 break
-        if any(file.path == SUMS for file in found):
-            content = b"".join(self.read(File(SUMS, 0), 0)).decode()
-            sums = parse_sums(content, f"s3://{self.bucket}/{self.prefix}{SUMS}")
-        found = [File(file.path, file.size, sums.get(file.path)) for file in found]
+        if sums:
+            found = with_sums(found, b"".join(self.read(sums, 0)), f"s3://{self.bucket}/{self.prefix}{SUMS}")
         self.revision = _sum_of(found)
         return found
 
+    def _listed(self, row: ElementTree.Element) -> File:
+        path = row.findtext("{*}Key", "").removeprefix(self.prefix)
+        return File(path, int(row.findtext("{*}Size", "")), version=row.findtext("{*}ETag", ""))
+
     def read(self, file: File, offset: int) -> Iterator[bytes]:
         path = "/" + quote(self.prefix + file.path)
-        extra = {"range": f"bytes={offset}-"} if offset else {}
-        yield from _stream(self._client, self._base + path, 0, self._signed(path, "", extra))
+        # an object that was replaced since it was listed is refused
+        headers = self._signed(path, "") | ({"If-Match": file.version} if file.version else {})
+        yield from _stream(
+            self._client, self._base + path, offset, lambda status: self._refused(file.path, status), headers
+        )
 
-    def _signed(self, path: str, query: str, extra: dict[str, str] | None = None) -> dict[str, str]:
+    def _refused(self, path: str, status: int) -> Problem:
+        what = f"s3://{self.bucket}/{self.prefix}{path}: status {status}"
+        if status == httpx.codes.PRECONDITION_FAILED:
+            return Problem(f"{what}, it has changed meanwhile", "run this again: it begins anew")
+        return Problem(
+            what,
+            "check the address, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL",
+        )
+
+    def _signed(self, path: str, query: str) -> dict[str, str]:
         key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
         if not key or not secret:
-            return extra or {}
-        base = urlsplit(self._base)
-        headers = {"host": base.netloc, **(extra or {})}
+            return {}
+        base = httpx.URL(self._base)
+        headers = {"host": base.netloc.decode()}
         if token := os.environ.get("AWS_SESSION_TOKEN"):
             headers["x-amz-security-token"] = token
-        return sign_s3(base.path + path, query, headers, key, secret, self._region, datetime.now(UTC))
+        # at the root of a bucket's own host there is no path
+        return sign_s3(base.path.rstrip("/") + path, query, headers, key, secret, self._region, datetime.now(UTC))
 
 
 EMPTY = hashlib.sha256(b"").hexdigest()

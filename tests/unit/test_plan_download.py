@@ -2,35 +2,48 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+import typer
+from typer.testing import CliRunner, Result
 
+import download_model
 from planner.sources import sign_s3
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = (ROOT / "tests" / "models" / "SmolLM2-135M-Instruct" / "config.json").read_bytes()
 FILES = {"config.json": CONFIG, "model.safetensors": bytes(range(256)) * 20_000, "tokenizer.json": b"{}"}
 SUMS = "".join(f"{hashlib.sha256(data).hexdigest()}  {path}\n" for path, data in FILES.items()).encode()
+APP = typer.Typer()
+APP.command()(download_model.main)
 KEY, SECRET = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 
 
 class Server:
-    """A web server on loopback with the files of `content`. `cut` ends the next answer after so many bytes."""
+    """A web server on loopback with the files of `content`. `cut` ends the next answer after so many bytes, `status`
+    answers for the paths that end so, and `held` is waited for in each GET of weights."""
 
     def __init__(self) -> None:
         self.content: dict[str, bytes] = {}
         self.cut: int | None = None
+        self.status: dict[str, int] = {}
+        self.asked: list[str] = []
+        self.held = threading.Event()
+        self.held.set()
+        self.heads = "answered"  # or "dropped", or "without length"
         self.token: str | None = None
         self.ranges: list[str] = []
+        self.matched: list[str | None] = []
         self.s3 = False
         server = self
 
@@ -43,6 +56,16 @@ class Server:
 
             def answer(self, body: bool) -> None:
                 path = unquote(urlsplit(self.path).path)
+                server.asked.append(f"{self.command} {path}")
+                server.matched.append(self.headers["if-match"])
+                if not body and server.heads == "dropped":
+                    self.close_connection = True
+                    return
+                for end, refusal in server.status.items():
+                    if path.endswith(end):
+                        self.send_response(refusal)
+                        self.end_headers()
+                        return
                 if server.token and self.headers["authorization"] != f"Bearer {server.token}":
                     self.send_response(401)
                     self.end_headers()
@@ -61,8 +84,11 @@ class Server:
                     server.ranges.append(asked)
                     data, status = data[int(asked.removeprefix("bytes=").rstrip("-")) :], 206
                 self.send_response(status)
-                self.send_header("content-length", str(len(data)))
+                if body or server.heads != "without length":
+                    self.send_header("content-length", str(len(data)))
                 self.end_headers()
+                if body and path.endswith("safetensors"):
+                    server.held.wait(30)
                 if body and server.cut is not None and len(data) > server.cut:
                     self.wfile.write(data[: server.cut])
                     server.cut = None
@@ -94,7 +120,8 @@ class Server:
         start = int(query.get("continuation-token", ["0"])[0])
         more = f"<NextContinuationToken>{start + 2}</NextContinuationToken>" if start + 2 < len(keys) else ""
         rows = "".join(
-            f"<Contents><Key>{key.removeprefix('/bucket/')}</Key><Size>{len(self.content[key])}</Size></Contents>"
+            f"<Contents><Key>{key.removeprefix('/bucket/')}</Key><Size>{len(self.content[key])}</Size>"
+            f"<ETag>{hashlib.md5(self.content[key]).hexdigest()}</ETag></Contents>"  # noqa: S324 - as S3 does
             for key in keys[start : start + 2]
         )
         space = "http://s3.amazonaws.com/doc/2006-03-01/"
@@ -112,38 +139,77 @@ def server() -> Iterator[Server]:
     running.close()
 
 
-def download(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(autouse=True)
+def nothing_from_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("HF_", "AWS_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+def download(*args: str | Path, **env: str) -> Result:
+    """Runs the command here; what it says, mistakes too, is its output."""
+    run = CliRunner().invoke(APP, [*map(str, args)], env=env)
+    assert run.exception is None or isinstance(run.exception, SystemExit), run.exception
+    return run
+
+
+def start(args: Iterable[str | Path], room: int | None = None, **env: str) -> subprocess.Popen[str]:
+    """Starts the command as a process; with `room` it cannot write more than so many bytes to a file."""
     command = [sys.executable, str(ROOT / "scripts" / "download_model.py"), *map(str, args)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env={"PATH": "/usr/bin:/bin", "COLUMNS": "200", **env}
+    limit = f"ulimit -f {room // 1024};" if room else ""
+    return subprocess.Popen(
+        ["bash", "-c", f'{limit} exec "$@"', "bash", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", **env},
     )
 
 
-def arrived(place: Path) -> bool:
-    return all((place / path).read_bytes() == data for path, data in FILES.items())
+def download_with_room(room: int, *args: str | Path, **env: str) -> str:
+    """What a download says for which the disk is too small."""
+    with start(args, room, **env) as process:
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert "Traceback" not in said, said
+    return said
 
 
-def publish_on_hub(server: Server, commit: str = "c0ffee") -> None:
-    siblings = [
-        {"rfilename": path, "size": len(data), "lfs": {"sha256": hashlib.sha256(data).hexdigest()}}
-        for path, data in FILES.items()
-    ]
-    siblings += [{"rfilename": "pytorch_model.bin", "size": 1 << 50}, {"rfilename": "../../evil.json", "size": 1}]
+def arrived(place: Path, files: dict[str, bytes] = FILES) -> bool:
+    return all((place / path).read_bytes() == data for path, data in files.items())
+
+
+def put(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, data in files.items():
+        (folder / path).write_bytes(data)
+    return folder
+
+
+def publish_on_hub(server: Server, commit: str = "c0ffee", files: dict[str, bytes] = FILES) -> None:
+    """As the hub does: weights have their SHA-256, all other files the SHA-1 of git's blob."""
+    siblings: list[dict[str, object]] = []
+    for path, data in files.items():
+        blob = hashlib.sha1(b"blob %d\0%b" % (len(data), data), usedforsecurity=False).hexdigest()
+        lfs = {"lfs": {"sha256": hashlib.sha256(data).hexdigest()}} if len(data) > 10_000 else {}
+        siblings.append({"rfilename": path, "size": len(data), "blobId": blob, **lfs})
+    others = ("rust_model.ot", "onnx/model.onnx", "../../evil.json")
+    siblings += [{"rfilename": path, "size": 1 << 50, "blobId": "0" * 40} for path in others]
     about = json.dumps({"sha": commit, "siblings": siblings}).encode()
-    server.content |= {"/api/models/me/tiny/revision/main": about, "/api/models/me/tiny/revision/v1": about}
-    server.content |= {f"/me/tiny/resolve/{commit}/{path}": data for path, data in FILES.items()}
+    server.content |= {f"/api/models/me/tiny/revision/{name}": about for name in ("main", "v1", commit)}
+    server.content |= {f"/me/tiny/resolve/{commit}/{path}": data for path, data in files.items()}
 
 
 def test_from_the_hub_by_commit_and_without_other_formats(server: Server, tmp_path: Path) -> None:
-    publish_on_hub(server)
+    publish_on_hub(server, files={**FILES, "pytorch_model.bin": b"the same in another format"})
     run = download("me/tiny", "--revision", "v1", "--endpoint", server.url, "--models", tmp_path)
-    assert not run.returncode, run.stdout + run.stderr
+    assert not run.exit_code, run.output
     assert arrived(tmp_path / "me" / "tiny")
     assert json.loads((tmp_path / "me" / "tiny" / ".source.json").read_text())["revision"] == "c0ffee"
     assert not list(tmp_path.rglob("*.bin"))
     assert not list(tmp_path.parent.rglob("evil.json"))
     again = download("me/tiny", "--endpoint", server.url, "--models", tmp_path)
-    assert "is there already" in again.stdout
+    assert "is there already" in again.output
     checked = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path / "me" / "tiny")
     assert not checked.returncode
 
@@ -152,22 +218,32 @@ def test_a_gated_model_needs_the_token_from_a_file(server: Server, tmp_path: Pat
     publish_on_hub(server)
     server.token = "hf_secret"
     refused = download("me/tiny", "--endpoint", server.url, "--models", tmp_path)
-    assert refused.returncode == 1
-    assert "--token-file" in refused.stdout
+    assert refused.exit_code == 1
+    assert "--token-file" in refused.output
     (tmp_path / "token").write_text("hf_secret\n")
     args = ("me/tiny", "--endpoint", server.url, "--models", tmp_path)
-    assert not download(*args, HF_TOKEN_FILE=str(tmp_path / "token")).returncode
+    assert not download(*args, HF_TOKEN_FILE=str(tmp_path / "token")).exit_code
     assert arrived(tmp_path / "me" / "tiny")
+
+
+def test_an_object_of_s3_that_was_replaced_meanwhile_is_refused(server: Server, tmp_path: Path) -> None:
+    server.content = {f"/bucket/tiny/{path}": data for path, data in FILES.items()}
+    server.s3 = True
+    keys = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    server.status["/model.safetensors"] = 412
+    run = download("s3://bucket/tiny", "--models", tmp_path, **keys)
+    assert "begins anew" in run.output
+    assert hashlib.md5(FILES["model.safetensors"]).hexdigest() in server.matched  # noqa: S324 - as S3 does
 
 
 def test_a_cut_download_goes_on_where_it_ended(server: Server, tmp_path: Path) -> None:
     publish_on_hub(server)
     server.cut = 2_000_000
     cut = download("me/tiny", "--endpoint", server.url, "--models", tmp_path)
-    assert cut.returncode == 1
-    assert "goes on" in cut.stdout
+    assert cut.exit_code == 1
+    assert "goes on" in cut.output
     assert not (tmp_path / "me" / "tiny").exists(), "half a model must not be seen by a replica"
-    assert not download("me/tiny", "--endpoint", server.url, "--models", tmp_path).returncode
+    assert not download("me/tiny", "--endpoint", server.url, "--models", tmp_path).exit_code
     assert arrived(tmp_path / "me" / "tiny")
     assert any(int(asked.removeprefix("bytes=").rstrip("-")) > 100_000 for asked in server.ranges)
 
@@ -177,11 +253,11 @@ def test_damaged_bytes_are_thrown_away(server: Server, tmp_path: Path) -> None:
     whole = server.content["/me/tiny/resolve/c0ffee/model.safetensors"]
     server.content["/me/tiny/resolve/c0ffee/model.safetensors"] = b"x" + whole[1:]
     run = download("me/tiny", "--endpoint", server.url, "--models", tmp_path)
-    assert run.returncode == 1
-    assert "damaged" in run.stdout
+    assert run.exit_code == 1
+    assert "damaged" in run.output
     assert not (tmp_path / "me" / "tiny").exists()
     server.content["/me/tiny/resolve/c0ffee/model.safetensors"] = whole
-    assert not download("me/tiny", "--endpoint", server.url, "--models", tmp_path).returncode
+    assert not download("me/tiny", "--endpoint", server.url, "--models", tmp_path).exit_code
 
 
 def test_too_little_disk_is_told_before_anything_is_fetched(server: Server, tmp_path: Path) -> None:
@@ -190,17 +266,17 @@ def test_too_little_disk_is_told_before_anything_is_fetched(server: Server, tmp_
     about["siblings"][1]["size"] = 1 << 50
     server.content["/api/models/me/tiny/revision/main"] = json.dumps(about).encode()
     run = download("me/tiny", "--endpoint", server.url, "--models", tmp_path)
-    assert run.returncode == 1
-    assert "GiB are needed" in run.stdout
+    assert run.exit_code == 1
+    assert "GiB are needed" in run.output
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_from_a_web_mirror(server: Server, tmp_path: Path) -> None:
     server.content = {f"/mirror/tiny/{path}": data for path, data in FILES.items()}
     refused = download(f"{server.url}/mirror/tiny", "--models", tmp_path)
-    assert "sha256sum * > SHA256SUMS" in refused.stdout
+    assert "sha256sum * > SHA256SUMS" in refused.output
     server.content["/mirror/tiny/SHA256SUMS"] = SUMS
-    assert not download(f"{server.url}/mirror/tiny", "--name", "me/tiny", "--models", tmp_path).returncode
+    assert not download(f"{server.url}/mirror/tiny", "--name", "me/tiny", "--models", tmp_path).exit_code
     assert arrived(tmp_path / "me" / "tiny")
 
 
@@ -209,9 +285,9 @@ def test_from_s3(server: Server, tmp_path: Path) -> None:
     server.content = {f"/bucket/models/tiny/{path}": data for path, data in {**FILES, "SHA256SUMS": SUMS}.items()}
     keys = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY}
     wrong = download("s3://bucket/models/tiny", "--models", tmp_path, AWS_SECRET_ACCESS_KEY="wrong", **keys)
-    assert "status 403" in wrong.stdout
+    assert "status 403" in wrong.output
     run = download("s3://bucket/models/tiny", "--models", tmp_path, AWS_SECRET_ACCESS_KEY=SECRET, **keys)
-    assert not run.returncode, run.stdout + run.stderr
+    assert not run.exit_code, run.output
     assert arrived(tmp_path / "tiny")
 
 
@@ -231,37 +307,271 @@ def test_the_signature_is_that_of_amazons_own_example() -> None:
 
 
 def test_from_a_folder_as_on_a_host_without_a_network(tmp_path: Path) -> None:
-    stick = tmp_path / "stick" / "tiny"
-    stick.mkdir(parents=True)
-    for path, data in FILES.items():
-        (stick / path).write_bytes(data)
-    (stick / "SHA256SUMS").write_bytes(SUMS)
-    assert not download(stick, "--models", tmp_path / "models").returncode
+    stick = put(tmp_path / "stick" / "tiny", {**FILES, "SHA256SUMS": SUMS})
+    assert not download(stick, "--models", tmp_path / "models").exit_code
     assert arrived(tmp_path / "models" / "tiny")
     shutil.rmtree(tmp_path / "models")
     (stick / "tokenizer.json").write_text("{ }")
-    assert "damaged" in download(stick, "--models", tmp_path / "models").stdout
+    assert "damaged" in download(stick, "--models", tmp_path / "models").output
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
-    [("nothing", "neither a folder"), ("s3://bucket", "names no bucket"), ("http://127.0.0.1:1/x", "does not answer")],
+    ("args", "words"),
+    [
+        (["nothing"], "neither a folder"),
+        (["s3://bucket"], "names no bucket"),
+        (["http://127.0.0.1:1/x"], "does not answer"),
+        (["http://["], "--name"),
+        (["http://[::1/x"], "http://[::1/x"),
+        (["http://h:port/x"], "http://h:port/x"),
+        (["me/tiny", "--endpoint", "http://[::1"], "--endpoint"),
+        (["me/tiny", "--endpoint", "hub.example"], "--endpoint"),
+        (["s3://bucket/tiny"], "AWS_ENDPOINT_URL"),
+        (["me/tiny", "--name", "/abs"], "--name"),
+        (["me/tiny", "--name", "../x"], "--name"),
+        (["me/tiny", "--name", ".partial"], "--name"),
+        (["me/tiny", "--models", "/dev/null/models"], "/dev/null/models"),
+        (["me/tiny", "--token-file", "/nowhere/token"], "/nowhere/token"),
+        (["http://127.0.0.1:1/x", "--revision", "v1"], "--revision"),
+        (["s3://bucket/tiny", "--revision", "v1"], "--revision"),
+        ([str(ROOT / "tests"), "--revision", "v1"], "--revision"),
+    ],
 )
-def test_mistakes_are_told_in_two_lines(source: str, words: str, tmp_path: Path) -> None:
-    run = download(source, "--models", tmp_path)
-    assert run.returncode == 1
-    assert words in run.stdout
-    assert "Traceback" not in run.stderr
+def test_mistakes_are_told_in_two_lines(args: list[str], words: str, server: Server, tmp_path: Path) -> None:
+    publish_on_hub(server)
+    env = {"HF_ENDPOINT": server.url, "AWS_ENDPOINT_URL": "http://[::1"}
+    models = [] if "--models" in args else ["--models", str(tmp_path / "models")]
+    run = download(*args, *models, **env)
+    assert run.exit_code == 1, run.output
+    assert words in run.output
+    assert "What to do:" in run.output
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_the_planner_asks_the_hub_for_the_config_alone(server: Server) -> None:
+def test_the_planner_asks_the_hub_for_the_config_alone(server: Server, tmp_path: Path) -> None:
     server.content["/me/tiny/resolve/main/config.json"] = CONFIG
     machine = ROOT / "tests" / "machines" / "one-24gb.json"
     command = [sys.executable, str(ROOT / "scripts" / "plan.py"), "me/tiny", "--machine", str(machine), "--json"]
     env = {"PATH": "/usr/bin:/bin", "HF_ENDPOINT": server.url}
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
-    assert not run.returncode, run.stdout + run.stderr
+    assert not run.returncode, run.stdout
     assert json.loads(run.stdout)["models"][0]["layout"] == "1 × tp 1"
     server.token = "hf_secret"
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
-    assert "HF_TOKEN_FILE" in refused.stdout
+    assert "HF_TOKEN_FILE" in refused_plan(command, env)
+    server.token = None
+    for answer in (b"<html>Log in to this network</html>", b"[1]", b"\xff"):
+        server.content["/me/tiny/resolve/main/config.json"] = answer
+        assert "HF_ENDPOINT" in refused_plan(command, env)
+    for token in (b"hf_g\xc3\xbcltig", b"\xff\xfe", b"two\nlines", b""):
+        (tmp_path / "token").write_bytes(token)
+        assert str(tmp_path / "token") in refused_plan(command, {**env, "HF_TOKEN_FILE": str(tmp_path / "token")})
+    assert "HF_ENDPOINT" in refused_plan(command, {**env, "HF_ENDPOINT": "http://[::1"})
+
+
+def refused_plan(command: list[str], env: dict[str, str]) -> str:
+    """What a plan that fails says; never a traceback."""
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, env=env)
+    assert run.returncode == 1, run.stdout
+    assert "Traceback" not in run.stdout, run.stdout
+    return run.stdout
+
+
+def test_two_revisions_are_never_mixed(server: Server, tmp_path: Path) -> None:
+    """The tokenizer of the first arrived, then main moved on; its new tokenizer has the same size."""
+    first = {"config.json": CONFIG, "tokenizer.json": b"[]", "model.safetensors": FILES["model.safetensors"]}
+    publish_on_hub(server, "aaaa", first)
+    server.cut = 2_000_000
+    assert download("me/tiny", "--endpoint", server.url, "--models", tmp_path).exit_code == 1
+    publish_on_hub(server, "bbbb")
+    assert not download("me/tiny", "--endpoint", server.url, "--models", tmp_path).exit_code
+    assert arrived(tmp_path / "me" / "tiny")
+    assert not list((tmp_path / ".partial").rglob("*.json")), "what remained of the first is of no use any more"
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_two_states_of_a_source_without_sums_are_never_mixed(kind: str, server: Server, tmp_path: Path) -> None:
+    first = {"config.json": CONFIG, "model.safetensors": b"a" * 20_000}
+    second = {"config.json": CONFIG, "model.safetensors": b"b" * 20_000}
+
+    def publish(files: dict[str, bytes]) -> None:
+        put(tmp_path / "tiny", files)
+        server.content = {f"/bucket/tiny/{path}": data for path, data in files.items()}
+
+    server.s3 = True
+    source = str(tmp_path / "tiny") if kind == "folder" else "s3://bucket/tiny"
+    keys = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    models = tmp_path / "models"
+    publish(first)
+    assert "File too large" in download_with_room(10_240, source, "--models", models, **keys)
+    assert any(part.stat().st_size == 10_240 for part in models.rglob("model.safetensors"))
+    publish(second)
+    assert not download(source, "--models", models, **keys).exit_code
+    assert arrived(models / "tiny", second)
+    publish(first)
+    assert "move it away" in download(source, "--models", models, **keys).output
+
+
+def test_small_files_of_the_hub_are_checked_too(server: Server, tmp_path: Path) -> None:
+    publish_on_hub(server)
+    server.content["/me/tiny/resolve/c0ffee/tokenizer.json"] = b"[]"
+    run = download("me/tiny", "--endpoint", server.url, "--models", tmp_path)
+    assert run.exit_code == 1
+    assert "tokenizer.json arrived damaged" in run.output
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_lists_its_files_and_refuses_them(status: int, server: Server, tmp_path: Path) -> None:
+    publish_on_hub(server)
+    server.status["/config.json"] = status
+    run = download("me/tiny", "--endpoint", server.url, "--models", tmp_path)
+    assert run.exit_code == 1
+    assert "is gated" in run.output
+    assert "--token-file" in run.output
+
+
+def test_the_hubs_token_goes_to_no_mirror(server: Server, tmp_path: Path) -> None:
+    server.token = "mirrors"
+    server.content = {f"/tiny/{path}": data for path, data in {**FILES, "SHA256SUMS": SUMS}.items()}
+    (tmp_path / "token").write_text("mirrors")
+    args = (f"{server.url}/tiny", "--models", tmp_path / "models")
+    refused = download(*args, HF_TOKEN_FILE=str(tmp_path / "token"))
+    assert "--token-file" in refused.output
+    assert not download(*args, "--token-file", tmp_path / "token").exit_code
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<html>Log in to this network</html>",
+        b"[]",
+        b"\xff",
+        b'{"sha": "../x", "siblings": []}',
+        b'{"sha": "c0ffee"}',
+        b'{"sha": "c0ffee", "siblings": [{"rfilename": "config.json"}]}',
+    ],
+)
+def test_what_is_no_hub_is_told_so(answer: bytes, server: Server, tmp_path: Path) -> None:
+    server.content["/api/models/me/tiny/revision/main"] = answer
+    run = download("me/tiny", "--endpoint", server.url, "--models", tmp_path)
+    assert run.exit_code == 1
+    assert "HF_ENDPOINT" in run.output
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b"", b"\xff"])
+def test_what_is_no_s3_is_told_so(answer: bytes, server: Server, tmp_path: Path) -> None:
+    server.content = {"/bucket/": answer}
+    run = download("s3://bucket/tiny", "--models", tmp_path, AWS_ENDPOINT_URL=server.url)
+    assert run.exit_code == 1
+    assert "AWS_ENDPOINT_URL" in run.output
+
+
+@pytest.mark.parametrize("heads", ["dropped", "without length"])
+def test_a_mirror_that_tells_no_sizes(heads: str, server: Server, tmp_path: Path) -> None:
+    server.content = {f"/tiny/{path}": data for path, data in {**FILES, "SHA256SUMS": SUMS}.items()}
+    server.heads = heads
+    run = download(f"{server.url}/tiny", "--models", tmp_path)
+    assert run.exit_code == 1
+    assert f"{server.url}/tiny/config.json" in run.output
+
+
+@pytest.mark.parametrize("sums", [b"<html>", b"\xff\xfe", SUMS + b"0" * 64 + b"  model-2.safetensors\n"])
+def test_wrong_sums_are_told(sums: bytes, server: Server, tmp_path: Path) -> None:
+    stick = put(tmp_path / "tiny", {**FILES, "SHA256SUMS": sums})
+    server.content = {f"/bucket/tiny/{path.name}": path.read_bytes() for path in stick.iterdir()}
+    for source in (str(stick), f"{server.url}/bucket/tiny", "s3://bucket/tiny"):
+        server.s3 = source.startswith("s3")
+        keys = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+        run = download(source, "--models", tmp_path / "models", **keys)
+        assert run.exit_code == 1, source
+        assert "SHA256SUMS" in run.output
+
+
+def test_a_full_disk_is_told_and_the_download_goes_on(server: Server, tmp_path: Path) -> None:
+    publish_on_hub(server)
+    args = ("me/tiny", "--endpoint", server.url, "--models", tmp_path)
+    said = download_with_room(1_024_000, *args)
+    assert "File too large" in said
+    assert "goes on" in said
+    assert not download(*args).exit_code
+    assert arrived(tmp_path / "me" / "tiny")
+    assert "bytes=1024000-" in server.ranges
+
+
+def test_the_second_of_two_at_once_waits(server: Server, tmp_path: Path) -> None:
+    publish_on_hub(server)
+    server.held.clear()
+    args = ("me/tiny", "--endpoint", server.url, "--models", tmp_path)
+    with start(args) as first:
+        while not any("model.safetensors" in asked for asked in server.asked):
+            assert first.poll() is None, first.communicate()[0]
+        with start(args) as second:
+            assert second.stdout
+            assert "waiting" in second.stdout.readline()
+            server.held.set()
+            assert "is complete" in first.communicate(timeout=30)[0]
+            assert "is there already" in second.communicate(timeout=30)[0]
+    assert arrived(tmp_path / "me" / "tiny")
+    assert sum("GET" in asked and "model.safetensors" in asked for asked in server.asked) == 1
+
+
+def test_there_already_means_whole(server: Server, tmp_path: Path) -> None:
+    publish_on_hub(server)
+    args = ("me/tiny", "--endpoint", server.url, "--models", tmp_path)
+    assert not download(*args).exit_code
+    (tmp_path / "me" / "tiny" / "model.safetensors").write_bytes(b"")
+    cut = download(*args)
+    assert cut.exit_code == 1
+    assert "model.safetensors" in cut.output
+    (tmp_path / "me" / "tiny" / ".source.json").write_text("[")
+    assert "something else" in download(*args).output
+
+
+def test_a_model_that_was_brought_can_be_brought_on(tmp_path: Path) -> None:
+    first = put(tmp_path / "stick" / "tiny", FILES)
+    assert not download(first, "--models", tmp_path / "one").exit_code
+    for _ in range(2):
+        run = download(tmp_path / "one" / "tiny", "--models", tmp_path / "two")
+        assert not run.exit_code
+    assert "is there already" in run.output
+    source = json.loads((tmp_path / "two" / "tiny" / ".source.json").read_text())
+    assert source["source"] == str(tmp_path / "one" / "tiny")
+
+
+def test_weights_have_to_be_there_from_every_source(server: Server, tmp_path: Path) -> None:
+    files = {"config.json": CONFIG, "tokenizer.json": b"{}"}
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {path}\n" for path, data in files.items()).encode()
+    stick = put(tmp_path / "tiny", files)
+    publish_on_hub(server, files=files)
+    server.content |= {f"/bucket/tiny/{path}": data for path, data in {**files, "SHA256SUMS": sums}.items()}
+    for source in (str(stick), "me/tiny", f"{server.url}/bucket/tiny", "s3://bucket/tiny"):
+        server.s3 = source.startswith("s3")
+        keys = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+        run = download(source, "--endpoint", server.url, "--models", tmp_path / "models", **keys)
+        assert run.exit_code == 1, source
+        assert "no weights" in run.output, source
+
+
+def test_a_shard_that_the_index_names_has_to_be_there(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    name = "model.safetensors.index.json"
+    stick = put(
+        tmp_path / "tiny", {"config.json": CONFIG, "model-1.safetensors": b"1", name: json.dumps(index).encode()}
+    )
+    run = download(stick, "--models", tmp_path / "models")
+    assert run.exit_code == 1
+    assert "model-2.safetensors" in run.output
+    for broken in (b"<html>", b"[]", b'{"weight_map": [["x"]]}', b"\xff"):
+        put(stick, {name: broken})
+        run = download(stick, "--models", tmp_path / "models")
+        assert run.exit_code == 1
+        assert name in run.output
+    put(stick, {name: json.dumps(index).encode(), "model-2.safetensors": b"2"})
+    assert not download(stick, "--models", tmp_path / "models").exit_code
+
+
+def test_weights_in_pytorchs_format_are_taken_where_there_are_no_others(server: Server, tmp_path: Path) -> None:
+    files = {"config.json": CONFIG, "pytorch_model.bin": bytes(20_000), "training_args.bin": b"no weights"}
+    publish_on_hub(server, files=files)
+    assert not download("me/tiny", "--endpoint", server.url, "--models", tmp_path).exit_code
+    assert (tmp_path / "me" / "tiny" / "pytorch_model.bin").stat().st_size == 20_000
+    assert not (tmp_path / "me" / "tiny" / "training_args.bin").exists()
