@@ -21,6 +21,29 @@ def coloured(text: str, *, well: bool) -> str:
     return f"[{'green' if well else 'red'}]{text}[/]"
 
 
+def replica_table(seen: fleet.FleetStatus) -> Table:
+    """The replicas as the gateway sees them."""
+    replicas = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("replica", "state"):
+        replicas.add_column(column, no_wrap=True)
+    for column in ("weight", "in\nflight", "running", "waiting", "KV\nuse"):
+        replicas.add_column(column, justify="right", no_wrap=True)
+    # the one that gives way on a narrow screen
+    replicas.add_column("model", overflow="fold")
+    for replica in seen.replicas:
+        replicas.add_row(
+            replica.name,
+            coloured(replica.state, well=replica.state == "ready"),
+            number(replica.weight),
+            number(replica.in_flight),
+            number(replica.running),
+            number(replica.waiting),
+            number(replica.kv_usage, "{:.0%}"),
+            "\n".join(replica.models) or "–",
+        )
+    return replicas
+
+
 def status() -> bool:
     """Prints both tables and gives whether all is well."""
     wanted = settings.load()
@@ -47,25 +70,7 @@ def status() -> bool:
 
     if seen is None:
         return False
-    replicas = Table(box=SIMPLE_HEAD)
-    replicas.add_column("replica", min_width=7, no_wrap=True)
-    replicas.add_column("state", min_width=len("unreachable"), no_wrap=True)
-    for column in ("weight", "in flight", "running", "waiting", "KV use"):
-        replicas.add_column(column, justify="right", min_width=len(column), no_wrap=True)
-    # the one that gives way on a narrow screen
-    replicas.add_column("model", no_wrap=True)
-    for replica in seen.replicas:
-        replicas.add_row(
-            replica.name,
-            coloured(replica.state, well=replica.state == "ready"),
-            number(replica.weight),
-            number(replica.in_flight),
-            number(replica.running),
-            number(replica.waiting),
-            number(replica.kv_usage, "{:.0%}"),
-            "\n".join(replica.models) or "–",
-        )
-    console.print(replicas)
+    console.print(replica_table(seen))
     unready = [replica for replica in seen.replicas if replica.state != "ready"]
     for replica in unready:
         console.print(f"  [red]{replica.name} is {replica.state}[/] {replica.reason or ''}")
