@@ -164,7 +164,8 @@ def test_models_are_those_of_all_replicas(client: httpx.Client) -> None:
 
 
 def test_health_ready_and_status_answer(client: httpx.Client) -> None:
-    assert client.get("/health").text == "ok\n"
+    health = client.get("/health")
+    assert (health.text, health.headers["content-type"]) == ("ok\n", "text/plain")
     assert client.get("/ready").json() == {"ready": 3, "replicas": 3}
     status = client.get("/status.json").json()
     assert status["models"] == ["sim"]
