@@ -2,7 +2,9 @@
 # Makes .venv with the Python packages of one group of pyproject.toml: scripts (default), test or lint.
 # For the tests it sees to a browser as well. Shell, because Python may not be here yet. Run again it does nothing until
 # pyproject.toml changes.
+# All it says goes to stderr: what the command after it prints may be read by a program.
 set -eu
+exec >&2
 cd "$(dirname "$0")/.."
 group=${1:-scripts}
 stamp=.venv/.installed-$group
@@ -16,7 +18,7 @@ apt_install() {
 # The tests of the status page run in it. Ubuntu's package of that name is a snap; there the tests say what to do.
 if [ "$group" = test ] && ! command -v chromedriver >/dev/null && grep -q '^ID=debian' /etc/os-release; then
   echo "Installing Chromium and its driver for the browser tests ..."
-  apt_install chromium chromium-driver || echo "Chromium could not be installed; the browser tests will fail." >&2
+  apt_install chromium chromium-driver || echo "Chromium could not be installed; the browser tests will fail."
 fi
 
 if [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp"; then
@@ -37,7 +39,7 @@ if [ ! -x .venv/bin/python ]; then
   if ! python=$(find_python); then
     echo "Installing Python (3.11 or newer with venv is needed) ..."
     if ! command -v apt-get >/dev/null; then
-      echo "Python 3.11 or newer with venv is missing, and this is neither Debian nor Ubuntu: install it and run this again." >&2
+      echo "Python 3.11 or newer with venv is missing, and this is neither Debian nor Ubuntu: install it and run this again."
       exit 1
     fi
     packages="python3 python3-venv"
@@ -45,7 +47,7 @@ if [ ! -x .venv/bin/python ]; then
     if grep -q 'Ubuntu 22.04' /etc/os-release; then packages="python3.11 python3.11-venv"; fi
     # shellcheck disable=SC2086
     if ! apt_install $packages || ! python=$(find_python); then
-      echo "Python 3.11 or newer could not be installed by apt-get: install it with its venv module and run this again." >&2
+      echo "Python 3.11 or newer could not be installed by apt-get: install it with its venv module and run this again."
       exit 1
     fi
   fi
@@ -57,7 +59,7 @@ echo "Installing the Python packages of group '$group' from pyproject.toml into 
 pip="env PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install -qq"
 # `--group` came with 25.1
 if ! { $pip --upgrade 'pip>=25.1' && $pip --group "$group"; }; then
-  echo "pip could not install them: look at what it says above, check the network, and run this again." >&2
+  echo "pip could not install them: look at what it says above, check the network, and run this again."
   exit 1
 fi
 cp pyproject.toml "$stamp"

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.status import Status
 
 console = Console(highlight=False)
+_mistakes = Console(highlight=False, stderr=True)
 
 
 class Problem(Exception):
@@ -59,13 +60,14 @@ def step(title: str) -> Iterator[Step]:
 
 @contextmanager
 def one_line_for_mistakes() -> Iterator[None]:
-    """Turns a Problem into what is wrong and what to do, with exit status 1, and Ctrl-C into exit status 130."""
+    """Turns a Problem into what is wrong and what to do, with exit status 1, and Ctrl-C into exit status 130. Both
+    go to stderr: what the command printed may be read by a program."""
     try:
         yield
     except Problem as problem:
-        console.print(f"[bold red]{escape(problem.what)}[/]", soft_wrap=True)
-        console.print(f"[bold]What to do:[/] {escape(problem.fix)}", soft_wrap=True)
+        _mistakes.print(f"[bold red]{escape(problem.what)}[/]", soft_wrap=True)
+        _mistakes.print(f"[bold]What to do:[/] {escape(problem.fix)}", soft_wrap=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from here.")
+        _mistakes.print("Stopped. The same command goes on from here.")
         raise SystemExit(130) from None
