@@ -2,11 +2,13 @@
 """Plans the fleet for this host's GPUs and a model, and writes it: docker-compose.override.yml and fleet/."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from enum import StrEnum
+from math import ceil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -15,12 +17,28 @@ from rich.console import Console
 from planner import choose, render
 from planner.choose import Plan, Wish
 from planner.machine import Machine, load_machine
-from planner.model import ONLINE_BITS, Model, load_model
+from planner.model import Model, load_model
 from planner.nvml import read_machine
 from stack.console import Problem, one_line_for_mistakes
+from stack.settings import known_names, parse_env
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "presets"
+# A preset's settings that the planner decides too, by their names there and in Wish; those that are its alone.
+WISHED = {
+    "MAX_MODEL_LEN": "context",
+    "QUANTIZATION": "quantization",
+    "KV_CACHE_DTYPE": "kv_cache",
+    "MAX_NUM_SEQS": "max_num_seqs",
+    "MAX_NUM_BATCHED_TOKENS": "max_batched_tokens",
+    "TENSOR_PARALLEL_SIZE": "tp",
+    "PIPELINE_PARALLEL_SIZE": "pp",
+}
+NOT_WISHED = ("GPU_MEMORY_UTILIZATION", "KV_CACHE_GB", "CPU_OFFLOAD_GB")
+# What .env says of these is meant for the first model.
+OF_ONE_MODEL = ("TOOL_CALL_PARSER", "CHAT_TEMPLATE", "TRUST_REMOTE_CODE", "EXTRA_ARGS")
+NO_DRAFT = ("ngram", "suffix")  # ways to speculate without a second model
+NEEDS = re.compile(r"a GPU of compute capability (\d+)\.(\d+) with \d+ GiB")
 
 
 class Quantization(StrEnum):
@@ -54,9 +72,9 @@ def main(
     ] = None,
     quantization: Annotated[
         Quantization | None,
-        typer.Option(help="How to quantize while loading. Left out: only where it fits no other way."),
+        typer.Option(help="How to quantize while loading. Left out: only where 16 bits fit badly or not at all."),
     ] = None,
-    kv_cache: Annotated[KvCache, typer.Option(help="KV cache in 16 bits or in 8.")] = KvCache.auto,
+    kv_cache: Annotated[KvCache | None, typer.Option(help="KV cache in 16 bits (auto, the default) or in 8.")] = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="Exactly so many replicas.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Exactly this tensor-parallel size.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Exactly so many pipeline stages.")] = None,
@@ -75,52 +93,70 @@ def main(
     yes: Annotated[bool, typer.Option("--yes", help="Write over files that a person changed.")] = False,
 ) -> None:
     """Plan the fleet: from GPUs and a model to replicas that fit."""
+    wish = Wish(
+        goal="latency" if latency else "throughput",
+        context=context,
+        quantization=quantization.value if quantization else None,
+        kv_cache=kv_cache.value if kv_cache else None,
+        replicas=replicas,
+        tp=tp,
+        pp=pp,
+    )
     with one_line_for_mistakes():
-        host = load_machine(machine) if machine else read_machine()
-        if record:
-            record.write_text(host.model_dump_json(indent=2) + "\n")
-        wish = Wish(
-            goal="latency" if latency else "throughput",
-            context=context,
-            quantization=quantization.value if quantization else None,
-            kv_cache="fp8" if kv_cache is KvCache.fp8 else None,
-            replicas=replicas,
-            tp=tp,
-            pp=pp,
-        )
-        parts = plan_all(host, model, also or [], _numbers("--gpus", gpus) if gpus else None, wish)
-        if as_json:
-            print(json.dumps(render.as_json(host, parts), indent=2))
-        else:
-            for part in parts:
-                render.print_part(Console(width=None if sys.stdout.isatty() else 120), host, part)
-        if not (dry_run or machine):
-            _write(parts, yes)
+        try:
+            host = load_machine(machine) if machine else read_machine()
+            if record:
+                record.write_text(host.model_dump_json(indent=2) + "\n")
+            parts = plan_all(host, model, also or [], None if gpus is None else _numbers("--gpus", gpus), wish)
+            if as_json:
+                print(json.dumps(render.as_json(host, parts), indent=2))
+            else:
+                for part in parts:
+                    render.print_part(Console(width=None if sys.stdout.isatty() else 120), host, part)
+            if not (dry_run or machine):
+                _write(parts, yes)
+        except OSError as error:
+            raise Problem(f"{error.filename}: {error.strerror}", "look at what is there, and who may write") from error
 
 
 def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | None, wish: Wish) -> list[render.Part]:
     """The plans of `model` and of further models beside it. A further model that names no GPUs gets the fewest that
     hold it, from the end; `model` gets what is left, or `gpus`."""
-    left = machine.only(gpus) if gpus else machine
+    allowed = {gpu.index for gpu in (machine if gpus is None else machine.only(gpus)).gpus}
+    taken: dict[int, str] = {}
+    free = machine
     others = []
     # those that name their GPUs first, so that the others are not put there
     for text in sorted(also, key=lambda one: "@" not in one):
-        name, _, where = text.partition("@")
-        found, extra, wanted = _model_and_wish(name, Wish(goal=wish.goal, replicas=1))
-        if where:
-            pinned = _numbers("--also", where)
-            plan = choose.choose(machine.only(pinned), found, wanted)
-        else:
-            plan = _fewest(left, found, wanted)
-        used = {gpu.index for replica in plan.replicas for gpu in replica.gpus}
-        if machine.gpus:
-            rest = [gpu.index for gpu in left.gpus if gpu.index not in used]
-            if not rest:
-                raise Problem(f"--also {text}: leaves no GPU for {model}", "pin it to fewer: --also MODEL@GPU")
-            left = left.only(rest)
-        others.append(render.Part(replace(plan, idle=()), _name_in_container(found.name), extra))
-    found, extra, wanted = _model_and_wish(model, wish)
+        name, at, where = text.partition("@")
+        pinned = _numbers("--also", where) if at else []
+        if clash := [index for index in pinned if index in taken]:
+            raise Problem(f"--also {text}: GPU {clash[0]} has {taken[clash[0]]} already", "give it another")
+        left = free.only(pinned, "--also") if at else free.only(sorted(allowed - set(taken)))
+        found, extra, wanted = _model_and_wish(name, Wish(goal=wish.goal, replicas=1), left)
+        plan = choose.choose(left, found, wanted) if at else _fewest(left, found, wanted)
+        taken |= {gpu.index: found.name for replica in plan.replicas for gpu in replica.gpus}
+        if machine.gpus and not allowed - set(taken):
+            raise Problem(f"--also {text}: leaves no GPU for {model}", "pin it to fewer: --also MODEL@GPU")
+        free = _less(free, plan)
+        unset = dict.fromkeys(OF_ONE_MODEL, "")
+        others.append(render.Part(replace(plan, idle=()), _name_in_container(found.name), unset | extra))
+    left = free.only(sorted(allowed - set(taken)))
+    found, extra, wanted = _model_and_wish(model, wish, left)
     return [render.Part(choose.choose(left, found, wanted), _name_in_container(found.name), extra), *others]
+
+
+def _less(machine: Machine, plan: Plan) -> Machine:
+    """The machine without the GPUs, memory and cores that `plan` takes."""
+    used = {gpu.index for replica in plan.replicas for gpu in replica.gpus}
+    cores = sum(replica.tp for replica in plan.replicas if not replica.gpus)
+    return machine.model_copy(
+        update={
+            "gpus": tuple(gpu for gpu in machine.gpus if gpu.index not in used),
+            "memory_free": machine.memory_free - ceil(plan.host_memory / choose.CPU_SHARE),
+            "cpu_cores": max(1, machine.cpu_cores - cores),
+        }
+    )
 
 
 def _fewest(machine: Machine, model: Model, wish: Wish) -> Plan:
@@ -132,24 +168,51 @@ def _fewest(machine: Machine, model: Model, wish: Wish) -> Plan:
     return choose.choose(machine, model, wish)
 
 
-def _model_and_wish(name: str, wish: Wish) -> tuple[Model, dict[str, str], Wish]:
-    """The model, and where `name` is a preset its settings: those that the planner knows go into the wish, if they are
-    not there yet, the others to vLLM as they are."""
+def _model_and_wish(name: str, wish: Wish, machine: Machine) -> tuple[Model, dict[str, str], Wish]:
+    """The model, and where `name` is a preset its settings: those that the planner decides go into the wish, if they
+    are not there yet, the others to vLLM as they are."""
     if not (path := PRESETS / f"{name}.yaml").is_file():
         return load_model(name, ROOT / "models"), {}, wish
-    settings = {key: str(value) for key, value in yaml.safe_load(path.read_text())["settings"].items()}
+    preset = yaml.safe_load(path.read_text())
+    _check_needs(name, preset["needs"], machine)
+    settings = {key: str(value) for key, value in preset["settings"].items()}
+    if odd := [key for key in NOT_WISHED if key in settings]:
+        raise Problem(f"preset {name} sets {odd[0]}, which the planner decides", "take it out of the preset")
     found = load_model(settings.pop("MODEL"), ROOT / "models")
-    quantization = settings.pop("QUANTIZATION", None)
-    return (
-        found,
-        settings,
-        replace(
-            wish,
-            quantization=wish.quantization or (quantization if quantization in ONLINE_BITS else None),
-            context=wish.context or (int(settings.pop("MAX_MODEL_LEN")) if "MAX_MODEL_LEN" in settings else None),
-            kv_cache=wish.kv_cache or ("fp8" if settings.pop("KV_CACHE_DTYPE", "").startswith("fp8") else None),
-        ),
-    )
+    if text := settings.get("SPECULATIVE_CONFIG"):
+        found = _with_draft(name, found, json.loads(text))
+    wanted: dict[str, Any] = {WISHED[key]: settings.pop(key) for key in WISHED if key in settings}
+    for key, value in wanted.items():
+        if key == "kv_cache":
+            wanted[key] = "fp8" if value.startswith("fp8") else "auto"
+        elif key != "quantization":
+            wanted[key] = int(value)
+    said = {key: value for key, value in vars(wish).items() if value is not None}
+    return found, settings, Wish(**(wanted | said))
+
+
+def _check_needs(name: str, needs: str, machine: Machine) -> None:
+    """Raises Problem where this host has not the GPUs that a preset is for. Memory is the plan's business."""
+    if not (capability := NEEDS.fullmatch(needs)):
+        return
+    if not machine.gpus:
+        raise Problem(f"preset {name} needs {needs}, and there is none here", "take a preset that needs nothing")
+    for gpu in machine.gpus:
+        if gpu.compute_capability < (int(capability[1]), int(capability[2])):
+            has = ".".join(map(str, gpu.compute_capability))
+            raise Problem(
+                f"preset {name} needs {needs}; GPU {gpu.index} ({gpu.name}) has {has}",
+                "take another preset, or leave that GPU out with --gpus",
+            )
+
+
+def _with_draft(preset: str, model: Model, speculative: dict[str, Any]) -> Model:
+    """The model with the one that guesses its tokens, which needs memory too."""
+    if draft := speculative.get("model"):
+        return replace(model, draft=load_model(str(draft), ROOT / "models"))
+    if speculative.get("method") not in NO_DRAFT:
+        raise Problem(f"preset {preset}: the planner cannot size that SPECULATIVE_CONFIG", "name its draft model")
+    return model
 
 
 def _name_in_container(name: str) -> str:
@@ -166,6 +229,8 @@ def _numbers(option: str, text: str) -> list[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise Problem(f"{option}: {text} is not a list of GPUs", "write it as 0-3 or 0,2,5")
         found += range(int(first), int(last or first) + 1)
+    if not found:
+        raise Problem(f"{option}: {text} names no GPU", "write it as 0-3 or 0,2,5")
     return found
 
 
@@ -176,6 +241,11 @@ def _write(parts: list[render.Part], yes: bool) -> None:
                 f"{part.model} lies outside models/, where replicas do not see it",
                 "copy it there with scripts/download_model.py",
             )
+    said = _said_in_env()
+    if len(parts) > 1 and said.get("SERVED_MODEL_NAME"):
+        raise Problem(
+            "SERVED_MODEL_NAME in .env would give several models one name", "remove it there: each has its own"
+        )
     what = "; ".join(f"{part.plan.layout} of {part.model} for {part.plan.wish.goal}" for part in parts)
     files = {
         ROOT / "docker-compose.override.yml": render.override_file(parts, ROOT / "docker-compose.yml"),
@@ -194,7 +264,19 @@ def _write(parts: list[render.Part], yes: bool) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(render.signed(body, what))
         print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
+    decided = [render.environment(part, replica) for part in parts for replica in part.plan.replicas]
+    if lost := [name for name, value in said.items() if any(one.get(name, value) != value for one in decided)]:
+        print(f"the plan decides what .env says of {', '.join(lost)}", file=sys.stderr)
     print("make up starts it", file=sys.stderr)
+
+
+def _said_in_env() -> dict[str, str]:
+    """The settings that .env gives a value."""
+    path = ROOT / ".env"
+    if not path.exists():
+        return {}
+    values = parse_env(path.read_text(), known_names((ROOT / ".env.example").read_text()))
+    return {name: value for name, value in values.items() if value}
 
 
 if __name__ == "__main__":

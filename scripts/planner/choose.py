@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
-from math import ceil, gcd
+from math import ceil, gcd, log2
 from typing import Literal
 
 from planner import memory, speed
@@ -15,10 +15,15 @@ from stack.console import Problem
 
 Goal = Literal["throughput", "latency"]
 SHORTEST = 4096  # tokens; a fleet that takes no longer requests is only planned when asked for
-AS_FAST = 1.1  # layouts within a tenth of the best latency count as equally fast: the one with more throughput wins
+# What fleets are ranked by (Plan.worth). Twice the context makes up for a tenth of the goal's figure, for latency so do
+# twice the tokens/s; twice the tokens a step, which prefill faster than is counted here, for a fortieth.
+CONTEXT, RATE, STEP = log2(1.1), log2(1.1), log2(1.025)
+QUANTIZED = {"fp8": 0.8, "bitsandbytes": 0.7}  # while loading: answers are not quite those of the model
 NATIVE_FP8 = (8, 9)
 # One vLLM on a CPU: its own memory without weights and KV cache, measured with 0.32; and for each further tp worker.
 CPU_PROCESS, CPU_WORKER = round(2.6 * GIB), round(1.6 * GIB)
+CPU_SHARE = 0.9  # of the free memory
+CPU_KV_STEP = GIB // 4
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,9 @@ class Wish:
     goal: Goal = "throughput"
     context: int | None = None
     quantization: str | None = None  # vLLM's name, or "none": never quantize
-    kv_cache: str | None = None  # "fp8"
+    kv_cache: str | None = None  # "fp8", or "auto": 16 bits
+    max_num_seqs: int | None = None
+    max_batched_tokens: int | None = None
     replicas: int | None = None
     tp: int | None = None
     pp: int | None = None
@@ -42,6 +49,8 @@ class Replica:
     tp: int
     pp: int
     link: Link | None  # the slowest path inside it
+    settings: Settings
+    longest: int  # request that it holds, in tokens
     account: Account
     speed: Speed
     weight: int = 1  # its share of the route
@@ -53,13 +62,16 @@ class Plan:
 
     model: Model
     wish: Wish
-    settings: Settings
     quantization: str | None  # to apply while loading
-    max_length: int
     replicas: tuple[Replica, ...]
     idle: tuple[tuple[Gpu, str], ...] = ()  # GPUs left out, and why
     reasons: tuple[str, ...] = ()
     runners_up: tuple["Plan", ...] = field(default=(), compare=False)
+
+    @property
+    def max_length(self) -> int:
+        """The longest request that every replica takes."""
+        return min(replica.longest for replica in self.replicas)
 
     @property
     def tokens_per_s(self) -> float:
@@ -70,6 +82,19 @@ class Plan:
     def latency(self) -> float:
         """Seconds of one reference request alone on the slowest replica."""
         return max(replica.speed.latency for replica in self.replicas)
+
+    @property
+    def worth(self) -> float:
+        """What fleets are ranked by, as docs/plan.md says. More memory never lowers that of the best."""
+        rate = self.tokens_per_s
+        figure = rate if self.wish.goal == "throughput" else rate**RATE / self.latency
+        step = min(replica.settings.max_batched_tokens for replica in self.replicas)
+        return float(figure * self.max_length**CONTEXT * step**STEP * QUANTIZED.get(self.quantization or "", 1.0))
+
+    @property
+    def host_memory(self) -> int:
+        """Bytes of the host's memory that it takes: all of it on a CPU, else the weights that stay there."""
+        return sum(one.account.total if not one.gpus else one.settings.offload * len(one.gpus) for one in self.replicas)
 
     @property
     def kv_tokens(self) -> int:
@@ -91,11 +116,11 @@ class DoesNotFitError(Problem):
 
 @dataclass(frozen=True)
 class _Variant:
-    """A way to load the model; the earlier one in the list is always preferred."""
+    """A way to load the model."""
 
     model: Model
-    settings: Settings
     quantization: str | None = None
+    offload: int = 0  # bytes of weights a GPU keeps in host memory
     reason: str = ""
 
 
@@ -112,6 +137,7 @@ def choose(machine: Machine, model: Model, wish: Wish) -> Plan:
             f"--quantization {wish.quantization}: vLLM applies only {known} while it loads",
             "take one of these, or a checkpoint that is quantized already",
         )
+    _check_split(machine, model, wish)
     if not machine.gpus:
         return _choose_cpu(machine, model, wish)
     plan = best(machine, model, wish)
@@ -120,38 +146,76 @@ def choose(machine: Machine, model: Model, wish: Wish) -> Plan:
     return plan
 
 
+def _check_split(machine: Machine, model: Model, wish: Wish) -> None:
+    """Raises Problem where the tp and pp that were asked for are impossible, however much memory there is."""
+    tp, pp = wish.tp or 1, wish.pp or 1
+    asked = " ".join([f"--tp {wish.tp}"] * (tp > 1) + [f"--pp {wish.pp}"] * (pp > 1))
+    if tp not in model.tp_sizes(tp):
+        sizes = ", ".join(str(size) for size in model.tp_sizes(16))
+        what = f"--tp {tp} does not divide {model.name} with its {model.attention.heads} heads"
+        raise Problem(what, f"take --tp of {sizes}")
+    if pp > 1 and not machine.gpus:
+        raise Problem(f"--pp {pp}: pipeline parallelism does not work on a CPU", "leave it out")
+    if pp > 1 and (model.pooling or model.draft):
+        why = "is an embedding model" if model.pooling else "has a draft model"
+        raise Problem(f"--pp {pp}: {model.name} {why}, which works in one stage only", "leave it out")
+    if pp > model.layers:
+        raise Problem(f"--pp {pp}: {model.name} has {model.layers} layers", f"take --pp of {model.layers} at most")
+    if tp * pp > 1 and machine.gpus:
+        if all(gpu.mig for gpu in machine.gpus):
+            raise Problem(f"{asked}: a MIG slice works alone", "leave it out, or turn MIG off")
+        most = max(len(gpus) for gpus in _classes(machine) if not gpus[0].mig)
+        if tp * pp > most:
+            raise Problem(f"{asked} needs {tp * pp} GPUs of one kind, there are {most}", f"use {most} at most")
+
+
 def best(machine: Machine, model: Model, wish: Wish) -> Plan | None:
-    """The best fleet on GPUs; None where nothing fits."""
-    for variant in _variants(machine, model, wish):
-        if plans := _fleets(machine, variant, wish):
-            first, *others = _ranked(plans, wish)
-            return replace(first, runners_up=tuple(_distinct(first, others)[:4]))
+    """The best fleet on GPUs; None where nothing fits. Weights stay in host memory only where nothing else fits."""
+    for variants in (_variants(machine, model, wish), _offloading(machine, model, wish)):
+        plans = [plan for variant in variants for plan in _fleets(machine, variant, wish)]
+        if plans:
+            # of equal ones the one with more replicas: a fault then takes less away
+            first, *others = sorted(plans, key=lambda plan: (-plan.worth, -len(plan.replicas)))
+            kept = [_finished(machine, plan) for plan in (first, *_distinct(first, others)[:4])]
+            return replace(kept[0], runners_up=tuple(kept[1:]))
     return None
 
 
 def _variants(machine: Machine, model: Model, wish: Wish) -> Iterator[_Variant]:
-    settings = replace(Settings.default(machine.gpus[0]), kv_bytes=1 if wish.kv_cache == "fp8" else 2)
     asked = wish.quantization
     if asked in ONLINE_BITS and model.quantization is None:
-        yield _Variant(model.quantized(asked), settings, asked, f"{asked}: asked for")
-    else:
-        yield _Variant(model, settings)
-        if asked is None and model.quantization is None and not model.pooling:
-            needed = (
-                f"its {memory.total_weight_bytes(model) / GIB:.1f} GiB of 16-bit weights leave too little room here"
-            )
-            if all(gpu.compute_capability >= NATIVE_FP8 for gpu in machine.gpus):
-                yield _Variant(model.quantized("fp8"), settings, "fp8", f"8-bit weights: {needed}")
-            yield _Variant(model.quantized("bitsandbytes"), settings, "bitsandbytes", f"4-bit weights: {needed}")
-    if asked != "none" and not model.pooling:
-        weights = memory.total_weight_bytes(model)
-        for gib in (2, 4, 8, 16, 32, 64):
-            # what half of the host's memory and half of the weights allow
-            if gib * GIB * len(machine.gpus) <= min(machine.memory_free / 2, weights / 2):
-                loaded = model.quantized(asked) if asked in ONLINE_BITS and model.quantization is None else model
-                reason = f"{gib} GiB of weights a GPU stay in host memory, which is slow: they fit no other way"
-                quantization = asked if asked in ONLINE_BITS else None
-                yield _Variant(loaded, replace(settings, offload=gib * GIB), quantization, reason)
+        yield _Variant(model.quantized(asked), asked, reason=f"{asked}: asked for")
+        return
+    yield _Variant(model)
+    if asked is None and model.quantization is None and not model.pooling:
+        needed = f"its {memory.total_weight_bytes(model) / GIB:.1f} GiB of 16-bit weights leave too little room here"
+        if all(gpu.compute_capability >= NATIVE_FP8 for gpu in machine.gpus):
+            yield _Variant(model.quantized("fp8"), "fp8", reason=f"8-bit weights: {needed}")
+        yield _Variant(model.quantized("bitsandbytes"), "bitsandbytes", reason=f"4-bit weights: {needed}")
+
+
+def _offloading(machine: Machine, model: Model, wish: Wish) -> Iterator[_Variant]:
+    if wish.quantization == "none" or model.pooling:
+        return
+    online = wish.quantization if wish.quantization in ONLINE_BITS and model.quantization is None else None
+    loaded = model.quantized(online) if online else model
+    for gib in (2, 4, 8, 16, 32, 64):
+        # what half of the host's memory and half of the weights allow
+        if gib * GIB * len(machine.gpus) <= min(machine.memory_free / 2, memory.total_weight_bytes(model) / 2):
+            reason = f"{gib} GiB of weights a GPU stay in host memory, which is slow: they fit no other way"
+            yield _Variant(loaded, online, gib * GIB, reason)
+
+
+def _sizes(gpu: Gpu, variant: _Variant, wish: Wish) -> list[Settings]:
+    """What vLLM can be told on such a GPU, its own choice first."""
+    model, found = variant.model, []
+    for own in Settings.choices(gpu):
+        batched = wish.max_batched_tokens or own.max_batched_tokens
+        if model.pooling:  # its prompts are not cut into pieces
+            batched = max(batched, wish.context or model.max_length)
+        kv_bytes = 1 if wish.kv_cache == "fp8" else 2
+        found.append(Settings(wish.max_num_seqs or own.max_num_seqs, batched, kv_bytes, variant.offload))
+    return list(dict.fromkeys(found))
 
 
 def _classes(machine: Machine) -> list[list[Gpu]]:
@@ -196,59 +260,56 @@ def _layouts(gpus: list[Gpu], model: Model, wish: Wish) -> Iterator[tuple[int, i
     most = 1 if gpus[0].mig else len(gpus)
     for tp in model.tp_sizes(most):
         for pp in range(1, min(most // tp, model.layers) + 1):
-            if wish.tp in (None, tp) and wish.pp in (None, pp) and not (pp > 1 and model.pooling):
+            if wish.tp in (None, tp) and wish.pp in (None, pp) and not (pp > 1 and (model.pooling or model.draft)):
                 yield tp, pp
 
 
 def _options(machine: Machine, gpus: list[Gpu], variant: _Variant, wish: Wish) -> list[list[Replica]]:
-    """All fleets of one class of GPUs: each layout, with as many replicas as there is room for, or fewer."""
-    needed = wish.context or min(variant.model.max_length, SHORTEST)
+    """All fleets of one class of GPUs: each layout with each of vLLM's settings, over all GPUs that hold it, and
+    without those that have less free memory than others."""
+    model = variant.model
+    needed = wish.context or min(model.max_length, SHORTEST)
     options = []
-    for tp, pp in _layouts(gpus, variant.model, wish):
-        able = [gpu for gpu in gpus if _holds(variant, gpu, tp, pp, needed)]
-        replicas = []
-        for group, link in _groups(machine, able, tp * pp):
-            tightest = min(group, key=lambda gpu: gpu.free)
-            length = wish.context or memory.longest(variant.model, tightest, tp, pp, variant.settings)
-            account = memory.account(variant.model, tightest, tp, pp, length, variant.settings)
-            figures = speed.estimate(variant.model, tightest, link, tp, pp, account, variant.settings)
-            replicas.append(Replica(group, tp, pp, link, account, figures))
-        options += [
-            replicas[:count] for count in range(1, len(replicas) + 1) if wish.replicas or count == len(replicas)
-        ]
+    for (tp, pp), settings in product(_layouts(gpus, model, wish), _sizes(gpus[0], variant, wish)):
+        able = [gpu for gpu in gpus if _holds(model, gpu, tp, pp, needed, settings)]
+        for least in sorted({gpu.free // GIB for gpu in able}):
+            replicas = []
+            for group, link in _groups(machine, [gpu for gpu in able if gpu.free // GIB >= least], tp * pp):
+                tightest = min(group, key=lambda gpu: gpu.free)
+                length = wish.context or memory.longest(model, tightest, tp, pp, settings)
+                account = memory.account(model, tightest, tp, pp, length, settings)
+                figures = speed.estimate(model, tightest, link, tp, pp, account, settings)
+                replicas.append(Replica(group, tp, pp, link, settings, length, account, figures))
+            options += [replicas[:count] for count in range(1, len(replicas) + 1) if wish.replicas]
+            options += [replicas] if replicas and not wish.replicas else []
     return options
 
 
-def _holds(variant: _Variant, gpu: Gpu, tp: int, pp: int, length: int) -> bool:
-    return memory.account(variant.model, gpu, tp, pp, length, variant.settings).max_requests >= 1
+def _holds(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Settings) -> bool:
+    return memory.account(model, gpu, tp, pp, length, settings).max_requests >= 1
 
 
-def _fleets(machine: Machine, variant: _Variant, wish: Wish) -> list[Plan]:
+def _fleets(machine: Machine, variant: _Variant, wish: Wish) -> Iterator[Plan]:
     """All fleets over all classes of GPUs; a class may stay idle where another is in use."""
     per_class = [[[], *_options(machine, gpus, variant, wish)] for gpus in _classes(machine)]
-    plans = []
     for chosen in product(*per_class):
-        replicas = [replica for option in chosen for replica in option]
+        replicas = tuple(replica for option in chosen for replica in option)
         if replicas and len(replicas) == (wish.replicas or len(replicas)):
-            plans.append(_plan(machine, variant, wish, replicas))
-    return plans
+            reasons = (variant.reason,) if variant.reason else ()
+            yield Plan(variant.model, wish, variant.quantization, replicas, reasons=reasons)
 
 
-def _plan(machine: Machine, variant: _Variant, wish: Wish, replicas: list[Replica]) -> Plan:
-    model, settings = variant.model, variant.settings
-    length = wish.context or min(
-        memory.longest(model, min(one.gpus, key=lambda gpu: gpu.free), one.tp, one.pp, settings) for one in replicas
-    )
-    weights = route_weights([replica.speed.tokens_per_s for replica in replicas])
+def _finished(machine: Machine, plan: Plan) -> Plan:
+    """The plan with accounts for the length that all replicas have in common, the route's weights and the idle GPUs."""
+    weights = route_weights([replica.speed.tokens_per_s for replica in plan.replicas])
     final = []
-    for replica, weight in zip(replicas, weights, strict=True):
-        tightest = min(replica.gpus, key=lambda gpu: gpu.free)
-        account = memory.account(model, tightest, replica.tp, replica.pp, length, settings)
-        final.append(replace(replica, account=account, weight=weight))
-    used = {gpu.index for replica in replicas for gpu in replica.gpus}
-    idle = tuple((gpu, _why_idle(gpu, variant, replicas, wish)) for gpu in machine.gpus if gpu.index not in used)
-    reasons = (variant.reason,) if variant.reason else ()
-    return Plan(model, wish, settings, variant.quantization, length, tuple(final), idle, reasons)
+    for one, weight in zip(plan.replicas, weights, strict=True):
+        tightest = min(one.gpus, key=lambda gpu: gpu.free)
+        account = memory.account(plan.model, tightest, one.tp, one.pp, plan.max_length, one.settings)
+        final.append(replace(one, account=account, weight=weight))
+    used = {gpu.index for replica in plan.replicas for gpu in replica.gpus}
+    idle = tuple((gpu, _why_idle(gpu, plan)) for gpu in machine.gpus if gpu.index not in used)
+    return replace(plan, replicas=tuple(final), idle=idle)
 
 
 def route_weights(rates: list[float]) -> list[int]:
@@ -259,26 +320,17 @@ def route_weights(rates: list[float]) -> list[int]:
     return [tenth // divisor for tenth in tenths]
 
 
-def _why_idle(gpu: Gpu, variant: _Variant, replicas: list[Replica], wish: Wish) -> str:
-    tp, pp = replicas[0].tp, replicas[0].pp
-    if not _holds(variant, gpu, tp, pp, wish.context or min(variant.model.max_length, SHORTEST)):
+def _why_idle(gpu: Gpu, plan: Plan) -> str:
+    first, wish, model = plan.replicas[0], plan.wish, plan.model
+    needed = wish.context or min(model.max_length, SHORTEST)
+    if not _holds(model, gpu, first.tp, first.pp, needed, first.settings):
         programs = f", {', '.join(gpu.programs)} runs there" if gpu.programs else ""
         return f"{gpu.free / GIB:.1f} GiB free are too few{programs}"
     if wish.replicas:
         return f"{wish.replicas} replicas were asked for"
-    if tp * pp > 1:
-        return f"no {tp * pp} GPUs of its kind are left for another replica"
+    if first.tp * first.pp > 1:
+        return f"no {first.tp * first.pp} GPUs of its kind are left for another replica"
     return "the others are faster without it" if wish.goal == "latency" else "it would shorten the longest request"
-
-
-def _ranked(plans: list[Plan], wish: Wish) -> list[Plan]:
-    """Best first. Of equal ones the one with more replicas: a fault then takes less away."""
-    if wish.goal == "throughput":
-        return sorted(plans, key=lambda plan: (-plan.tokens_per_s, -len(plan.replicas)))
-    enough = AS_FAST * min(plan.latency for plan in plans)
-    return sorted(
-        plans, key=lambda plan: (plan.latency > enough, -plan.tokens_per_s if plan.latency <= enough else plan.latency)
-    )
 
 
 def _distinct(first: Plan, others: list[Plan]) -> list[Plan]:
@@ -296,18 +348,15 @@ def _what_is_missing(machine: Machine, model: Model, wish: Wish) -> DoesNotFitEr
     loaded = model
     if model.quantization is None and wish.quantization != "none" and not model.pooling:
         loaded = model.quantized(wish.quantization or "bitsandbytes")
-    settings = replace(Settings.default(machine.gpus[0]), kv_bytes=1 if wish.kv_cache == "fp8" else 2)
     length = wish.context or min(model.max_length, SHORTEST)
     shortfalls = []
     for gpus in _classes(machine):
-        for tp, pp in _layouts(gpus, loaded, replace(wish, tp=wish.tp, pp=wish.pp)):
+        settings = _sizes(gpus[0], _Variant(loaded), wish)[-1]
+        for tp, pp in _layouts(gpus, loaded, wish):
             widest = sorted(gpus, key=lambda gpu: gpu.free)[-tp * pp]
             account = memory.account(loaded, widest, tp, pp, length, settings)
             layers = ceil(loaded.layers / pp)
             shortfalls.append((memory.request_bytes(loaded, tp, layers, length, settings) - account.kv, tp, pp))
-    if not shortfalls:
-        sizes = ", ".join(str(size) for size in model.tp_sizes(16))
-        return DoesNotFitError(f"{model.name} has {model.attention.heads} heads", f"take --tp of {sizes}")
     missing, tp, pp = min(shortfalls)
     how = "" if loaded is model else f" even with {loaded.bits:g}-bit weights"
     if missing <= 0:
@@ -333,7 +382,7 @@ def _changes(machine: Machine, model: Model, wish: Wish) -> Iterator[tuple[str, 
     for length in (32768, 16384, 8192, 4096, 2048, 1024):
         if length < (wish.context or min(model.max_length, SHORTEST)):
             yield f"--context {length}", machine, replace(wish, context=length)
-    if wish.kv_cache is None and all(gpu.compute_capability >= NATIVE_FP8 for gpu in machine.gpus):
+    if wish.kv_cache != "fp8" and all(gpu.compute_capability >= NATIVE_FP8 for gpu in machine.gpus):
         yield "--kv-cache fp8", machine, replace(wish, kv_cache="fp8")
     if wish.tp or wish.pp:
         yield "leave out --tp and --pp", machine, replace(wish, tp=None, pp=None)
@@ -356,33 +405,31 @@ def _changes(machine: Machine, model: Model, wish: Wish) -> Iterator[tuple[str, 
 def _choose_cpu(machine: Machine, model: Model, wish: Wish) -> Plan:
     """Replicas on the CPU: as many as were asked for, or two where memory and cores allow, so that one can be replaced
     while the other serves."""
-    tp, pp = wish.tp or 1, 1
-    if wish.pp not in (None, 1):
-        raise Problem("--pp: pipeline parallelism does not work on a CPU", "leave it out")
-    if tp not in model.tp_sizes(tp):
-        sizes = ", ".join(str(size) for size in model.tp_sizes(16))
-        raise Problem(f"--tp {tp}: {model.name} cannot be split so", f"take one of {sizes}")
-    settings = Settings(max_num_seqs=128, max_batched_tokens=2048, eager=True)
+    if wish.quantization in ONLINE_BITS and wish.quantization != model.quantization:
+        raise Problem(f"--quantization {wish.quantization}: there is no GPU here to quantize on", "leave it out")
+    if wish.kv_cache == "fp8":
+        raise Problem("--kv-cache fp8: there is no GPU here", "leave it out")
+    tp = wish.tp or 1
+    settings = Settings(wish.max_num_seqs or 32, wish.max_batched_tokens or 2048, eager=True)
     length = wish.context or min(model.max_length, 2 * SHORTEST)
-    kv = max(GIB, ceil(memory.request_bytes(model, 1, model.layers, length, settings) / GIB) * GIB)
-    weights = memory.total_weight_bytes(model)
-    needed = weights + kv + CPU_PROCESS + (tp - 1) * CPU_WORKER
-    room = int(machine.memory_free * 0.9)
+    # vLLM takes the size for each worker
+    one = memory.request_bytes(model, tp, model.layers, length, settings)
+    kv = ceil(max(GIB / tp, one) / CPU_KV_STEP) * CPU_KV_STEP
+    weights = tp * memory.weight_bytes(model, tp, 1, 0)
+    needed = weights + tp * kv + CPU_PROCESS + (tp - 1) * CPU_WORKER
+    room = int(machine.memory_free * CPU_SHARE)
     count = wish.replicas or max(1, min(2, room // needed, machine.cpu_cores // tp))
     if count * needed > room:
         raise DoesNotFitError(
             f"{model.name} does not fit: {count} × {needed / GIB:.1f} GiB are {(count * needed - room) / GIB:.1f} GiB "
             f"more than the {room / GIB:.1f} GiB of memory that are free",
-            "take --replicas 1" if count > 1 and needed <= room else "take a smaller model, or stop other programs",
+            f"take --replicas {room // needed}" if needed <= room else "take a smaller model, or stop other programs",
         )
-    per_token = memory.kv_bytes_per_token(model, 1, model.layers)
-    tokens = kv // per_token if per_token else 0
-    requests = (
-        kv / memory.request_bytes(model, 1, model.layers, length, settings) if per_token else settings.max_num_seqs
-    )
-    account = Account(needed, 1.0, weights, 0, 0, needed - weights - kv, 0, kv, tokens, round(requests, 2))
+    requests = kv / one if one else settings.max_num_seqs
+    tokens = int(requests * length) if one else 0
+    account = Account(needed, 1.0, weights, 0, 0, needed - weights - tp * kv, 0, kv, tokens, requests)
     # one core streams weights from memory at about 10 GB/s
     token = weights / (min(machine.cpu_cores, 8) / count * 10e9) + 0.02
     figures = Speed(first_token=speed.PROMPT * token / 8, token=token, tokens_per_s=4 / token)
-    replicas = tuple(Replica((), tp, pp, None, account, figures) for _ in range(count))
-    return Plan(model, wish, settings, None, length, replicas, (), ("no GPU here: vLLM runs on the CPU",))
+    replicas = tuple(Replica((), tp, 1, None, settings, length, account, figures) for _ in range(count))
+    return Plan(model, wish, None, replicas, (), ("no GPU here: vLLM runs on the CPU",))

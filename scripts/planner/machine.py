@@ -66,19 +66,19 @@ class Machine(_Record):
                 return link
         return Link(a=a, b=b, kind="sys", gb_s=8.0)
 
-    def only(self, indices: list[int]) -> "Machine":
-        """The same host with no other GPUs than these."""
+    def only(self, indices: list[int], option: str = "--gpus") -> "Machine":
+        """The same host with no other GPUs than these, which `option` named."""
         known = {gpu.index for gpu in self.gpus}
         if missing := sorted(set(indices) - known):
             have = ", ".join(str(index) for index in sorted(known)) or "none"
-            raise Problem(f"--gpus: there is no GPU {missing[0]} here", f"choose from {have}")
+            raise Problem(f"{option}: there is no GPU {missing[0]} here", f"choose from {have}")
         return self.model_copy(update={"gpus": tuple(gpu for gpu in self.gpus if gpu.index in indices)})
 
 
 def load_machine(path: Path) -> Machine:
     """A machine recorded earlier. Raises Problem for a file that is none."""
     try:
-        return Machine.model_validate_json(path.read_text())
+        return Machine.model_validate_json(path.read_bytes())
     except OSError as error:
         raise Problem(f"--machine: cannot read {path}: {error.strerror}", "make one with --record FILE") from error
     except ValidationError as error:

@@ -30,13 +30,20 @@ class Settings:
     eager: bool = False
 
     @staticmethod
-    def default(gpu: Gpu) -> "Settings":
-        """vLLM's own choice for an API server on such a GPU (`get_batch_defaults` in vllm/engine/arg_utils.py)."""
-        if gpu.total >= 160 * GIB:
-            return Settings(1024, 16384)
+    def choices(gpu: Gpu) -> list["Settings"]:
+        """vLLM's own choice for an API server on such a GPU (`get_batch_defaults` in vllm/engine/arg_utils.py), and
+        after it those for smaller GPUs, which leave more for the KV cache."""
+        found = [Settings(256, 2048)]
         if gpu.total >= 70 * GIB and "a100" not in gpu.name.lower():
-            return Settings(1024, 8192)
-        return Settings(256, 2048)
+            found.insert(0, Settings(1024, 8192))
+        if gpu.total >= 160 * GIB:
+            found.insert(0, Settings(1024, 16384))
+        return found
+
+    @staticmethod
+    def default(gpu: Gpu) -> "Settings":
+        """vLLM's own choice."""
+        return Settings.choices(gpu)[0]
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
 
     vLLM splits all linear layers by rows and columns, the experts too, the embedding and head by vocabulary (padded to
     64). Each GPU keeps whole the norms, a router, MLA's down-projections, and its KV heads where there are fewer of
-    them than GPUs.
+    them than GPUs. A draft model lies beside it, split as it is; there is one stage then.
     """
     width = model.bits / 8
     split = model.weights.split
@@ -106,16 +113,15 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
         per_gpu += width * 2 * model.hidden * attention.kv_heads * attention.head_dim * copies / tp
     bytes_ = per_gpu * stage_layers(model.layers, pp)[stage]
     padded = ceil(model.vocabulary / 64) / (model.vocabulary / 64)
-    embedding = 2 * model.weights.embedding * padded / tp
     if stage == 0:
-        bytes_ += embedding
-    if stage == pp - 1 and (model.weights.head or pp > 1):
-        bytes_ += embedding if not model.pooling else 0
+        bytes_ += 2 * model.weights.embedding * padded / tp
+    if stage == pp - 1 and (model.weights.head or pp > 1) and not model.pooling:
+        bytes_ += 2 * (model.weights.head or model.weights.embedding) * padded / tp
     if model.disk_bytes:
         # files say more than the language model's shape where there is a vision tower, which each GPU may hold whole
         rest = model.disk_bytes * 2 / model.checkpoint_dtype_bytes - 2 * model.parameters
         bytes_ += max(0.0, rest) if model.quantization is None else 0
-    return round(bytes_)
+    return round(bytes_) + (weight_bytes(model.draft, tp, 1, 0) if model.draft else 0)
 
 
 def total_weight_bytes(model: Model) -> int:
@@ -123,15 +129,21 @@ def total_weight_bytes(model: Model) -> int:
     return weight_bytes(model, 1, 1, 0)
 
 
-def kv_bytes_per_token(model: Model, tp: int, layers: int, kv_bytes: int = 2) -> int:
-    """What one GPU keeps for one token in `layers` layers that see all of it: a key and a value for each of its KV
-    heads, at least one of them; with MLA the latent vector, whole on each GPU."""
+def _layer_bytes(model: Model, tp: int, kv_bytes: int) -> int:
+    """What one GPU keeps of one token in one layer: a key and a value for each of its KV heads, at least one of them;
+    with MLA the latent vector, whole on each GPU."""
     attention = model.attention
     if model.pooling:
         return 0
     if attention.latent:
-        return layers * attention.latent * kv_bytes
-    return layers * 2 * max(1, ceil(attention.kv_heads / tp)) * attention.head_dim * kv_bytes
+        return attention.latent * kv_bytes
+    return 2 * max(1, ceil(attention.kv_heads / tp)) * attention.head_dim * kv_bytes
+
+
+def kv_bytes_per_token(model: Model, tp: int, layers: int, kv_bytes: int = 2) -> int:
+    """What one GPU keeps for one token in `layers` layers that see all of it, and in those of a draft model."""
+    draft = kv_bytes_per_token(model.draft, tp, model.draft.layers, kv_bytes) if model.draft else 0
+    return layers * _layer_bytes(model, tp, kv_bytes) + draft
 
 
 def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Settings) -> int:
@@ -140,8 +152,8 @@ def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Set
     full = ceil(length / BLOCK) * BLOCK
     seen = min(ceil((model.window - 1 + settings.max_batched_tokens) / BLOCK) * BLOCK + BLOCK, full)
     sliding = round(layers * model.sliding_layers / model.layers)
-    per_layer = kv_bytes_per_token(model, tp, 1, settings.kv_bytes)
-    return per_layer * (full * (layers - sliding) + seen * sliding)
+    draft = request_bytes(model.draft, tp, model.draft.layers, length, settings) if model.draft else 0
+    return _layer_bytes(model, tp, settings.kv_bytes) * (full * (layers - sliding) + seen * sliding) + draft
 
 
 def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings) -> int:
@@ -163,6 +175,7 @@ def graph_bytes(model: Model, layers: int, settings: Settings) -> int:
     if settings.eager or model.pooling:
         return 0
     sizes = min(51, 3 + settings.max_num_seqs // 6)
+    layers += model.draft.layers if model.draft else 0
     return round(layers * sizes * 0.5 * (1 << 20))
 
 
@@ -184,7 +197,7 @@ def account(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Set
         else:
             per_token = kv_bytes_per_token(model, tp, layers, settings.kv_bytes)
             tokens = max(0, kv) // (per_token * BLOCK) * BLOCK if per_token else 0
-        parts = (weights, activations, graphs, NOT_TORCH, needed_outside, kv, tokens, round(requests, 2))
+        parts = (weights, activations, graphs, NOT_TORCH, needed_outside, kv, tokens, requests)
         accounts.append(Account(gpu.total, share, *parts))
     return min(accounts, key=lambda one: (one.kv_tokens, one.kv))
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,8 @@ class Model:
     disk_bytes: int | None = None  # of the weights, where the files are at hand
     pooling: bool = False
     dense_intermediate: int = 0  # one MLP's or one expert's width, which tp has to divide
+    quantized_online: bool = False  # while it loads, from 16 bits
+    draft: "Model | None" = None  # the model or head that guesses its next tokens, on the same GPUs
 
     @property
     def parameters(self) -> int:
@@ -112,12 +114,14 @@ class Model:
                 continue
             if self.group_size and (self.dense_intermediate // tp) % self.group_size:
                 continue
+            if self.draft and tp not in self.draft.tp_sizes(tp):
+                continue
             sizes.append(tp)
         return sizes
 
     def quantized(self, method: str) -> "Model":
         """The same model with its linear layers quantized while loading, by vLLM's name of the method."""
-        return Model(**{**self.__dict__, "bits": ONLINE_BITS[method], "quantization": method, "disk_bytes": None})
+        return replace(self, bits=ONLINE_BITS[method], quantization=method, quantized_online=True, disk_bytes=None)
 
 
 # Bits a weight with its scales, of the methods that vLLM can apply to an unquantized checkpoint while it loads:
@@ -125,108 +129,153 @@ class Model:
 ONLINE_BITS = {"fp8": 8.0, "bitsandbytes": 4.5}
 
 
-def read_model(config: Mapping[str, Any], name: str, disk_bytes: int | None = None) -> Model:
+def read_model(config: object, name: str, disk_bytes: int | None = None) -> Model:
     """The shape in a config.json. Raises Problem where it is not one whose arithmetic is known."""
+    if not isinstance(config, Mapping):
+        raise Problem(f"{name}: config.json is not an object", NOT_A_MODEL)
     text = config.get("text_config") or config.get("llm_config") or config
     if not isinstance(text, Mapping):
         raise Problem(f"{name}: text_config in config.json is not an object", NOT_A_MODEL)
-    architecture = (config.get("architectures") or [""])[0]
+    try:
+        _refuse_recurrent(text, name)
+        return _read_shape(config, _Shape(text, name), disk_bytes)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # any of its values may be of another type than everybody's
+        raise Problem(f"{name}: config.json is not one of a language model: {error}", NOT_A_MODEL) from error
 
-    def number(*keys: str, default: int | None = None) -> int:
-        for key in keys:
-            value = text.get(key)
-            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-                return value
-        if default is None:
-            raise Problem(f"{name}: config.json has no {keys[0]}", NOT_A_MODEL)
-        return default
 
+def _refuse_recurrent(text: Mapping[str, Any], name: str) -> None:
     kinds = " ".join([str(text.get("model_type", "")), *map(str, text.get("layer_types") or [])]).lower()
     if any(word in kinds for word in STATE_SPACE) or "mamba_d_state" in text:
         raise Problem(
             f"{name} keeps a recurrent state, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml"
         )
 
-    hidden = number("hidden_size", "n_embd", "d_model")
-    layers = number("num_hidden_layers", "n_layer", "num_layers")
-    heads = number("num_attention_heads", "n_head")
-    vocabulary = number("vocab_size")
-    if not (hidden and layers and heads and vocabulary):
-        raise Problem(
-            f"{name}: config.json says 0 for hidden_size, num_hidden_layers, num_attention_heads or vocab_size",
-            NOT_A_MODEL,
+
+class _Shape:
+    """The part of a config.json that describes the language model."""
+
+    def __init__(self, text: Mapping[str, Any], name: str) -> None:
+        self.text, self.name = text, name
+        self.hidden = self.number("hidden_size", "n_embd", "d_model")
+        self.layers = self.number("num_hidden_layers", "n_layer", "num_layers")
+        self.heads = self.number("num_attention_heads", "n_head")
+        self.vocabulary = self.number("vocab_size")
+        if not (self.hidden and self.layers and self.heads and self.vocabulary):
+            raise Problem(
+                f"{name}: config.json says 0 for hidden_size, num_hidden_layers, num_attention_heads or vocab_size",
+                NOT_A_MODEL,
+            )
+        self.intermediate = (
+            self.number("intermediate_size", "n_inner", "ffn_dim", default=4 * self.hidden) or 4 * self.hidden
         )
-    head_dim = number("head_dim", default=0) or hidden // heads
-    kv_heads = number("num_key_value_heads", "num_kv_heads", default=heads) or heads
-    intermediate = number("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden) or 4 * hidden
+
+    def number(self, *keys: str, default: int | None = None) -> int:
+        """The first of `keys` that has a whole number."""
+        for key in keys:
+            value = self.text.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+                return value
+        if default is None:
+            raise Problem(f"{self.name}: config.json has no {keys[0]}", NOT_A_MODEL)
+        return default
+
+
+def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None) -> Model:
+    text, hidden, layers = shape.text, shape.hidden, shape.layers
+    architecture = str((config.get("architectures") or [""])[0])
     pooling = architecture in ENCODERS
-    matrices = 2 if text.get("model_type") in UNGATED else 3
-
-    if latent_rank := number("kv_lora_rank", default=0):
-        nope, rope = number("qk_nope_head_dim"), number("qk_rope_head_dim")
-        value = number("v_head_dim")
-        query_rank = number("q_lora_rank", default=0)
-        query_in = query_rank or hidden
-        attention_split = heads * (query_in * (nope + rope) + latent_rank * (nope + value) + value * hidden)
-        attention_replicated = hidden * (latent_rank + rope) + hidden * query_rank
-        attention = Attention(heads, 0, value, latent=latent_rank + rope)
-    else:
-        bias = 1 if text.get("attention_bias") or architecture.startswith("Qwen2") or pooling else 0
-        attention_split = 2 * hidden * heads * head_dim + (2 * hidden + 2 * bias) * kv_heads * head_dim
-        attention_split += bias * heads * head_dim
-        attention_replicated = 0
-        attention = Attention(heads, kv_heads, head_dim)
-
-    experts = number("num_local_experts", "n_routed_experts", "num_experts", default=0)
-    if experts:
-        width = number("moe_intermediate_size", default=intermediate) or intermediate
-        used = number("num_experts_per_tok", "experts_per_token", default=2)
-        shared_width = number("shared_expert_intermediate_size", default=0)
-        shared_width = shared_width or number("n_shared_experts", default=0) * width
-        moe_layers = _moe_layers(text, layers)
-        routed = matrices * hidden * width * experts * moe_layers
-        dense = matrices * hidden * (shared_width * moe_layers + intermediate * (layers - moe_layers))
-        mlp_split = (routed + dense) // layers
-        weights_experts = routed // layers
-        router = hidden * experts * moe_layers // layers
-        active_width = max(used * width + shared_width, intermediate if moe_layers < layers else 0)
-        dense_width = width
-    else:
-        mlp_split, weights_experts, router = matrices * hidden * intermediate, 0, 0
-        used, active_width, dense_width = 1, intermediate, intermediate
-    share = used / experts if experts else 1.0
-
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))) or pooling
+    attention, attention_split, attention_replicated = _attention(shape, architecture)
+    mlp = _mlp(shape)
+    weights = Weights(
+        embedding=shape.vocabulary * hidden,
+        head=0 if tied else shape.vocabulary * hidden,
+        split=attention_split + mlp.split,
+        replicated=attention_replicated + mlp.router + 2 * hidden,
+        experts=mlp.experts,
+        active_share=mlp.active_share,
+    )
+    if words := shape.number("draft_vocab_size", default=0):
+        # An EAGLE-3 head: the embedding is the large model's, the output a shorter one of its own, and its one layer
+        # sees three of the large model's layers through a matrix, and its own input beside them.
+        seen = 3 * hidden * hidden + hidden * (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+        weights = replace(weights, embedding=0, head=words * hidden, split=weights.split + seen // layers)
     window, sliding = _sliding(text, layers)
     bits, method, group, experts_only = _quantization(config, text)
+    dtype = str(text.get("torch_dtype") or text.get("dtype") or config.get("torch_dtype"))
     return Model(
-        name=name,
+        name=shape.name,
         layers=layers,
         hidden=hidden,
-        intermediate=active_width,
-        vocabulary=vocabulary,
+        intermediate=mlp.active_width,
+        vocabulary=shape.vocabulary,
         attention=attention,
-        weights=Weights(
-            embedding=vocabulary * hidden,
-            head=0 if tied else vocabulary * hidden,
-            split=attention_split + mlp_split,
-            replicated=attention_replicated + router + 2 * hidden,
-            experts=weights_experts,
-            active_share=share,
-        ),
+        weights=weights,
         max_length=_max_length(text, architecture),
         sliding_layers=sliding,
         window=window,
-        checkpoint_dtype_bytes=DTYPE_BYTES.get(
-            str(text.get("torch_dtype") or text.get("dtype") or config.get("torch_dtype")), 2
-        ),
+        checkpoint_dtype_bytes=DTYPE_BYTES.get(dtype, 2),
         bits=bits,
         quantization=method,
         quantized_experts_only=experts_only,
         group_size=group,
         disk_bytes=disk_bytes,
         pooling=pooling,
-        dense_intermediate=dense_width,
+        dense_intermediate=mlp.width,
+    )
+
+
+def _attention(shape: _Shape, architecture: str) -> tuple[Attention, int, int]:
+    """A layer's attention; its parameters that tp splits; those that each GPU keeps whole."""
+    hidden, heads = shape.hidden, shape.heads
+    if latent_rank := shape.number("kv_lora_rank", default=0):
+        nope, rope, value = (shape.number(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+        query_rank = shape.number("q_lora_rank", default=0)
+        split = heads * ((query_rank or hidden) * (nope + rope) + latent_rank * (nope + value) + value * hidden)
+        replicated = hidden * (latent_rank + rope) + hidden * query_rank
+        return Attention(heads, 0, value, latent=latent_rank + rope), split, replicated
+    head_dim = shape.number("head_dim", default=0) or hidden // heads
+    kv_heads = shape.number("num_key_value_heads", "num_kv_heads", default=heads) or heads
+    if not head_dim:
+        raise Problem(f"{shape.name}: config.json has more heads than its width of {hidden}", NOT_A_MODEL)
+    bias = 1 if shape.text.get("attention_bias") or architecture.startswith("Qwen2") or architecture in ENCODERS else 0
+    split = 2 * hidden * heads * head_dim + (2 * hidden + 2 * bias) * kv_heads * head_dim + bias * heads * head_dim
+    return Attention(heads, kv_heads, head_dim), split, 0
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """The MLPs of one average layer, in parameters and widths."""
+
+    split: int
+    width: int  # of one MLP or one expert, which tp has to divide
+    active_width: int  # widest that one token goes through
+    experts: int = 0
+    router: int = 0
+    active_share: float = 1.0
+
+
+def _mlp(shape: _Shape) -> _Mlp:
+    text, hidden, layers, intermediate = shape.text, shape.hidden, shape.layers, shape.intermediate
+    matrices = 2 if text.get("model_type") in UNGATED else 3
+    experts = shape.number("num_local_experts", "n_routed_experts", "num_experts", default=0)
+    if not experts:
+        return _Mlp(matrices * hidden * intermediate, intermediate, intermediate)
+    width = shape.number("moe_intermediate_size", default=intermediate) or intermediate
+    used = shape.number("num_experts_per_tok", "experts_per_token", default=2)
+    shared_width = shape.number("shared_expert_intermediate_size", default=0)
+    shared_width = shared_width or shape.number("n_shared_experts", default=0) * width
+    moe_layers = _moe_layers(text, layers)
+    routed = matrices * hidden * width * experts * moe_layers
+    dense = matrices * hidden * (shared_width * moe_layers + intermediate * (layers - moe_layers))
+    return _Mlp(
+        split=(routed + dense) // layers,
+        width=width,
+        active_width=max(used * width + shared_width, intermediate if moe_layers < layers else 0),
+        experts=routed // layers,
+        router=hidden * experts * moe_layers // layers,
+        active_share=used / experts,
     )
 
 
@@ -297,12 +346,14 @@ def weight_files_bytes(folder: Path) -> int | None:
 
 def load_model(name: str, models: Path) -> Model:
     """The model `name`: a folder, a folder under `models`, or a repository on the hub (its config.json alone)."""
+    name = name.rstrip("/") or name
     for folder in (Path(name), models / name):
         if (path := folder / "config.json").is_file():
             try:
-                return read_model(json.loads(path.read_text()), name, weight_files_bytes(folder))
-            except json.JSONDecodeError as error:
+                config = json.loads(path.read_bytes())
+            except ValueError as error:
                 raise Problem(f"{path} is not JSON: {error}", "fetch the model again") from error
+            return read_model(config, name, weight_files_bytes(folder))
     if Path(name).is_dir():
         raise Problem(f"{name}: the folder has no config.json", NOT_A_MODEL)
     return read_model(fetch_config(name), name)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from rich.text import Text
 from planner import memory
 from planner.choose import Plan, Replica
 from planner.machine import GIB, Machine
+from planner.memory import Account
 from planner.speed import ANSWER, CONCURRENT, PROMPT
 from stack.replica_gpus import dump_compose, gpu_service
 
 MIB = 1 << 20
+BFLOAT16 = (8, 0)  # compute capability that it needs
 LINK_NAMES = {
     "nvlink": "NVLink",
     "pix": "one PCIe switch",
@@ -42,22 +45,35 @@ class Part:
 
 
 def reasons(plan: Plan) -> list[tuple[str, str, str]]:
-    """(number, its value, why) of the first replica and the fleet."""
-    replica, model = plan.replicas[0], plan.model
-    account, settings = replica.account, plan.settings
+    """(number, its value, why) of the fleet, and of each kind of replica in it."""
+    model = plan.model
     rows = [("layout", plan.layout, _layout_reason(plan))]
     if plan.quantization or model.quantization:
         why = "; ".join(plan.reasons) or "the checkpoint is quantized"
         rows.append(("quantization", f"{plan.quantization or model.quantization}, {model.bits:.3g} bits a weight", why))
-    if settings.offload:
-        rows.append(("CPU offload", _gib(settings.offload), plan.reasons[-1]))
     rows.append(("max model length", f"{plan.max_length:,} tokens", _length_reason(plan)))
+    if len({one.weight for one in plan.replicas}) > 1:
+        weights = ", ".join(str(one.weight) for one in plan.replicas)
+        rows.append(("route weights", weights, "the replicas' expected tokens/s"))
+    kinds: dict[object, list[int]] = {}
+    for number, one in enumerate(plan.replicas):
+        size = one.gpus[0].size if one.gpus else None
+        kinds.setdefault((size, one.tp, one.pp, one.settings, one.account.utilization), []).append(number)
+    for numbers in kinds.values():
+        of = f" of replica {', '.join(map(str, numbers))}" if len(kinds) > 1 else ""
+        rows += [(what + of, value, why) for what, value, why in _replica_reasons(plan, plan.replicas[numbers[0]])]
+    return rows
+
+
+def _replica_reasons(plan: Plan, replica: Replica) -> list[tuple[str, str, str]]:
+    model, account, settings = plan.model, replica.account, replica.settings
     if not replica.gpus:
-        rows.append(
-            ("memory of a replica", _gib(account.total), "weights, KV cache and vLLM itself; " + plan.reasons[0])
-        )
-        rows.append(("KV cache", f"{account.kv_tokens:,} tokens", f"{_gib(account.kv)} for each replica"))
-        return rows
+        memory_why = "weights, KV cache and vLLM itself; " + plan.reasons[0]
+        kv_why = f"{_gib(account.kv)} for each {'process' if replica.tp > 1 else 'replica'}"
+        return [
+            ("memory of a replica", _gib(account.total), memory_why),
+            ("KV cache", f"{account.kv_tokens:,} tokens", kv_why),
+        ]
     layers = max(memory.stage_layers(model.layers, replica.pp))
     per_token = memory.kv_bytes_per_token(model, replica.tp, layers, settings.kv_bytes)
     tight = min(replica.gpus, key=lambda gpu: gpu.free)
@@ -68,36 +84,39 @@ def reasons(plan: Plan) -> list[tuple[str, str, str]]:
         share_reason = (
             who if others > GIB else "a small GPU"
         ) + f"; CUDA and its graphs need {_gib(account.outside)} besides"
+    reserve = _gib(account.activations + account.graphs + account.other)
+    rows = [("CPU offload", _gib(settings.offload), plan.reasons[-1])] if settings.offload else []
     rows += [
         ("GPU memory utilization", f"{account.utilization:.2f}", share_reason),
         ("weights", f"{_gib(account.weights)} a GPU", _weights_reason(plan, replica)),
-        (
-            "reserve",
-            f"{_gib(account.activations + account.graphs + account.other)} a GPU",
-            _reserve_reason(plan, replica),
-        ),
+        ("reserve", f"{reserve} a GPU", _reserve_reason(replica)),
     ]
     if per_token:
-        rows.append(("KV cache", f"{_gib(account.kv)} a GPU", "what is left"))
-        rows.append(("KV tokens", f"{account.kv_tokens:,} a replica", _kv_reason(plan, replica, layers, per_token)))
-        rows.append(
-            (
-                "full-length requests",
-                f"{account.max_requests:g} a replica",
-                f"of {plan.max_length:,} tokens at the same time",
-            )
-        )
-    rows.append(
-        (
-            "max sequences, batch",
-            f"{settings.max_num_seqs:,}, {settings.max_batched_tokens:,} tokens",
-            "vLLM's own for such a GPU",
-        )
-    )
-    if len({one.weight for one in plan.replicas}) > 1:
-        weights = ", ".join(str(one.weight) for one in plan.replicas)
-        rows.append(("route weights", weights, "the replicas' expected tokens/s"))
-    return rows
+        full = f"of {plan.max_length:,} tokens at the same time"
+        rows += [
+            ("KV cache", f"{_gib(account.kv)} a GPU", "what is left"),
+            ("KV tokens", f"{account.kv_tokens:,} a replica", _kv_reason(plan, replica, layers, per_token)),
+            ("full-length requests", f"{_requests(account)} a replica", full),
+        ]
+    sizes = f"{settings.max_num_seqs:,}, {settings.max_batched_tokens:,} tokens"
+    return [*rows, ("max sequences, batch", sizes, _sizes_reason(plan, replica))]
+
+
+def _sizes_reason(plan: Plan, replica: Replica) -> str:
+    own = memory.Settings.default(replica.gpus[0])
+    settings = replica.settings
+    if plan.wish.max_num_seqs or plan.wish.max_batched_tokens:
+        return "as asked for"
+    if (own.max_num_seqs, own.max_batched_tokens) == (settings.max_num_seqs, settings.max_batched_tokens):
+        return "vLLM's own for such a GPU"
+    if plan.model.pooling:
+        return "a prompt of full length in one step, which embedding models need"
+    return f"less than vLLM's own {own.max_num_seqs:,}, {own.max_batched_tokens:,}: leaves more for the KV cache"
+
+
+def _requests(account: Account) -> str:
+    """Requests of full length at once, never rounded up."""
+    return f"{floor(account.max_requests * 100) / 100:g}"
 
 
 def _gib(bytes_: float) -> str:
@@ -134,24 +153,31 @@ def _weights_reason(plan: Plan, replica: Replica) -> str:
     text = f"{model.parameters / 1e9:.2f} B parameters × {model.bits:.3g} bits"
     parts = [f"tp {replica.tp}"] * (replica.tp > 1) + [f"pp {replica.pp}"] * (replica.pp > 1)
     text += f" over {' × '.join(parts)}" if parts else ""
-    return text + (f", {_gib(plan.settings.offload)} of it in host memory" if plan.settings.offload else "")
+    text += (
+        f", the draft model's {_gib(memory.weight_bytes(model.draft, replica.tp, 1, 0))} besides" if model.draft else ""
+    )
+    offload = replica.settings.offload
+    return text + (f", {_gib(offload)} of it in host memory" if offload else "")
 
 
-def _reserve_reason(plan: Plan, replica: Replica) -> str:
-    account, settings = replica.account, plan.settings
+def _reserve_reason(replica: Replica) -> str:
+    account, settings = replica.account, replica.settings
     step = f"activations of {settings.max_batched_tokens:,} tokens and {settings.max_num_seqs:,} samplings"
     graphs = f", CUDA graphs {_gib(account.graphs)}" if account.graphs else ""
     return f"{step} {_gib(account.activations)}{graphs}, workspaces {_gib(account.other)}"
 
 
 def _kv_reason(plan: Plan, replica: Replica, layers: int, per_token: int) -> str:
-    attention = plan.model.attention
+    attention, kv_bytes, draft = plan.model.attention, replica.settings.kv_bytes, plan.model.draft
     size = f"{per_token / 1024:g} KiB a token and GPU: {layers} layers × "
     if attention.latent:
-        text = size + f"a latent of {attention.latent} × {plan.settings.kv_bytes} bytes, whole on each GPU"
+        text = size + f"a latent of {attention.latent} × {kv_bytes} bytes, whole on each GPU"
     else:
         heads = max(1, -(-attention.kv_heads // replica.tp))
-        text = size + f"2 × {heads} KV heads × {attention.head_dim} × {plan.settings.kv_bytes} bytes"
+        text = size + f"2 × {heads} KV heads × {attention.head_dim} × {kv_bytes} bytes"
+    if draft:
+        kib = memory.kv_bytes_per_token(draft, replica.tp, draft.layers, kv_bytes) / 1024
+        text += f", and {kib:g} KiB of the draft model"
     if plan.model.sliding_layers:
         text += f"; {plan.model.sliding_layers} of {plan.model.layers} layers keep only {plan.model.window:,} tokens"
     return text
@@ -177,7 +203,7 @@ def print_part(console: Console, machine: Machine, part: Part) -> None:
         path = f"{LINK_NAMES[one.link.kind]}, {one.link.gb_s:g} GB/s" if one.link else "–"
         replicas.add_row(
             str(number), gpus, f"{one.tp} × {one.pp}", path, f"{one.account.kv_tokens:,}",
-            f"{one.account.max_requests:g}", f"{one.speed.tokens_per_s:,.0f}", str(one.weight),
+            _requests(one.account), f"{one.speed.tokens_per_s:,.0f}", str(one.weight),
         )  # fmt: skip
     why = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("number", "value", "reason"):
@@ -197,11 +223,12 @@ def print_part(console: Console, machine: Machine, part: Part) -> None:
         ]
     if plan.runners_up:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("runner-up", "tokens/s", "one answer", "KV tokens", "max length"):
-            table.add_column(column, justify="left" if column == "runner-up" else "right")
+        for column in ("runner-up", "weights", "tokens/s", "one answer", "KV tokens", "max length"):
+            table.add_column(column, justify="left" if column in ("runner-up", "weights") else "right")
         for other in plan.runners_up:
             table.add_row(
                 other.layout,
+                f"{other.model.bits:.3g} bits",
                 f"{other.tokens_per_s:,.0f} ({_change(other.tokens_per_s, plan.tokens_per_s)})",
                 f"{other.latency:.2f} s ({_change(other.latency, plan.latency)})",
                 f"{other.kv_tokens:,} ({_change(other.kv_tokens, plan.kv_tokens)})",
@@ -251,7 +278,9 @@ def _part_json(part: Part) -> dict[str, Any]:
                     "utilization": one.account.utilization,
                 },
                 "kv_tokens": one.account.kv_tokens,
-                "full_length_requests": one.account.max_requests,
+                "max_num_seqs": one.settings.max_num_seqs,
+                "max_num_batched_tokens": one.settings.max_batched_tokens,
+                "full_length_requests": floor(one.account.max_requests * 100) / 100,
                 "tokens_per_s": round(one.speed.tokens_per_s, 1),
             }
             for one in plan.replicas
@@ -261,6 +290,7 @@ def _part_json(part: Part) -> dict[str, Any]:
         "runners_up": [
             {
                 "layout": other.layout,
+                "quantization": other.quantization,
                 "tokens_per_s": round(other.tokens_per_s, 1),
                 "latency_s": round(other.latency, 4),
                 "kv_tokens": other.kv_tokens,
@@ -272,27 +302,34 @@ def _part_json(part: Part) -> dict[str, Any]:
 
 
 def environment(part: Part, replica: Replica) -> dict[str, str]:
-    """The settings of one replica, by the names of .env."""
-    plan = part.plan
+    """The settings of one replica, by the names of .env. All that its memory depends on are there, empty ones too,
+    which count as unset: Compose would take them from .env otherwise."""
+    plan, settings = part.plan, replica.settings
     found = {
         "MODEL": part.model,
+        "DTYPE": "",
+        "QUANTIZATION": plan.quantization or "",
         "TENSOR_PARALLEL_SIZE": str(replica.tp),
         "PIPELINE_PARALLEL_SIZE": str(replica.pp),
         "MAX_MODEL_LEN": str(plan.max_length),
+        "GPU_MEMORY_UTILIZATION": "",
+        "KV_CACHE_GB": "",
+        "KV_CACHE_DTYPE": "fp8" if settings.kv_bytes == 1 else "",
+        "CPU_OFFLOAD_GB": str(settings.offload // GIB) if settings.offload else "",
+        "MAX_NUM_SEQS": str(settings.max_num_seqs),
+        "MAX_NUM_BATCHED_TOKENS": str(settings.max_batched_tokens),
+        "SPECULATIVE_CONFIG": part.extra.get("SPECULATIVE_CONFIG", ""),
     }
     if replica.gpus:
         found["GPU_MEMORY_UTILIZATION"] = f"{replica.account.utilization:.2f}"
-        found["MAX_NUM_SEQS"] = str(plan.settings.max_num_seqs)
-        found["MAX_NUM_BATCHED_TOKENS"] = str(plan.settings.max_batched_tokens)
+        # GPUs before Ampere have no bfloat16
+        old = any(gpu.compute_capability < BFLOAT16 for gpu in replica.gpus)
+        found["DTYPE"] = "float16" if old else part.extra.get("DTYPE", "bfloat16")
     else:
-        found["KV_CACHE_GB"] = str(replica.account.kv // GIB)
-    if plan.quantization:
-        found["QUANTIZATION"] = plan.quantization
-    if plan.settings.kv_bytes == 1:
-        found["KV_CACHE_DTYPE"] = "fp8"
-    if plan.settings.offload:
-        found["CPU_OFFLOAD_GB"] = str(plan.settings.offload // GIB)
-    return {**found, **part.extra}
+        found["KV_CACHE_GB"] = f"{replica.account.kv / GIB:g}"
+        if not plan.wish.max_batched_tokens:
+            found["MAX_NUM_BATCHED_TOKENS"] = ""
+    return {**part.extra, **found}
 
 
 def override_file(parts: list[Part], base: Path) -> str:
@@ -306,7 +343,7 @@ def override_file(parts: list[Part], base: Path) -> str:
         settings = environment(part, replica)
         if replica.gpus:
             service |= gpu_service([gpu.id for gpu in replica.gpus], replica.tp, replica.pp, settings)
-            if offload := part.plan.settings.offload:
+            if offload := replica.settings.offload:
                 service["mem_limit"] = f"{32 + offload * len(replica.gpus) // GIB}g"
         else:
             service |= {"environment": settings, "mem_limit": f"{-(-replica.account.total * 11 // 10 // MIB)}m"}
@@ -345,7 +382,7 @@ def changed_by_hand(path: Path) -> bool:
     """Whether a person wrote or changed the file. A file that is not there was not changed."""
     if not path.exists():
         return False
-    text = path.read_text()
+    text = path.read_bytes().decode(errors="replace")
     header = HEADER.match(text)
     return header is None or header[1] != _hash(text[header.end() :])
 

@@ -1,15 +1,19 @@
 """The planner: recorded machines x real models, and what has to hold for any of them."""
 
+import contextlib
 import json
 from collections import Counter
 from dataclasses import replace
+from math import log2
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import choose, memory
+import plan as command
+from planner import choose, memory, render
 from planner.choose import DoesNotFitError, Plan, Wish
 from planner.machine import GIB, Gpu, Link, Machine, load_machine
 from planner.memory import Settings
@@ -23,7 +27,7 @@ MODELS = {
     for path in sorted((TESTS / "models").glob("*/config.json"))
     if path.parent.name != "mamba-2.8b"
 }
-H200 = MACHINES["two-h200"].gpus[0]
+GOALS: tuple[choose.Goal, ...] = ("throughput", "latency")
 
 
 def check(machine: Machine, plan: Plan) -> None:
@@ -38,6 +42,7 @@ def check(machine: Machine, plan: Plan) -> None:
         kv = model.attention.kv_heads
         assert not kv or kv % one.tp == 0 or one.tp % kv == 0
         assert one.account.max_requests >= 1, "not even one request of full length fits"
+        assert model.pooling or one.account.kv_tokens >= plan.max_length, "KV cache for less than one request"
         if machine.gpus:
             assert len(one.gpus) == one.tp * one.pp
             for gpu in one.gpus:
@@ -134,6 +139,23 @@ def test_a_config_that_is_no_language_model_is_refused_in_one_line(config: dict[
         read_model({"architectures": ["X"], **config} if config else {}, "x")
 
 
+LLAMA = json.loads((TESTS / "models" / "Llama-3.1-8B-Instruct" / "config.json").read_text())
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-10, 10**6) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+READ = ["rope_scaling", "quantization_config", "layer_types", "architectures", "max_position_embeddings", "num_experts"]
+READ += ["sliding_window", "sliding_window_pattern", "mlp_only_layers", "kv_lora_rank", "torch_dtype", "text_config"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(changed=st.dictionaries(st.sampled_from([*LLAMA, *READ]), JSON, min_size=1, max_size=3) | JSON)
+def test_any_config_is_a_model_or_one_line(changed: Any) -> None:
+    with contextlib.suppress(Problem):
+        read_model(LLAMA | changed if isinstance(changed, dict) else changed, "x")
+
+
 def test_layers_go_to_stages_as_in_vllm() -> None:
     assert memory.stage_layers(32, 2) == [16, 16]
     assert memory.stage_layers(61, 4) == [15, 15, 16, 15]
@@ -221,18 +243,64 @@ def test_a_laptop_without_a_gpu_gets_replicas_on_the_cpu() -> None:
     plan = choose.choose(MACHINES["laptop"], MODELS["SmolLM2-135M-Instruct"], Wish())
     assert plan.layout == "2 × tp 1"
     assert choose.choose(MACHINES["laptop"], MODELS["SmolLM2-135M-Instruct"], Wish(tp=3)).replicas[0].tp == 3
-    with pytest.raises(Problem, match="take one of 1, 3"):
+    with pytest.raises(Problem, match="take --tp of 1, 3"):
         choose.choose(MACHINES["laptop"], MODELS["SmolLM2-135M-Instruct"], Wish(tp=2))
 
 
-def test_impossible_wishes_are_one_line() -> None:
-    small = MODELS["SmolLM2-135M-Instruct"]
-    with pytest.raises(Problem, match="takes 8192 tokens at most"):
-        choose.choose(MACHINES["two-h200"], small, Wish(context=9000))
-    with pytest.raises(Problem, match="take --tp of 1, 3"):
-        choose.choose(MACHINES["two-h200"], small, Wish(tp=2))
-    with pytest.raises(Problem, match="no GPU 7 here"):
+@pytest.mark.parametrize(
+    ("machine", "model", "wish", "words"),
+    [
+        ("two-h200", "SmolLM2-135M-Instruct", Wish(context=9000), "takes 8192 tokens at most"),
+        ("two-h200", "SmolLM2-135M-Instruct", Wish(tp=2), "9 heads: take --tp of 1, 3"),
+        ("four-3090", "Llama-3.1-8B-Instruct", Wish(tp=8), "--tp 8 needs 8 GPUs of one kind, there are 4"),
+        ("one-24gb", "Llama-3.1-8B-Instruct", Wish(tp=2), "--tp 2 needs 2 GPUs of one kind, there are 1"),
+        ("one-24gb", "Llama-3.1-8B-Instruct", Wish(pp=2), "--pp 2 needs 2 GPUs of one kind, there are 1"),
+        ("home-lab", "Llama-3.1-8B-Instruct", Wish(tp=2, pp=2), "--tp 2 --pp 2 needs 4 GPUs of one kind, there are 3"),
+        ("eight-h100", "Llama-3.1-8B-Instruct", Wish(pp=33), "needs 33 GPUs|has 32 layers"),
+        ("mig", "Llama-3.1-8B-Instruct", Wish(tp=2), "--tp 2: a MIG slice works alone"),
+        ("two-h200", "bge-m3", Wish(pp=2), "--pp 2: bge-m3 is an embedding model"),
+        ("laptop", "bge-m3", Wish(pp=2), "does not work on a CPU"),
+        ("laptop", "SmolLM2-135M-Instruct", Wish(replicas=30), "take --replicas [2-9]"),
+        (
+            "laptop",
+            "SmolLM2-135M-Instruct",
+            Wish(quantization="bitsandbytes"),
+            "--quantization bitsandbytes: there is no GPU",
+        ),
+        ("laptop", "SmolLM2-135M-Instruct", Wish(kv_cache="fp8"), "--kv-cache fp8: there is no GPU"),
+    ],
+)
+def test_impossible_wishes_are_one_line(machine: str, model: str, wish: Wish, words: str) -> None:
+    with pytest.raises(Problem, match=words):
+        choose.choose(MACHINES[machine], MODELS[model], wish)
+
+
+def test_a_gpu_that_is_not_there_is_told_by_the_option_that_named_it() -> None:
+    with pytest.raises(Problem, match="--gpus: there is no GPU 7 here"):
         MACHINES["two-h200"].only([0, 7])
+    with pytest.raises(Problem, match="--also: there is no GPU 7 here"):
+        MACHINES["two-h200"].only([7], "--also")
+
+
+def test_workers_on_a_cpu_share_the_kv_cache() -> None:
+    """vLLM takes KV_CACHE_GB for each of them."""
+    host = MACHINES["laptop"].model_copy(update={"memory_free": 100 * GIB, "cpu_cores": 32})
+    model = MODELS["Llama-3.1-8B-Instruct"]
+    plans = [choose.choose(host, model, Wish(tp=tp, replicas=1, context=65536)) for tp in (1, 2, 4)]
+    caches = [plan.replicas[0].tp * plan.replicas[0].account.kv for plan in plans]
+    assert caches[0] == caches[1] == caches[2] == 8 * GIB
+    for plan in plans:
+        check(host, plan)
+        one = plan.replicas[0]
+        assert one.account.total >= one.account.weights + one.tp * one.account.kv
+
+
+def test_an_embedding_model_gets_its_longest_prompt_into_one_step() -> None:
+    """vLLM does not cut its prompts into pieces, and refuses to start with less."""
+    for machine in MACHINES.values():
+        if machine.gpus:
+            plan = choose.choose(machine, MODELS["bge-m3"], Wish())
+            assert all(one.settings.max_batched_tokens >= plan.max_length for one in plan.replicas)
 
 
 def test_route_weights_are_small_whole_numbers_in_proportion() -> None:
@@ -301,7 +369,7 @@ def models(draw: st.DrawFn) -> Model:
 WISHES = st.builds(
     Wish,
     goal=st.sampled_from(["throughput", "latency"]),
-    quantization=st.sampled_from([None, "none"]),
+    quantization=st.sampled_from([None, None, "none", "bitsandbytes"]),
     replicas=st.sampled_from([None, None, 1, 2]),
 )
 
@@ -316,26 +384,116 @@ def test_any_plan_is_sound(machine: Machine, model: Model, wish: Wish) -> None:
             assert len(plan.replicas) == wish.replicas
 
 
-@settings(max_examples=100, deadline=None)
-@given(machine=machines(), model=models(), more=st.integers(1, 64))
-def test_more_memory_never_gives_a_worse_plan(machine: Machine, model: Model, more: int) -> None:
-    wish = Wish(quantization="none")
-    before = choose.best(machine, model, wish)
-    larger = machine.model_copy(
-        update={
-            "gpus": tuple(
-                gpu.model_copy(update={"total": gpu.total + more * GIB, "free": gpu.free + more * GIB})
-                for gpu in machine.gpus
-            )
-        }
-    )
-    after = choose.best(larger, model, wish)
-    if before:
+def larger(machine: Machine, gib: int) -> Machine:
+    """The same host with so many GiB more on each GPU."""
+    more = [
+        gpu.model_copy(update={"total": gpu.total + gib * GIB, "free": gpu.free + gib * GIB}) for gpu in machine.gpus
+    ]
+    return machine.model_copy(update={"gpus": tuple(more)})
+
+
+def figure(plan: Plan) -> float:
+    """What its goal asks for."""
+    return plan.tokens_per_s if plan.wish.goal == "throughput" else 1 / plan.latency
+
+
+def no_worse(before: Plan, after: Plan) -> None:
+    """As docs/plan.md says when a plan is worse than another."""
+    offloads = [max(one.settings.offload for one in plan.replicas) for plan in (before, after)]
+    if all(offloads) or not any(offloads):
+        assert after.worth >= before.worth * (1 - 1e-9)
+        if after.quantization == before.quantization:
+            made_up = log2(after.max_length / before.max_length * max(1.0, after.tokens_per_s / before.tokens_per_s))
+            # and 1.1 for longer steps: eight times as long at most
+            assert figure(after) * 1.1 ** (made_up + 1) >= figure(before)
+    else:
+        assert not offloads[1], "weights went into host memory"
+
+
+@settings(max_examples=150, deadline=None)
+@given(machine=machines(), model=models(), wish=WISHES, more=st.integers(1, 64))
+def test_more_memory_never_gives_a_worse_plan(machine: Machine, model: Model, wish: Wish, more: int) -> None:
+    if before := choose.best(machine, model, wish):
+        after = choose.best(larger(machine, more), model, wish)
         assert after
-        offloads = before.settings.offload, after.settings.offload
-        assert offloads[1] <= offloads[0]
-        if offloads[0] == offloads[1]:
-            assert after.tokens_per_s >= before.tokens_per_s * 0.999
+        no_worse(before, after)
+
+
+@pytest.mark.parametrize("goal", ["throughput", "latency"])
+@pytest.mark.parametrize(
+    ("model", "sizes"), [("Llama-3.1-8B-Instruct", range(14, 32)), ("Qwen2.5-32B-Instruct", range(60, 84))]
+)
+@pytest.mark.parametrize("quantization", [None, "none"])
+def test_each_gib_more_gives_no_worse_a_plan(
+    goal: choose.Goal, model: str, sizes: range, quantization: str | None
+) -> None:
+    wish, gpu, before = Wish(goal=goal, quantization=quantization), MACHINES["one-24gb"].gpus[0], None
+    for gib in sizes:
+        only = gpu.model_copy(update={"total": gib * GIB, "free": gib * GIB})
+        plan = choose.best(MACHINES["one-24gb"].model_copy(update={"gpus": (only,)}), MODELS[model], wish)
+        if before:
+            assert plan
+            no_worse(before, plan)
+            assert figure(plan) >= 0.7 * figure(before), "the first 16-bit weights that fit cost too much"
+        before = plan
+
+
+def test_two_percent_are_not_worth_a_sixth_of_the_context() -> None:
+    plan = choose.choose(MACHINES["home-lab"], MODELS["Qwen2.5-32B-Instruct"], Wish())
+    assert (plan.layout, plan.max_length) == ("1 × tp 1 × pp 3", 32768)
+
+
+def test_a_model_that_fits_well_is_not_quantized() -> None:
+    for machine in ("two-h200", "eight-h100", "four-3090", "one-24gb"):
+        for goal in GOALS:
+            assert (
+                choose.choose(MACHINES[machine], MODELS["Llama-3.1-8B-Instruct"], Wish(goal=goal)).quantization is None
+            )
+
+
+def test_each_kind_of_gpu_has_its_own_sizes() -> None:
+    h100, small = MACHINES["eight-h100"].gpus[0], MACHINES["one-24gb"].gpus[0]
+    for first, second in ((h100, small), (small, h100)):
+        gpus = (first.model_copy(update={"index": 0, "id": "0"}), second.model_copy(update={"index": 1, "id": "1"}))
+        host = MACHINES["one-24gb"].model_copy(update={"gpus": gpus})
+        plan = choose.choose(host, MODELS["DeepSeek-R1-Distill-Qwen-1.5B"], Wish())
+        sizes = {one.gpus[0].name: one.settings.max_num_seqs for one in plan.replicas}
+        assert sizes == {h100.name: 1024, small.name: 256}
+        assert {one for what, _, _ in render.reasons(plan) if (one := what.partition(" of replica ")[2])} == {"0", "1"}
+
+
+FURTHER = ["bge-m3", "SmolLM2-135M-Instruct", "DeepSeek-R1-Distill-Qwen-1.5B", "Llama-3.1-8B-Instruct"]
+
+
+@st.composite
+def further(draw: st.DrawFn) -> str:
+    path = str(TESTS / "models" / draw(st.sampled_from(FURTHER)))
+    pins = draw(st.lists(st.integers(0, 3), max_size=2, unique=True))
+    return f"{path}@{','.join(map(str, pins))}" if pins else path
+
+
+HOSTS = machines() | st.integers(2, 64).map(
+    lambda gib: Machine(name="none", cpu_cores=8, memory=64 * GIB, memory_free=gib * GIB)
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(machine=HOSTS, also=st.lists(further(), max_size=3), gpus=st.none() | st.just([0]), wish=WISHES)
+def test_no_gpu_and_no_memory_is_given_to_two_models(
+    machine: Machine, also: list[str], gpus: list[int] | None, wish: Wish
+) -> None:
+    try:
+        parts = command.plan_all(machine, str(TESTS / "models" / "SmolLM2-135M-Instruct"), also, gpus, wish)
+    except Problem:
+        return
+    assert len(parts) == 1 + len(also)
+    used = Counter(gpu.index for part in parts for one in part.plan.replicas for gpu in one.gpus)
+    assert all(count == 1 for count in used.values())
+    assert sum(part.plan.host_memory for part in parts) <= machine.memory_free
+    for part in parts:
+        for one in part.plan.replicas:
+            assert one.account.max_requests >= 1
+            assert all(one.account.used <= gpu.free for gpu in one.gpus)
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+import plan as command
 from planner import render
+from planner.choose import Wish
+from planner.machine import load_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINES = ROOT / "tests" / "machines"
@@ -75,7 +78,23 @@ def test_a_further_model_takes_the_fewest_gpus_from_the_end() -> None:
     [
         (["nowhere/at/all"], "neither a folder"),
         ([MODELS / "Llama-3.1-8B-Instruct", "--gpus", "a-b"], "not a list of GPUs"),
-        ([MODELS / "Llama-3.1-8B-Instruct", "--gpus", "9"], "there is no GPU 9 here"),
+        ([MODELS / "Llama-3.1-8B-Instruct", "--gpus", "9"], "--gpus: there is no GPU 9 here"),
+        ([MODELS / "Llama-3.1-8B-Instruct", "--gpus", "2-0"], "--gpus: 2-0 names no GPU"),
+        ([MODELS / "Llama-3.1-8B-Instruct", "--gpus", ""], "--gpus:  is not a list of GPUs"),
+        ([MODELS / "Llama-3.1-8B-Instruct", "--also", f"{MODELS / 'bge-m3'}@9"], "--also: there is no GPU 9 here"),
+        ([MODELS / "Llama-3.1-8B-Instruct", "--also", f"{MODELS / 'bge-m3'}@1-0"], "--also: 1-0 names no GPU"),
+        ([MODELS / "Llama-3.1-8B-Instruct", "--also", f"{MODELS / 'bge-m3'}@"], "--also:  is not a list of GPUs"),
+        (
+            [
+                MODELS / "gemma-3-27b-it",
+                "--also",
+                f"{MODELS / 'bge-m3'}@0",
+                "--also",
+                f"{MODELS / 'Mistral-7B-v0.1'}@0",
+            ],
+            "GPU 0 has",
+        ),
+        ([MODELS / "Llama-3.1-8B-Instruct", "--record", "/nowhere/at/all.json"], "/nowhere/at/all.json: No such file"),
         ([MODELS / "mamba-2.8b"], "recurrent state"),
         ([MODELS / "DeepSeek-V3"], "does not fit"),
     ],
@@ -83,17 +102,27 @@ def test_a_further_model_takes_the_fewest_gpus_from_the_end() -> None:
 def test_mistakes_are_told_without_a_traceback(args: list[str | Path], words: str) -> None:
     run = plan(*args, "--machine", MACHINES / "two-h200.json")
     assert run.returncode == 1
-    assert words in run.stdout
-    assert "Traceback" not in run.stderr
+    assert words in run.stderr
+    assert len(run.stderr.splitlines()) == 2, "what is wrong, and what to do"
+    assert not run.stdout
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"name": "x"}', '{"name": "x", "gpu": []}'])
-def test_a_file_that_is_no_machine_is_told_so(tmp_path: Path, text: str) -> None:
-    (tmp_path / "m.json").write_text(text)
+@pytest.mark.parametrize("text", [b"", b"{", b'{"name": "x"}', b'{"name": "x", "gpu": []}', b"\xff\xfe"])
+def test_a_file_that_is_no_machine_is_told_so(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "m.json").write_bytes(text)
     run = plan(MODELS / "bge-m3", "--machine", tmp_path / "m.json")
     assert run.returncode == 1
-    assert "is not a recorded machine" in run.stdout
-    assert len(run.stdout.splitlines()) == 2
+    assert "is not a recorded machine" in run.stderr
+    assert len(run.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", [b"[]", b'"x"', b"\xff\xfe", b"{", b'{"hidden_size": "x"}'])
+def test_a_file_that_is_no_config_is_told_so(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    run = plan(tmp_path, "--machine", MACHINES / "two-h200.json")
+    assert run.returncode == 1
+    assert len(run.stderr.splitlines()) == 2
+    assert "config.json" in run.stderr
 
 
 def test_this_machine_can_be_recorded_and_planned_for(tmp_path: Path) -> None:
@@ -124,7 +153,7 @@ def test_it_writes_the_fleet_and_asks_before_it_writes_over_a_changed_file(check
     assert not override.exists()
 
     run = plan(*smol, "--replicas", "3", "--tp", "1", root=checkout)
-    if run.returncode and "does not fit" in run.stdout:
+    if run.returncode and "does not fit" in run.stderr:
         pytest.skip("too little memory is free here for three replicas")
     assert not run.returncode, run.stderr
     services = written(checkout)
@@ -142,7 +171,7 @@ def test_it_writes_the_fleet_and_asks_before_it_writes_over_a_changed_file(check
     before = override.read_text()
     refused = plan(*smol, root=checkout)
     assert refused.returncode == 1
-    assert "was changed by hand" in refused.stdout
+    assert "was changed by hand" in refused.stderr
     assert override.read_text() == before
     assert not plan(*smol, "--yes", root=checkout).returncode
     assert override.read_text() != before
@@ -151,18 +180,75 @@ def test_it_writes_the_fleet_and_asks_before_it_writes_over_a_changed_file(check
 def test_a_model_outside_models_is_not_written(checkout: Path) -> None:
     run = plan(MODELS / "SmolLM2-135M-Instruct", "--context", "1024", root=checkout)
     assert run.returncode == 1
-    assert "lies outside models/" in run.stdout
+    assert "lies outside models/" in run.stderr
     assert not (checkout / "docker-compose.override.yml").exists()
+
+
+def test_what_is_in_the_way_of_the_files_is_told(checkout: Path) -> None:
+    smol = ("SmolLM2-135M-Instruct/", "--context", "1024", "--replicas", "1")
+    (checkout / "fleet").write_text("")
+    run = plan(*smol, root=checkout)
+    assert run.returncode == 1
+    assert "fleet" in run.stderr
+    assert "Traceback" not in run.stderr
+    (checkout / "fleet").unlink()
+
+    (checkout / "docker-compose.override.yml").write_bytes(b"\xff\xfe")
+    run = plan(*smol, root=checkout)
+    assert "was changed by hand" in run.stderr
+    assert not plan(*smol, "--yes", root=checkout).returncode
+    assert written(checkout)["vllm-0"]["environment"]["MODEL"] == "SmolLM2-135M-Instruct", "without the slash"
+
+
+SIZING = {
+    "DTYPE": "float32", "QUANTIZATION": "fp8", "MAX_MODEL_LEN": "777", "GPU_MEMORY_UTILIZATION": "0.5",
+    "KV_CACHE_GB": "77", "KV_CACHE_DTYPE": "fp8", "CPU_OFFLOAD_GB": "7", "MAX_NUM_SEQS": "777",
+    "MAX_NUM_BATCHED_TOKENS": "777", "TENSOR_PARALLEL_SIZE": "7", "PIPELINE_PARALLEL_SIZE": "7", "SPECULATIVE_CONFIG": "'{}'", "MODEL": "other",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", ["home-lab", "two-h200", "laptop"])
+def test_no_size_in_env_gets_into_a_planned_replica(machine: str) -> None:
+    host = load_machine(MACHINES / f"{machine}.json")
+    also = [str(MODELS / "bge-m3")]
+    parts = command.plan_all(host, str(MODELS / "SmolLM2-135M-Instruct"), also, None, Wish())
+    for part in parts:
+        for replica in part.plan.replicas:
+            assert set(SIZING) <= set(render.environment(part, replica)), "Compose would take it from .env"
+    assert parts[1].extra["TOOL_CALL_PARSER"] == "", "what .env says of it is meant for the first model"
+
+
+def test_the_plan_says_what_it_replaces_in_env(checkout: Path) -> None:
+    shutil.copy(ROOT / ".env.example", checkout / ".env.example")
+    (checkout / ".env").write_text(
+        "\n".join(f"{name}={value}" for name, value in SIZING.items()) + "\nHTTP_PORT=8080\n"
+    )
+    run = plan("SmolLM2-135M-Instruct", "--context", "1024", "--replicas", "1", root=checkout)
+    assert not run.returncode, run.stderr
+    line = next(line for line in run.stderr.splitlines() if ".env" in line)
+    assert set(SIZING) <= set(line.replace(",", "").split())
+    assert "HTTP_PORT" not in line
+
+    (checkout / ".env").write_text("SERVED_MODEL_NAME=mine\n")
+    run = plan("SmolLM2-135M-Instruct", "--context", "1024", "--also", "bge-m3", root=checkout)
+    assert run.returncode == 1
+    assert "SERVED_MODEL_NAME in .env" in run.stderr
+
+
+def test_a_gpu_without_bfloat16_gets_float16() -> None:
+    host = load_machine(MACHINES / "one-24gb.json")
+    old = host.gpus[0].model_copy(update={"compute_capability": (7, 5)})
+    for gpu, dtype in ((host.gpus[0], "bfloat16"), (old, "float16")):
+        one = host.model_copy(update={"gpus": (gpu,)})
+        for name in ("deepseek-r1-1.5b-4bit", str(MODELS / "DeepSeek-R1-Distill-Qwen-1.5B")):
+            found = "SmolLM2-135M-Instruct" if name.startswith("deepseek") else name
+            part = command.plan_all(one, str(MODELS / Path(found).name), [], None, Wish())[0]
+            assert render.environment(part, part.plan.replicas[0])["DTYPE"] == dtype
 
 
 @pytest.mark.skipif(shutil.which("docker") is None, reason="needs the Docker client (no engine)")
 @pytest.mark.parametrize("machine", ["two-h200", "home-lab", "mig", "eight-h100", "laptop"])
 def test_compose_reads_the_fleet_as_planned(checkout: Path, machine: str) -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import plan as command  # noqa: PLC0415 - scripts/ is no package
-    from planner.choose import Wish  # noqa: PLC0415
-    from planner.machine import load_machine  # noqa: PLC0415
-
     host = load_machine(MACHINES / f"{machine}.json")
     parts = command.plan_all(host, str(checkout / "models" / "SmolLM2-135M-Instruct"), [], None, Wish())
     text = render.override_file(parts, checkout / "docker-compose.yml")
@@ -188,11 +274,6 @@ def test_compose_reads_the_fleet_as_planned(checkout: Path, machine: str) -> Non
 
 
 def test_weights_reach_the_gateway() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import plan as command  # noqa: PLC0415
-    from planner.choose import Wish  # noqa: PLC0415
-    from planner.machine import load_machine  # noqa: PLC0415
-
     host = load_machine(MACHINES / "home-lab.json")
     parts = command.plan_all(host, str(MODELS / "DeepSeek-R1-Distill-Qwen-1.5B"), [], None, Wish())
     lines = render.fleet_file(parts).splitlines()

@@ -5,10 +5,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+import plan as command
+from planner import render
+from planner.choose import Wish
+from planner.machine import load_machine
+from stack.console import Problem
 from tests.conftest import ROOT
 from vllm import launch
 
@@ -35,16 +41,131 @@ def test_every_kind_of_preset_is_there() -> None:
     assert {one["QUANTIZATION"] for one in every.values() if "QUANTIZATION" in one} == {"bitsandbytes", "fp8"}
 
 
-def test_the_planner_adds_this_hosts_sizes_to_a_preset(tmp_path: Path) -> None:
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}  # fmt: skip
+QWEN3_8B = QWEN3 | {
+    "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288,
+}  # fmt: skip
+QWEN3_06B = QWEN3 | {
+    "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+# of yuhuili/EAGLE3-LLaMA3.1-Instruct-8B, 0.85 GB
+EAGLE = {
+    "architectures": ["LlamaForCausalLMEagle3"], "hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "draft_vocab_size": 32000,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with what the presets name in models/, config.json alone."""
     for name in ("scripts", "presets"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    model = tmp_path / "models" / "deepseek-ai" / "DeepSeek-R1-Distill-Qwen-1.5B"
-    shutil.copytree(ROOT / "tests" / "models" / model.name, model)
-    machine = ROOT / "tests" / "machines" / "home-lab.json"
-    script = tmp_path / "scripts" / "plan.py"
-    command = [sys.executable, str(script), "deepseek-r1-1.5b-4bit", "--machine", str(machine), "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert not run.returncode, run.stdout + run.stderr
-    plan = json.loads(run.stdout)["models"][0]
-    assert (plan["quantization"], plan["max_model_len"]) == ("bitsandbytes", 16384)
-    assert plan["replicas"][0]["memory"]["weights"] < 1.9 * 2**30, "4-bit layers, 16-bit embedding and head"
+    configs = {
+        "Qwen/Qwen3-8B": QWEN3_8B,
+        "Qwen/Qwen3-0.6B": QWEN3_06B,
+        "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B": EAGLE,
+    }
+    for name in ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "meta-llama/Llama-3.1-8B-Instruct"):
+        path = ROOT / "tests" / "models" / Path(name).name / "config.json"
+        configs[name] = json.loads(path.read_text())
+    for name, config in configs.items():
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def run_plan(checkout: Path, *args: str, machine: str) -> subprocess.CompletedProcess[str]:
+    recorded = ROOT / "tests" / "machines" / f"{machine}.json"
+    command = [sys.executable, str(checkout / "scripts" / "plan.py"), *args, "--machine", str(recorded), "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def plan(checkout: Path, *args: str, machine: str) -> dict[str, Any]:
+    run = run_plan(checkout, *args, machine=machine)
+    assert not run.returncode, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)["models"][0]
+    return found
+
+
+def test_the_planner_adds_this_hosts_sizes_to_a_preset(checkout: Path) -> None:
+    found = plan(checkout, "deepseek-r1-1.5b-4bit", machine="home-lab")
+    assert (found["quantization"], found["max_model_len"]) == ("bitsandbytes", 16384)
+    assert found["replicas"][0]["memory"]["weights"] < 1.9 * 2**30, "4-bit layers, 16-bit embedding and head"
+
+
+def test_what_the_user_asks_for_wins_over_the_preset(checkout: Path) -> None:
+    assert plan(checkout, "deepseek-r1-1.5b-4bit", "--context", "4096", machine="home-lab")["max_model_len"] == 4096
+    host = load_machine(ROOT / "tests" / "machines" / "eight-h100.json")
+    asked = Wish(context=4096, quantization="none", kv_cache="auto", max_batched_tokens=2048, replicas=1)
+    for preset in PRESETS:
+        try:
+            part = command.plan_all(host, preset.stem, [], None, asked)[0]
+        except Problem:
+            continue  # its model is not here
+        assert render.environment(part, part.plan.replicas[0])["MAX_MODEL_LEN"] == "4096"
+        assert render.environment(part, part.plan.replicas[0])["MAX_NUM_BATCHED_TOKENS"] == "2048"
+
+
+def test_a_draft_model_needs_memory_too(checkout: Path) -> None:
+    alone = plan(checkout, "Qwen/Qwen3-8B", "--context", "16384", machine="one-24gb")["replicas"][0]
+    drafted = plan(checkout, "speculative-draft", machine="one-24gb")["replicas"][0]
+    weights = drafted["memory"]["weights"] - alone["memory"]["weights"]
+    assert weights / 2**30 == pytest.approx(1.11, rel=0.02), "0.6 B parameters in 16 bits"
+    per_token = [one["memory"]["kv"] / one["kv_tokens"] / 1024 for one in (alone, drafted)]
+    assert per_token == pytest.approx([144, 144 + 112], rel=0.01)
+
+
+def test_a_head_that_guesses_needs_memory_too(checkout: Path) -> None:
+    alone = plan(checkout, "meta-llama/Llama-3.1-8B-Instruct", "--context", "16384", machine="two-h200")["replicas"][0]
+    headed = plan(checkout, "speculative-eagle", machine="two-h200")["replicas"][0]
+    assert (headed["memory"]["weights"] - alone["memory"]["weights"]) / 1e9 == pytest.approx(0.85, rel=0.05)
+    assert headed["memory"]["kv"] / headed["kv_tokens"] == pytest.approx(33 * 4096, rel=0.001)
+
+
+def test_the_batch_of_a_preset_is_in_the_account(checkout: Path) -> None:
+    found = plan(checkout, "long-context", machine="eight-h100")
+    assert found["max_model_len"] == 131072
+    assert {one["max_num_batched_tokens"] for one in found["replicas"]} == {8192}
+    preset = checkout / "presets" / "long-context.yaml"
+    preset.write_text(preset.read_text().replace(": 8192", ": 65536"))
+    wider = plan(checkout, "long-context", machine="eight-h100")
+    assert {one["max_num_batched_tokens"] for one in wider["replicas"]} == {65536}
+    assert wider["replicas"][0]["memory"]["activations"] > found["replicas"][0]["memory"]["activations"]
+
+
+def test_a_preset_that_the_planner_cannot_size_is_refused(checkout: Path) -> None:
+    preset = checkout / "presets" / "speculative-draft.yaml"
+    text = preset.read_text()
+    preset.write_text(text.replace('"model": "Qwen/Qwen3-0.6B", ', ""))
+    assert "cannot size" in run_plan(checkout, "speculative-draft", machine="one-24gb").stderr
+    preset.write_text(text + "  KV_CACHE_GB: 100\n")
+    assert "sets KV_CACHE_GB" in run_plan(checkout, "speculative-draft", machine="one-24gb").stderr
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_what_a_preset_needs_is_checked(path: Path) -> None:
+    needs = yaml.safe_load(path.read_text())["needs"]
+    assert needs == "nothing" or command.NEEDS.fullmatch(needs)
+
+
+@pytest.mark.parametrize(
+    ("preset", "machine", "words"),
+    [
+        ("long-context", "four-3090", "needs a GPU of compute capability 8.9 with 40 GiB; GPU 0"),
+        ("deepseek-r1-1.5b-4bit", "laptop", "needs a GPU of compute capability 7.5 with 4 GiB, and there is none here"),
+    ],
+)
+def test_a_preset_is_refused_where_its_gpu_is_missing(checkout: Path, preset: str, machine: str, words: str) -> None:
+    run = run_plan(checkout, preset, machine=machine)
+    assert run.returncode == 1
+    assert words in run.stderr
+
+
+def test_the_default_preset_runs_without_bfloat16() -> None:
+    """Its GPU may be a Turing, which has none."""
+    assert yaml.safe_load((ROOT / "presets" / "deepseek-r1-1.5b-4bit.yaml").read_text())["settings"]["DTYPE"] == "auto"
