@@ -18,7 +18,8 @@ import httpx
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from planner.hub import HUB, NAME
+from planner import hub
+from planner.hub import NAME
 from planner.sources import SUMS, File, Source, for_vllm, open_source
 from stack.console import Problem, console, one_line_for_mistakes
 
@@ -44,13 +45,13 @@ def main(
             help="File with the token for a gated model or a mirror; for the hub HF_TOKEN_FILE names one too."
         ),
     ] = None,
-    endpoint: Annotated[str, typer.Option(envvar="HF_ENDPOINT", help="A mirror of the hub.")] = HUB,
+    endpoint: Annotated[str | None, typer.Option(help="A mirror of the hub; HF_ENDPOINT names one too.")] = None,
     models: Annotated[Path, typer.Option(help="The folder of models.")] = ROOT / "models",
 ) -> None:
     """Bring a model into models/: resumed, checked, and only put in place when whole."""
     with one_line_for_mistakes():
         try:
-            found = open_source(source, revision, token_file, endpoint)
+            found = open_source(source, revision, token_file, endpoint or hub.endpoint())
             name = name or found.name
             if not re.fullmatch(f"{NAME}(/{NAME})?", name):
                 raise Problem(f"{name!r} is no name for a model", "give one like owner/model: --name owner/model")

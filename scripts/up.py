@@ -90,7 +90,6 @@ def up() -> None:
     """All the steps, in their order."""
     with step("Settings") as shown:
         wanted = settings.load()
-        settings.export_hub()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
     with step("Docker") as shown:
         shown.result = engine.check()

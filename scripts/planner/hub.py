@@ -1,7 +1,6 @@
 """The Hugging Face hub: its names, tokens and refusals, and config.json; weights are download_model.py's business."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from stack import settings
 from stack.console import Problem
 
 HUB = "https://huggingface.co"
@@ -20,9 +20,14 @@ def is_repository(text: str) -> bool:
     return re.fullmatch(f"{NAME}/{NAME}", text) is not None
 
 
+def endpoint() -> str:
+    """Where the hub, or the mirror that HF_ENDPOINT names, answers."""
+    return (settings.of_hub("HF_ENDPOINT") or HUB).rstrip("/")
+
+
 def read_token(file: Path | None = None) -> str | None:
     """The access token in a file: the one named, or HF_TOKEN_FILE's. None without one; never from the command line."""
-    path = file or (Path(named) if (named := os.environ.get("HF_TOKEN_FILE")) else None)
+    path = file or (Path(named).expanduser() if (named := settings.of_hub("HF_TOKEN_FILE")) else None)
     if path is None:
         return None
     try:
@@ -59,7 +64,7 @@ def fetch_config(repository: str) -> Mapping[str, Any]:
         raise Problem(f"{repository} is neither a folder with a config.json nor a name like owner/model", "correct it")
     token = read_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    url = f"{(os.environ.get('HF_ENDPOINT') or HUB).rstrip('/')}/{repository}/resolve/main/config.json"
+    url = f"{endpoint()}/{repository}/resolve/main/config.json"
     try:
         answer = httpx.get(url, headers=headers, timeout=20, follow_redirects=True)
     except (httpx.HTTPError, httpx.InvalidURL) as error:

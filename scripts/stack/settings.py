@@ -6,7 +6,7 @@ import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -101,11 +101,10 @@ def read(env_file: Path) -> dict[str, str]:
     return parse_env(env_file.read_text(), known_names(EXAMPLE_FILE.read_text())) if env_file.exists() else {}
 
 
-def export_hub(env_file: Path = ENV_FILE, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Puts what `.env` says of the Hugging Face hub into the environment, where all that asks the hub looks for it."""
-    values = read(env_file)
-    if token_file := values.get("HF_TOKEN_FILE"):
-        values["HF_TOKEN_FILE"] = str(Path(token_file).expanduser())
-    for name in ("HF_ENDPOINT", "HF_TOKEN_FILE"):
-        if values.get(name) and not environment.get(name):
-            environment[name] = values[name]
+def of_hub(
+    name: Literal["HF_ENDPOINT", "HF_TOKEN_FILE"],
+    env_file: Path = ENV_FILE,
+    environment: Mapping[str, str] = os.environ,
+) -> str | None:
+    """What the environment or `.env` says of the Hugging Face hub; an empty value says nothing."""
+    return environment.get(name) or read(env_file).get(name) or None

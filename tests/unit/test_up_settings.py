@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner import hub
 from stack import settings
 from stack.console import Problem
 
@@ -114,21 +115,24 @@ def test_no_file_means_the_defaults(tmp_path: Path) -> None:
     assert settings.load(tmp_path / ".env", {}).http_port == 80
 
 
-def test_what_the_file_says_of_the_hub_goes_where_every_command_looks_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_said_of_the_hub_is_taken_from_the_environment_or_the_file(tmp_path: Path) -> None:
     file = tmp_path / ".env"
-    file.write_text("HF_ENDPOINT=https://mirror.example\nHF_TOKEN_FILE=~/token\nHTTP_PORT=81\n")
-    monkeypatch.setenv("HOME", "/home/me")
-    environment: dict[str, str] = {}
-    settings.export_hub(file, environment)
-    assert environment == {"HF_ENDPOINT": "https://mirror.example", "HF_TOKEN_FILE": "/home/me/token"}
-    environment = {"HF_ENDPOINT": "https://other.example", "HF_TOKEN_FILE": ""}
-    settings.export_hub(file, environment)
-    assert environment == {"HF_ENDPOINT": "https://other.example", "HF_TOKEN_FILE": "/home/me/token"}
-    environment = {}
-    settings.export_hub(tmp_path / "none", environment)
-    assert environment == {}
+    file.write_text("HF_ENDPOINT=https://mirror.example\nHF_TOKEN_FILE=\n")
+    other = {"HF_ENDPOINT": "https://other.example", "HF_TOKEN_FILE": ""}
+    assert settings.of_hub("HF_ENDPOINT", file, other) == "https://other.example"
+    assert settings.of_hub("HF_ENDPOINT", file, {"HF_ENDPOINT": ""}) == "https://mirror.example"
+    assert settings.of_hub("HF_TOKEN_FILE", file, other) is None
+    assert settings.of_hub("HF_ENDPOINT", tmp_path / "none", {}) is None
+
+
+def test_the_hub_and_the_token_are_those_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: dict[str, str] = {}
+    monkeypatch.setattr(settings, "of_hub", said.get)
+    assert (hub.endpoint(), hub.read_token()) == (hub.HUB, None)
+    said |= {"HF_ENDPOINT": "https://mirror.example/", "HF_TOKEN_FILE": "~/token"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "token").write_text("abc\n")
+    assert (hub.endpoint(), hub.read_token()) == ("https://mirror.example", "abc")
 
 
 def test_a_token_itself_is_no_setting() -> None:
