@@ -265,7 +265,11 @@ def _write(parts: list[render.Part], yes: bool) -> None:
         path.write_text(render.signed(body, what))
         print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
     decided = [render.environment(part, replica) for part in parts for replica in part.plan.replicas]
-    if lost := [name for name, value in said.items() if any(one.get(name, value) != value for one in decided)]:
+    lost = []
+    for name, value in said.items():
+        differs = [one.get(name, value) != value for one in decided]
+        lost += [name] if all(differs) or (any(differs) and name not in OF_ONE_MODEL) else []
+    if lost:
         print(f"the plan decides what .env says of {', '.join(lost)}", file=sys.stderr)
     print("make up starts it", file=sys.stderr)
 

@@ -229,6 +229,11 @@ def test_the_plan_says_what_it_replaces_in_env(checkout: Path) -> None:
     assert set(SIZING) <= set(line.replace(",", "").split())
     assert "HTTP_PORT" not in line
 
+    (checkout / ".env").write_text("TOOL_CALL_PARSER=hermes\n")
+    run = plan("SmolLM2-135M-Instruct", "--context", "1024", "--also", "bge-m3", root=checkout)
+    if not run.returncode:  # else too little memory is free here for both
+        assert ".env" not in run.stderr, "the first model keeps it"
+
     (checkout / ".env").write_text("SERVED_MODEL_NAME=mine\n")
     run = plan("SmolLM2-135M-Instruct", "--context", "1024", "--also", "bge-m3", root=checkout)
     assert run.returncode == 1
