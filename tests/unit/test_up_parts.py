@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import threading
 import time
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
-from stack import checks, fleet, images, model
+import up
+from stack import checks, fleet, images, model, settings
 from stack.compose import Compose, Config, Container, Service, Volume
 from stack.console import Problem
 from stack.shell import ROOT
@@ -61,6 +64,46 @@ def test_the_model_is_that_of_the_environment_then_of_the_engine_file_then_the_d
     assert model.of_replica(replica(tmp_path, "model: a/b\n", MODEL="c/d")) == ["c/d"]
     assert model.of_replica(replica(tmp_path, "model: a/b\n")) == ["a/b"]
     assert model.of_replica(replica(tmp_path, "# all defaults\n")) == [model.PACKAGED]
+
+
+DEVICES = {"resources": {"reservations": {"devices": [{"driver": "nvidia", "device_ids": ["0"]}]}}}
+
+
+@pytest.mark.parametrize(("deploy", "needed"), [({}, 12), (DEVICES, 45)], ids=["on the CPU", "on GPUs"])
+def test_the_disk_that_is_needed_is_that_of_the_fleet_that_starts(
+    monkeypatch: pytest.MonkeyPatch, deploy: dict[str, Any], needed: int
+) -> None:
+    config = stack_of(Service(image="replica", deploy=deploy))
+    usage = types.SimpleNamespace(free=needed * checks.GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    up.check_disk(config)
+    usage.free -= 1
+    with pytest.raises(Problem, match=f"{needed} GiB are needed"):
+        up.check_disk(config)
+
+
+def test_all_replicas_of_a_plan_are_counted_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = stack_of(Service(image="replica"))
+    config.services |= {f"vllm-{n}": config.services["vllm-0"] for n in range(1, 200)}
+    monkeypatch.setattr(model, "memory", lambda _: 2**40)
+    with pytest.raises(Problem, match="200 replicas and the rest need 204800"):
+        up.check_memory(config)
+
+
+@pytest.mark.parametrize(("deploy", "says"), [({}, "GPU=off: the replicas run on"), (DEVICES, None)])
+def test_what_the_override_does_decides_not_that_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deploy: dict[str, Any], says: str | None
+) -> None:
+    override = tmp_path / "docker-compose.override.yml"
+    override.touch()
+    monkeypatch.setattr(up, "OVERRIDE", override)
+    monkeypatch.setattr(Compose, "config", lambda _: stack_of(Service(image="replica", deploy=deploy)))
+    wanted = settings.check({"GPU": "off"})
+    if says:
+        assert up.choose_gpus(wanted)[1].startswith(says)
+    else:
+        with pytest.raises(Problem, match="puts the replicas on GPUs"):
+            up.choose_gpus(wanted)
 
 
 def test_engine_settings_that_cannot_be_read_are_left_to_the_launcher(tmp_path: Path) -> None:
