@@ -72,7 +72,7 @@ def main(
     ] = None,
     quantization: Annotated[
         Quantization | None,
-        typer.Option(help="How to quantize while loading. Left out: only where 16 bits fit badly or not at all."),
+        typer.Option(help="How to quantize while loading. Left out: only where 16 bits do not fit."),
     ] = None,
     kv_cache: Annotated[KvCache | None, typer.Option(help="KV cache in 16 bits (auto, the default) or in 8.")] = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="Exactly so many replicas.")] = None,

@@ -18,7 +18,6 @@ SHORTEST = 4096  # tokens; a fleet that takes no longer requests is only planned
 # What fleets are ranked by (Plan.worth). Twice the context makes up for a tenth of the goal's figure, for latency so do
 # twice the tokens/s; twice the tokens a step, which prefill faster than is counted here, for a fortieth.
 CONTEXT, RATE, STEP = log2(1.1), log2(1.1), log2(1.025)
-QUANTIZED = {"fp8": 0.8, "bitsandbytes": 0.7}  # while loading: answers are not quite those of the model
 NATIVE_FP8 = (8, 9)
 # One vLLM on a CPU: its own memory without weights and KV cache, measured with 0.32; and for each further tp worker.
 CPU_PROCESS, CPU_WORKER = round(2.6 * GIB), round(1.6 * GIB)
@@ -85,11 +84,11 @@ class Plan:
 
     @property
     def worth(self) -> float:
-        """What fleets are ranked by, as docs/plan.md says. More memory never lowers that of the best."""
+        """What fleets with the same weights are ranked by, as docs/plan.md says."""
         rate = self.tokens_per_s
         figure = rate if self.wish.goal == "throughput" else rate**RATE / self.latency
         step = min(replica.settings.max_batched_tokens for replica in self.replicas)
-        return float(figure * self.max_length**CONTEXT * step**STEP * QUANTIZED.get(self.quantization or "", 1.0))
+        return float(figure * self.max_length**CONTEXT * step**STEP)
 
     @property
     def host_memory(self) -> int:
@@ -170,15 +169,25 @@ def _check_split(machine: Machine, model: Model, wish: Wish) -> None:
 
 
 def best(machine: Machine, model: Model, wish: Wish) -> Plan | None:
-    """The best fleet on GPUs; None where nothing fits. Weights stay in host memory only where nothing else fits."""
-    for variants in (_variants(machine, model, wish), _offloading(machine, model, wish)):
-        plans = [plan for variant in variants for plan in _fleets(machine, variant, wish)]
-        if plans:
-            # of equal ones the one with more replicas: a fault then takes less away
-            first, *others = sorted(plans, key=lambda plan: (-plan.worth, -len(plan.replicas)))
-            kept = [_finished(machine, plan) for plan in (first, *_distinct(first, others)[:4])]
+    """The best fleet on GPUs; None where nothing fits. The model's own weights are quantized only where they fit no
+    other way, and stay in host memory only where nothing else fits."""
+    ways = [*([variant] for variant in _variants(machine, model, wish)), list(_offloading(machine, model, wish))]
+    while ways:
+        if ranked := _ranked(machine, ways.pop(0), wish):
+            first, *others = ranked
+            # fewer bits do not make the answers better, but a person may prefer what they give room for
+            smaller = [
+                plan for way in ways[:-1] for plan in _ranked(machine, way, wish)[:1] if plan.worth > first.worth
+            ]
+            kept = [_finished(machine, plan) for plan in (first, *_distinct(first, others)[:4], *smaller)]
             return replace(kept[0], runners_up=tuple(kept[1:]))
     return None
+
+
+def _ranked(machine: Machine, variants: list[_Variant], wish: Wish) -> list[Plan]:
+    """All fleets, the best first; of equal ones that with more replicas: a fault then takes less away."""
+    plans = (plan for variant in variants for plan in _fleets(machine, variant, wish))
+    return sorted(plans, key=lambda plan: (-plan.worth, -len(plan.replicas)))
 
 
 def _variants(machine: Machine, model: Model, wish: Wish) -> Iterator[_Variant]:
