@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from stack import checks, engine, fleet, images, model, settings
-from stack.compose import OVERRIDE, PROJECT, Compose, Config
+from stack.compose import OVERRIDE, Compose, Config, running
 from stack.console import console, one_line_for_mistakes, step
 from stack.shell import CACHE, LOG, ask, work
 
@@ -23,10 +23,7 @@ QUESTION = "What is the capital of France?"
 
 def published_ports() -> set[int]:
     """The ports of this host that the stack's running containers publish."""
-    shown = ask(
-        "docker", "ps", "--filter", f"label=com.docker.compose.project={PROJECT}", "--format", "{{.Ports}}"
-    ).stdout
-    return {int(port) for port in re.findall(r":(\d+)->", shown)}
+    return {int(port) for port in re.findall(r":(\d+)->", running("{{.Ports}}"))}
 
 
 def check_ports(wanted: settings.Settings, own: set[int]) -> str:

@@ -22,12 +22,12 @@ def is_repository(text: str) -> bool:
 
 def endpoint() -> str:
     """Where the hub, or the mirror that HF_ENDPOINT names, answers."""
-    return (settings.of_hub("HF_ENDPOINT") or HUB).rstrip("/")
+    return (settings.value_of("HF_ENDPOINT") or HUB).rstrip("/")
 
 
 def read_token(file: Path | None = None) -> str | None:
     """The access token in a file: the one named, or HF_TOKEN_FILE's. None without one; never from the command line."""
-    path = file or (Path(named).expanduser() if (named := settings.of_hub("HF_TOKEN_FILE")) else None)
+    path = file or (Path(named).expanduser() if (named := settings.value_of("HF_TOKEN_FILE")) else None)
     if path is None:
         return None
     try:

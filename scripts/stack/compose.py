@@ -9,11 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from stack import settings
 from stack.console import Problem
 from stack.shell import ROOT, ask
 
-# as Compose decides it
-PROJECT = os.environ.get("COMPOSE_PROJECT_NAME", "vllm-fleet")
 # Compose lays it over docker-compose.yml by itself; `make plan` writes it.
 OVERRIDE = ROOT / "docker-compose.override.yml"
 
@@ -117,8 +116,12 @@ class Compose:
         return next((line.strip() for line in reversed(lines) if line.strip()), "it logged nothing")
 
 
+def running(what: str) -> str:
+    """What `docker ps` shows of the project's running containers, a line each, by a template."""
+    project = settings.value_of("COMPOSE_PROJECT_NAME") or "vllm-fleet"
+    return ask("docker", "ps", "--filter", f"label=com.docker.compose.project={project}", "--format", what).stdout
+
+
 def running_gpu_file() -> bool:
     """Whether the running replicas were started with docker-compose.gpu.yml."""
-    label = '{{.Label "com.docker.compose.project.config_files"}}'
-    done = ask("docker", "ps", "--filter", f"label=com.docker.compose.project={PROJECT}", "--format", label)
-    return f"{os.sep}docker-compose.gpu.yml" in done.stdout
+    return f"{os.sep}docker-compose.gpu.yml" in running('{{.Label "com.docker.compose.project.config_files"}}')

@@ -101,10 +101,10 @@ def read(env_file: Path) -> dict[str, str]:
     return parse_env(env_file.read_text(), known_names(EXAMPLE_FILE.read_text())) if env_file.exists() else {}
 
 
-def of_hub(
-    name: Literal["HF_ENDPOINT", "HF_TOKEN_FILE"],
+def value_of(
+    name: Literal["COMPOSE_PROJECT_NAME", "HF_ENDPOINT", "HF_TOKEN_FILE"],
     env_file: Path = ENV_FILE,
     environment: Mapping[str, str] = os.environ,
 ) -> str | None:
-    """What the environment or `.env` says of the Hugging Face hub; an empty value says nothing."""
+    """What the environment or `.env` says of a name that only some commands need; an empty value says nothing."""
     return environment.get(name) or read(env_file).get(name) or None

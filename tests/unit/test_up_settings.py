@@ -119,15 +119,15 @@ def test_what_is_said_of_the_hub_is_taken_from_the_environment_or_the_file(tmp_p
     file = tmp_path / ".env"
     file.write_text("HF_ENDPOINT=https://mirror.example\nHF_TOKEN_FILE=\n")
     other = {"HF_ENDPOINT": "https://other.example", "HF_TOKEN_FILE": ""}
-    assert settings.of_hub("HF_ENDPOINT", file, other) == "https://other.example"
-    assert settings.of_hub("HF_ENDPOINT", file, {"HF_ENDPOINT": ""}) == "https://mirror.example"
-    assert settings.of_hub("HF_TOKEN_FILE", file, other) is None
-    assert settings.of_hub("HF_ENDPOINT", tmp_path / "none", {}) is None
+    assert settings.value_of("HF_ENDPOINT", file, other) == "https://other.example"
+    assert settings.value_of("HF_ENDPOINT", file, {"HF_ENDPOINT": ""}) == "https://mirror.example"
+    assert settings.value_of("HF_TOKEN_FILE", file, other) is None
+    assert settings.value_of("HF_ENDPOINT", tmp_path / "none", {}) is None
 
 
 def test_the_hub_and_the_token_are_those_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: dict[str, str] = {}
-    monkeypatch.setattr(settings, "of_hub", said.get)
+    monkeypatch.setattr(settings, "value_of", said.get)
     assert (hub.endpoint(), hub.read_token()) == (hub.HUB, None)
     said |= {"HF_ENDPOINT": "https://mirror.example/", "HF_TOKEN_FILE": "~/token"}
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -139,3 +139,10 @@ def test_a_token_itself_is_no_setting() -> None:
     known = settings.known_names(settings.EXAMPLE_FILE.read_text())
     with pytest.raises(Problem, match=r"nothing reads HF_TOKEN: did you mean HF_TOKEN_FILE\?"):
         settings.parse_env("HF_TOKEN=abc\n", known)
+
+
+def test_the_projects_name_in_env_is_the_one_that_is_looked_for(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("COMPOSE_PROJECT_NAME=mine\n")
+    assert settings.value_of("COMPOSE_PROJECT_NAME", file, {}) == "mine"
+    assert settings.value_of("COMPOSE_PROJECT_NAME", file, {"COMPOSE_PROJECT_NAME": "yours"}) == "yours"
