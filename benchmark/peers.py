@@ -154,12 +154,14 @@ def gateway(target: Target, policy: str = "prefix") -> Iterator[str]:
 
 
 @contextmanager
-def router(target: Target, program: Sequence[str], policy: str) -> Iterator[str]:
+def router(target: Target, module: str, policy: str) -> Iterator[str]:
     """vllm-router and sglang-router, which have the same ancestor and the same options."""
     port, metrics = free_port(), free_port()
     url = f"http://127.0.0.1:{port}"
     options = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics), "--policy", policy]
-    command = [str(VENV / "bin" / program[0]), *program[1:], *options, "--worker-urls", *target.urls]
+    # A host without a network has them beside this project's own packages.
+    python = str(VENV / "bin" / "python") if VENV.exists() else sys.executable
+    command = [python, "-m", module, *options, "--worker-urls", *target.urls]
     with process(command, target.cpus, url, lambda: chats(url, target.model)) as found:
         yield found
 
@@ -236,8 +238,8 @@ def chats(url: str, model: str) -> bool:
 
 Start = Callable[[Target], AbstractContextManager[str]]
 
-VLLM_ROUTER = ["vllm-router"]
-SGLANG_ROUTER = ["python", "-m", "sglang_router.launch_router"]
+VLLM_ROUTER = "vllm_router.launch_router"
+SGLANG_ROUTER = "sglang_router.launch_router"
 
 OURS = "this gateway"
 

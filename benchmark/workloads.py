@@ -10,7 +10,7 @@ import itertools
 import random
 import re
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from benchmark.overhead import quantile
@@ -95,7 +95,9 @@ def kv_pressure(rng: random.Random, common: random.Random, sizes: Sizes) -> Clie
         yield [system(rng.choice(documents)), user(sizes.prompt(rng, 40))], sizes.answer(rng, 20)
 
 
-WORKLOADS: dict[str, Callable[[random.Random, random.Random, Sizes], Client]] = {
+Workload = Callable[[random.Random, random.Random, Sizes], Client]
+
+WORKLOADS: dict[str, Workload] = {
     "many-turn chats": chats,
     "shared system prompts": shared_prompts,
     "random prompts": random_prompts,
@@ -136,14 +138,19 @@ class Counters:
     requests: list[float] = field(default_factory=list)
 
 
+def totals(url: str) -> dict[str, float]:
+    """A replica's own metrics by name, summed over their labels."""
+    sums: dict[str, float] = {}
+    page = get(url + "/metrics").decode()
+    for name, value in re.findall(r"^(vllm:\w+)(?:\{[^}]*\})? (\S+)$", page, re.MULTILINE):
+        sums[name] = sums.get(name, 0.0) + float(value)
+    return sums
+
+
 def counters(urls: Sequence[str]) -> Counters:
     now = Counters(time.monotonic())
     for url in urls:
-        sums: dict[str, float] = {}
-        for name, value in re.findall(
-            r"^(vllm:\w+)(?:\{[^}]*\})? (\S+)$", get(url + "/metrics").decode(), re.MULTILINE
-        ):
-            sums[name] = sums.get(name, 0.0) + float(value)
+        sums = totals(url)
         now.queries += sums["vllm:prefix_cache_queries_total"]
         now.hits += sums["vllm:prefix_cache_hits_total"]
         now.tokens += sums["vllm:generation_tokens_total"]
@@ -151,26 +158,27 @@ def counters(urls: Sequence[str]) -> Counters:
     return now
 
 
-async def run(
+async def drive(
     urls: Sequence[str],
-    replicas: Sequence[str],
     model: str,
-    workload: str,
+    workload: Workload,
     seed: int,
-    clients: int,
+    clients: Iterable[int],
     seconds: float,
     sizes: Sizes,
-) -> Cell:
-    """One workload against `urls` (taken in turn) for `seconds`, after half of that to warm up."""
+) -> list[Outcome]:
+    """Lets the clients of these numbers ask `urls` (taken in turn) for `seconds`; the requests that ended by then."""
     outcomes: list[Outcome] = []
     turns = itertools.cycle(urls)
+    end = time.monotonic() + seconds
 
     async def client(number: int) -> None:
-        own = random.Random(f"{seed} {workload} {number}")
-        common = random.Random(f"{seed} {workload}")
-        asks = WORKLOADS[workload](own, common, sizes)
+        own = random.Random(f"{seed} {workload.__name__} {number}")
+        common = random.Random(f"{seed} {workload.__name__}")
+        asks = workload(own, common, sizes)
         messages, tokens = next(asks)
-        while True:
+        # asked for too, as Python's wait_for before 3.12 may swallow that the task is cancelled
+        while time.monotonic() < end:
             body: dict[str, object] = {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0}
             body["ignore_eos"] = True
             outcome = await stream(connection, next(turns), body, patience=60)
@@ -180,17 +188,19 @@ async def run(
             messages, tokens = asks.send(outcome.answer)
 
     async with session() as connection:
-        tasks = [asyncio.create_task(client(number)) for number in range(clients)]
+        tasks = [asyncio.create_task(client(number)) for number in clients]
         try:
-            await asyncio.sleep(seconds / 2)
-            before = await asyncio.to_thread(counters, replicas)
             await asyncio.sleep(seconds)
-            after = await asyncio.to_thread(counters, replicas)
         finally:
             for task in tasks:
                 task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.gather(*tasks)
+    return outcomes
+
+
+def cell(outcomes: Sequence[Outcome], before: Counters, after: Counters) -> Cell:
+    """What was measured between two moments."""
     met = [outcome for outcome in outcomes if outcome.sent >= before.at]
     waits = [outcome.ttft for outcome in met if outcome.begun] or [float("nan")]
     served = [late - early for late, early in zip(after.requests, before.requests, strict=True)]
@@ -204,3 +214,21 @@ async def run(
         tokens_per_s=(after.tokens - before.tokens) / (after.at - before.at),
         spread=max(served) / max(1.0, sum(served) / len(served)),
     )
+
+
+async def run(
+    urls: Sequence[str],
+    replicas: Sequence[str],
+    model: str,
+    workload: str,
+    seed: int,
+    clients: int,
+    seconds: float,
+    sizes: Sizes,
+) -> Cell:
+    """One workload against `urls` for `seconds`, after half of that to warm up."""
+    driving = asyncio.create_task(drive(urls, model, WORKLOADS[workload], seed, range(clients), 1.5 * seconds, sizes))
+    await asyncio.sleep(seconds / 2)
+    before = await asyncio.to_thread(counters, replicas)
+    outcomes = await driving
+    return cell(outcomes, before, await asyncio.to_thread(counters, replicas))
