@@ -123,6 +123,8 @@ def test_a_request_sent_into_a_cut_network_goes_elsewhere(stack: Stack) -> None:
     finally:
         run("docker", "network", "connect", "--alias", VICTIM, network, name)
     stack.wait_until_all_ready()
+    # The gateway's looks find a name that is back at once, the upstream some seconds later.
+    until(known_to_victim, 60, f"{VICTIM} serves again")
 
 
 def restarts() -> int:
