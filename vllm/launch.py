@@ -365,7 +365,7 @@ def main(arguments: list[str]) -> int:
     command = serve_command(settings, model, template)
     print("launch:", shlex.join(["vllm", *command]), file=sys.stdout if only_print else sys.stderr, flush=True)
     if not only_print:
-        become_vllm(command, process_environment(settings, environment, socket.gethostname()))
+        become_vllm(command, process_environment(settings, environment, socket.gethostname().split(".")[0]))
     return 0
 
 

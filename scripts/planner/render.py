@@ -339,7 +339,7 @@ def override_file(parts: list[Part], base: Path) -> str:
     for name, part, replica in _named(parts):
         service: dict[str, Any] = {}
         if name not in in_base:
-            service |= {"extends": {"file": base.name, "service": in_base[0]}, "hostname": name}
+            service |= {"extends": {"file": base.name, "service": in_base[0]}, "hostname": f"{name}.fleet"}
         settings = environment(part, replica)
         if replica.gpus:
             service |= gpu_service([gpu.id for gpu in replica.gpus], replica.tp, replica.pp, settings)

@@ -46,6 +46,12 @@ def test_tensor_parallel_replica_answers(stack: Stack, replica_over_three: str) 
     answer = json.loads(run("docker", "exec", replica_over_three, "python3", "-c", ASK, stack.model))
     assert answer["usage"]["completion_tokens"] > 0
     assert answer["choices"][0]["message"]["content"].strip()
+    networks = json.loads(
+        run("docker", "inspect", "--format", "{{json .NetworkSettings.Networks}}", replica_over_three)
+    )
+    names = {name for network in networks.values() for name in network["Aliases"]}
+    assert NAME in names
+    assert not names & set(stack.replicas()), "it would get requests from the gateway"
     workers = run("docker", "top", replica_over_three, "-eo", "pid,args")
     assert {rank for rank in range(3) if f"TP{rank}" in workers} == {0, 1, 2}
 

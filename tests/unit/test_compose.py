@@ -148,11 +148,11 @@ def test_the_example_changes_nothing_as_it_stands() -> None:
 
 def test_another_replica_is_three_lines(tmp_path: Path, services: dict[str, Any]) -> None:
     text = BASE.read_text()
-    three = "  vllm-2:\n    <<: *replica\n    hostname: vllm-2\n\n"
+    three = "  vllm-2:\n    <<: *replica\n    hostname: vllm-2.fleet\n\n"
     bigger = tmp_path / "docker-compose.yml"
     bigger.write_text(text.replace("  prometheus:\n    <<:", f"{three}  prometheus:\n    <<:"))
     added = compose(bigger)["services"]["vllm-2"]
-    assert added.pop("hostname") == "vllm-2"
+    assert added.pop("hostname") == "vllm-2.fleet"
     assert added == {key: value for key, value in services["vllm-1"].items() if key != "hostname"}
 
 
