@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from benchmark.peers import OURS
 
 matplotlib.use("svg")
+# Else the names inside a picture are new each time. With no date in it either, the same figures give the same file.
+matplotlib.rcParams["svg.hashsalt"] = "vllm-fleet"
 COLOURS = (
     *("#4c566a", "#9aa5b8", "#c7cedb", "#5e81ac", "#81a1c1", "#a3be8c", "#d08770", "#b48ead", "#ebcb8b", "#88c0d0"),
     "#8fbcbb",
@@ -53,6 +55,5 @@ def finish(figure: Figure, axes: Axes, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No date inside: the same figures give the same file.
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
