@@ -288,9 +288,7 @@ WORKLOAD_SECONDS = 3.0
 
 def measure_gateway(run: Run) -> None:
     """Two replicas behind the gateway: throughput, added latency, workloads beside peers, and a kill."""
-    every = [
-        run.engine(GATEWAY_SHAPE, [gpu], "--enable-prompt-tokens-details", KV_CACHE_GB=str(KV_GB)) for gpu in (0, 1)
-    ]
+    every = [run.engine(GATEWAY_SHAPE, [gpu], KV_CACHE_GB=str(KV_GB)) for gpu in (0, 1)]
     fleet = Fleet(every, run.dns, run.gateway_host)
     try:
         run.ready(*every)
@@ -602,7 +600,7 @@ answers are not. Replicas start as the launcher starts them.
 
 - machine: {gpus} ({link}), {machine.cpu_cores} cores, driver {machine.driver}
 - versions: {", ".join(f"{name} {value}" for name, value in versions.items())}
-- parts (UTC): {parts}; together {seconds / 60:.0f} minutes, engines' starts without any cache among them
+- parts (UTC): {parts}; together {seconds / 60:.0f} minutes
 
 """
     if "shapes" in found:
