@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from planner.hub import is_repository
 from stack import checks
 from stack.compose import Config, Service
 from stack.console import Problem
@@ -27,7 +27,6 @@ MODELS = ROOT / "models"
 PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RECIPE = ROOT / "images" / "model"
 DOWNLOAD = ROOT / "scripts" / "download_model.py"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def setting(service: Service, name: str) -> Any:
@@ -88,7 +87,7 @@ def fetch(config: Config) -> None:
     The download shows its own progress and its own mistakes.
     """
     for model in of_fleet(config):
-        missing = not is_here(model) and model != PACKAGED and HUB_NAME.fullmatch(model)
+        missing = not is_here(model) and model != PACKAGED and is_repository(model)
         if missing and subprocess.run(download(model), cwd=ROOT).returncode:
             raise SystemExit(1)
 
