@@ -156,6 +156,11 @@ def test_another_replica_is_three_lines(tmp_path: Path, services: dict[str, Any]
     assert added == {key: value for key, value in services["vllm-1"].items() if key != "hostname"}
 
 
+def test_no_replica_shares_its_name_with_what_runs_beside_it(services: dict[str, Any]) -> None:
+    """Docker answers for a hostname too, and `docker compose run` gives its container the service's."""
+    assert {services[name]["hostname"] for name in REPLICAS} == {f"{name}.fleet" for name in REPLICAS}
+
+
 def test_every_image_is_pinned_in_one_place() -> None:
     pins = yaml.safe_load(BASE.read_text())["x-pins"]
     packages = pins.pop("vllm-packages").split()

@@ -423,6 +423,20 @@ def test_more_memory_never_gives_a_worse_plan(machine: Machine, model: Model, wi
         no_worse(before, after)
 
 
+def test_a_context_that_is_asked_for_fits_or_there_is_no_plan() -> None:
+    """Sizes of a GPU around the one where it just fits."""
+    wish, gpu, found = Wish(context=32768, quantization="none"), MACHINES["one-24gb"].gpus[0], []
+    for tenth in range(180, 260):
+        only = gpu.model_copy(update={"total": tenth * GIB // 10, "free": tenth * GIB // 10})
+        machine = MACHINES["one-24gb"].model_copy(update={"gpus": (only,)})
+        plan = choose.best(machine, MODELS["Llama-3.1-8B-Instruct"], wish)
+        if plan and not plan.replicas[0].settings.offload:
+            assert plan.kv_tokens >= 32768
+        found.append(plan is not None)
+    assert found == sorted(found), "more memory holds what less held"
+    assert len(set(found)) == 2
+
+
 @pytest.mark.parametrize("goal", ["throughput", "latency"])
 @pytest.mark.parametrize(
     ("model", "sizes"), [("Llama-3.1-8B-Instruct", range(14, 32)), ("Qwen2.5-32B-Instruct", range(60, 84))]

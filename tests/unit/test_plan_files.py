@@ -159,6 +159,7 @@ def test_it_writes_the_fleet_and_asks_before_it_writes_over_a_changed_file(check
     services = written(checkout)
     assert set(services) == {"gateway", "vllm-0", "vllm-1", "vllm-2"}
     assert services["vllm-2"]["extends"] == {"file": "docker-compose.yml", "service": "vllm-0"}
+    assert services["vllm-2"]["hostname"] == "vllm-2.fleet"
     assert services["vllm-2"]["environment"]["MODEL"] == "SmolLM2-135M-Instruct"
     assert fleet.read_text().count("\nupstream vllm-") == 3
 
