@@ -76,6 +76,13 @@ def test_every_service_is_confined_checked_and_bounded(services: dict[str, Any],
     assert set(service["networks"]) == {"fleet"}
 
 
+def test_no_registry_is_asked_for_an_image_that_is_built_here(services: dict[str, Any]) -> None:
+    """Without a policy Compose pulls the name before it builds."""
+    built = {name for name, service in services.items() if "build" in service}
+    assert built == {"gateway", "prometheus", *REPLICAS}
+    assert {name for name, service in services.items() if service.get("pull_policy") == "never"} == built
+
+
 def test_only_the_gateway_is_published_beyond_loopback_and_only_when_asked() -> None:
     def published(config: dict[str, Any]) -> dict[str, set[str]]:
         ports = {name: service.get("ports", []) for name, service in config["services"].items()}
