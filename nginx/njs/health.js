@@ -18,7 +18,7 @@ const PATIENCE_MS = 3000;        // without a token, before a replica with work 
 const PATIENCE_MOST_MS = 60000;
 const IDLE_MS = 30000;
 const AGAIN_MS = 1000;           // between two one-token requests to a replica that gave no token
-const TURN_MS = 50000;           // and four seconds more are less than js_periodic's interval: a turn is never cut short
+const TURN_MS = 295000;          // and four seconds more are less than js_periodic's interval: a turn is never cut short
 
 const NAMES = {
     'vllm:num_requests_running': 'running',
@@ -223,12 +223,17 @@ async function probe() {
     // Another turn that began later, in a new worker, takes over.
     shared.set('turn', turn);
     while (Date.now() < end && shared.get('turn') === turn && !ending()) {
-        for (const replica of fleet.read()) {
-            if (!running.has(replica.name) && need(replica.name, Date.now())) {
-                running.add(replica.name);
-                oneToken(replica).catch((e) => ngx.log(ngx.ERR, `probing ${replica.name}: ${e.message}`))
-                    .finally(() => running.delete(replica.name));
+        try {
+            for (const replica of fleet.read()) {
+                if (!running.has(replica.name) && need(replica.name, Date.now())) {
+                    running.add(replica.name);
+                    oneToken(replica).catch((e) => ngx.log(ngx.ERR, `probing ${replica.name}: ${e.message}`))
+                        .finally(() => running.delete(replica.name));
+                }
             }
+        } catch (e) {
+            // The fleet's files may be in the middle of a change; the turn goes on.
+            ngx.log(ngx.ERR, `probing: ${e.message}`);
         }
         await new Promise((resolve) => setTimeout(resolve, 200));
     }
