@@ -7,7 +7,7 @@ help:
 	sed -n 's/^\([a-z]*\): *.*## */make \1@/p' Makefile | column -t -s @
 up: ## bring the stack up, from whatever this machine has
 	scripts/bootstrap.sh && .venv/bin/python scripts/up.py $(ARGS)
-down: ## stop the stack; models, metrics and keys stay
+down: ## stop the stack; models and metrics stay
 	docker compose down --remove-orphans $(ARGS)
 status: ## show each part's health and each replica's load
 	scripts/bootstrap.sh && .venv/bin/python scripts/status.py $(ARGS)

@@ -1,1 +1,1 @@
-"""What `make bench` and `make chaos` share: peers, loads, reports."""
+"""Peers, loads and reports of `make bench` and scripts/gpu_bench.py. `make chaos` takes report.py only."""

@@ -45,7 +45,7 @@ function status(r) {
             kv_usage: replica.metrics.kv || 0,
             prefix_hit_rate: replica.metrics.queries ? replica.metrics.hits / replica.metrics.queries : null,
             tokens_per_s: replica.metrics.rate || 0,
-            ttfb_ms: replica.metrics.ttft_ms || 0,
+            ttft_ms: replica.metrics.ttft_ms ?? null,
         })),
     });
 }

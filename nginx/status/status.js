@@ -49,15 +49,15 @@ function outOfRoute(out, ready) {
 const peersOf = (replica, replicas) =>
   replicas.filter((other) => other !== replica && other.models.some((model) => replica.models.includes(model)));
 
-// A replica is slow when its first byte takes far longer than its peers' and long enough to be felt. What an idle one
+// A replica is slow when its first token takes far longer than its peers' and long enough to be felt. What an idle one
 // took last time is history.
 function slowest(ready) {
-  const timed = ready.filter((replica) => isNumber(replica.ttfb_ms)).sort((a, b) => b.ttfb_ms - a.ttfb_ms);
+  const timed = ready.filter((replica) => isNumber(replica.ttft_ms)).sort((a, b) => b.ttft_ms - a.ttft_ms);
   for (const replica of timed) {
     const peers = peersOf(replica, timed);
-    const usual = peers[Math.floor(peers.length / 2)]?.ttfb_ms;
-    const slow = replica.in_flight > 0 && replica.ttfb_ms > 1000 && replica.ttfb_ms > 3 * usual;
-    if (slow) return {name: replica.name, ttfb: replica.ttfb_ms, usual};
+    const usual = peers[Math.floor(peers.length / 2)]?.ttft_ms;
+    const slow = replica.in_flight > 0 && replica.ttft_ms > 1000 && replica.ttft_ms > 3 * usual;
+    if (slow) return {name: replica.name, ttft: replica.ttft_ms, usual};
   }
   return null;
 }
@@ -109,7 +109,7 @@ function verdict(replicas, refusedLately) {
   if (slow) {
     return {
       level: 'warn', word: 'Slow replica',
-      sentence: `${slow.name} is slow: first byte after ${duration(slow.ttfb)}, ${duration(slow.usual)} elsewhere.`,
+      sentence: `${slow.name} is slow: first token after ${duration(slow.ttft)}, ${duration(slow.usual)} elsewhere.`,
     };
   }
   const running = sum(ready, 'in_flight');
@@ -159,7 +159,7 @@ function card(name) {
   if (!cards.has(name)) {
     const element = byId('replica').content.firstElementChild.cloneNode(true);
     element.querySelectorAll('.chart').forEach(emptyChart);
-    cards.set(name, {element, history: {prefix_hit_rate: [], tokens_per_s: [], ttfb_ms: []}});
+    cards.set(name, {element, history: {prefix_hit_rate: [], tokens_per_s: [], ttft_ms: []}});
   }
   return cards.get(name);
 }
@@ -186,7 +186,7 @@ function show(replica) {
 
   put('hits', percent(replica.prefix_hit_rate));
   put('tokens_per_s', rate(replica.tokens_per_s));
-  put('ttfb', duration(replica.ttfb_ms));
+  put('ttft', duration(replica.ttft_ms));
   for (const [field, values] of Object.entries(history)) {
     values.push(replica[field]);
     if (values.length > HISTORY) values.shift();

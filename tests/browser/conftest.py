@@ -35,7 +35,7 @@ def replica(name: str, state: str = "ready", **more: object) -> dict[str, Any]:
         "kv_usage": 0.1,
         "prefix_hit_rate": None,
         "tokens_per_s": 0,
-        "ttfb_ms": None,
+        "ttft_ms": None,
         **more,
     }
 
@@ -59,7 +59,7 @@ class FakeGateway:
             for i, one in enumerate(r for r in shown if r["state"] == "ready"):
                 swing = math.sin(self.polls / 9 + i) + 0.4 * math.sin(self.polls / 2.3 + 2 * i)
                 one["tokens_per_s"] = round(one["tokens_per_s"] * (1 + 0.15 * swing), 1)
-                one["ttfb_ms"] = round(one["ttfb_ms"] * (1 - 0.2 * swing))
+                one["ttft_ms"] = round(one["ttft_ms"] * (1 - 0.2 * swing))
                 one["prefix_hit_rate"] = round(one["prefix_hit_rate"] * (1 - math.exp(-self.polls / 40)), 3)
         gateway = {"version": "1.30.6", "policy": "prefix", "uptime_s": 11520, "refused": self.refused}
         return {"gateway": gateway, "models": ["SmolLM2-135M"], "replicas": shown}

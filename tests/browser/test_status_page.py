@@ -25,7 +25,7 @@ BUSY: dict[str, Any] = {
     "waiting": 2,
     "kv_usage": 0.62,
     "tokens_per_s": 104,
-    "ttfb_ms": 180,
+    "ttft_ms": 180,
 }
 FLEET = [
     replica("vllm-0", **BUSY | {"prefix_hit_rate": 0.71}),
@@ -79,11 +79,11 @@ LOADING = replica("vllm-1", "loading")
             NEARLY_FULL,
         ),
         (
-            [ready(0, in_flight=1, ttfb_ms=4200), ready(1, ttfb_ms=600)],
+            [ready(0, in_flight=1, ttft_ms=4200), ready(1, ttft_ms=600)],
             "warn",
-            "vllm-0 is slow: first byte after 4.2 s, 600 ms elsewhere.",
+            "vllm-0 is slow: first token after 4.2 s, 600 ms elsewhere.",
         ),
-        ([ready(0, ttfb_ms=4200), ready(1, ttfb_ms=600)], "ok", "2 replicas ready, nothing to do."),
+        ([ready(0, ttft_ms=4200), ready(1, ttft_ms=600)], "ok", "2 replicas ready, nothing to do."),
         ([LOADING, WEDGED], "bad", "No replica is ready, 1 of 2 is loading: requests are refused until one is."),
         ([], "bad", "The gateway knows no replica: add one in nginx/fleet/."),
     ],
@@ -125,7 +125,7 @@ def test_each_replica_shows_its_numbers(gateway: FakeGateway, browser: Chrome) -
     assert field(browser, "vllm-0", "in_flight") == "8"
     assert field(browser, "vllm-0", "kv") == "62 %"
     assert field(browser, "vllm-0", "hits") == "71 %"
-    assert field(browser, "vllm-0", "ttfb") == "180 ms"
+    assert field(browser, "vllm-0", "ttft") == "180 ms"
     assert field(browser, "vllm-2", "state") == "wedged"
     assert field(browser, "vllm-2", "reason") == "no token for 8 s although 2 requests run"
     assert field(browser, "vllm-3", "models") == "no model yet"

@@ -43,6 +43,8 @@ def test_a_replica_is_ready_once_it_gave_a_token_and_loading_before() -> None:
         replicas["vllm-1"].kill(forget=False)
         with Gateway(replicas) as gateway:
             gateway.wait_states({"vllm-0": "ready", "vllm-1": "loading"})
+            times = {replica["name"]: replica["ttft_ms"] for replica in gateway.status()["replicas"]}
+            assert times["vllm-1"] is None  # no first token yet, which is not one after 0 ms
             replicas["vllm-1"].start()
             replicas["vllm-1"].fault("hang")
             gateway.wait_states({"vllm-1": "wedged"})
@@ -118,7 +120,7 @@ def test_what_a_replica_has_to_do_is_shown(gateway: Gateway, fleet: Replicas) ->
                 and now["running"] == 1
                 and now["kv_usage"] > 0
                 and now["tokens_per_s"] > 10
-                and now["ttfb_ms"] > 0
+                and now["ttft_ms"] > 0
             )
 
         wait_until(working, "the replica's load is shown", 5)

@@ -172,7 +172,7 @@ def test_health_ready_and_status_answer(client: httpx.Client) -> None:
     assert status["gateway"]["policy"] == "prefix"
     assert set(status["replicas"][0]) == {
         "name", "state", "reason", "models", "weight", "in_flight", "running", "waiting", "kv_usage", "prefix_hit_rate",
-        "tokens_per_s", "ttfb_ms",
+        "tokens_per_s", "ttft_ms",
     }  # fmt: skip
 
 

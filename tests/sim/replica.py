@@ -11,7 +11,7 @@ vLLM's own metric names, and on `/_sim` its own control: GET gives what it saw, 
      "slow": 1.0,          factor on every time
      "health": 200}        the answer of /health
 
-A stream's headers come with its first token, as this project's replica sends them (vllm/drain.py); vLLM alone sends
+A stream's headers come with its first token, as this project's replica sends them (vllm/begin.py); vLLM alone sends
 them at once. Answers depend on the prompt alone: the same prompt gets the same text. HTTP is done by hand on asyncio,
 since a test of a gateway needs replicas that are faster than it.
 """
