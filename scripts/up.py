@@ -59,15 +59,27 @@ def check_disk(config: Config) -> str:
     return f"{free / checks.GIB:.0f} GiB free under {folder}"
 
 
+def listed_gpus() -> str:
+    """What `nvidia-smi` lists, a line a GPU and a line a MIG slice; nothing where there is no driver."""
+    listed = ask("nvidia-smi", "--list-gpus")
+    return listed.stdout if listed.returncode == 0 else ""
+
+
 def choose_gpus(wanted: settings.Settings) -> tuple[bool, str]:
     """Whether the GPU file is added, and why."""
-    listed = ask("nvidia-smi", "--list-gpus")
-    gpus = len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    gpus = checks.gpus_listed(listed_gpus())
     override: checks.Override = "none"
     if OVERRIDE.exists():
         config = Compose().config()
         override = "gpu" if any(config.services[name].on_gpus for name in config.replicas) else "cpu"
     return checks.gpu_choice(wanted.gpu, gpus, override, toolkit=engine.gpu_toolkit())
+
+
+def check_pins(config: Config) -> None:
+    """A Problem where a replica is pinned to a GPU that is not there."""
+    replicas = [config.services[name] for name in config.replicas]
+    if pinned := {gpu for replica in replicas for gpu in replica.gpus}:
+        checks.gpus_are_there(pinned, listed_gpus(), model.of_replica(replicas[0])[0])
 
 
 @contextmanager
@@ -98,8 +110,9 @@ def up() -> None:
         shown.result = engine.bring(shown.say)
     with step("GPUs") as shown:
         gpu, shown.result = choose_gpus(wanted)
-    compose = Compose(gpu=gpu)
-    config = compose.config()
+        compose = Compose(gpu=gpu)
+        config = compose.config()
+        check_pins(config)
     fleet.check_named(config)
     if not own:
         with step("Memory") as shown:

@@ -115,6 +115,24 @@ def port_is_free(name: str, address: IPv4Address | IPv6Address, port: int, taken
             )
 
 
+def gpus_listed(nvidia_smi_list: str) -> int:
+    """How many GPUs `nvidia-smi --list-gpus` names; their MIG slices stand on lines of their own, further in."""
+    return len(re.findall(r"^GPU \d", nvidia_smi_list, re.MULTILINE))
+
+
+def gpus_are_there(pinned: Collection[str], nvidia_smi_list: str, model: str) -> None:
+    """A Problem where replicas are pinned, by number, to GPUs that this host does not have or that MIG has cut up."""
+    gpus = gpus_listed(nvidia_smi_list)
+    missing = sorted((number for number in pinned if number.isdigit() and int(number) >= gpus), key=int)
+    if missing:
+        what = f"replicas are pinned to GPU {', '.join(missing)}, but this host has {gpus}, counted from 0"
+    elif re.search(r"^\s+MIG ", nvidia_smi_list, re.MULTILINE) and any(map(str.isdigit, pinned)):
+        what = "replicas are pinned to whole GPUs, but MIG has cut those of this host into slices"
+    else:
+        return
+    raise Problem(what, f"plan the fleet for this host (`make plan ARGS={model}`), or set GPU=off in .env")
+
+
 def gpu_choice(wanted: Choice, gpus: int, override: Override, *, toolkit: bool) -> tuple[bool, str]:
     """Whether to add docker-compose.gpu.yml, and the reason in words.
 

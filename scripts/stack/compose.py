@@ -41,9 +41,18 @@ class Service(BaseModel):
     deploy: dict[str, Any] = {}
 
     @property
+    def _devices(self) -> list[dict[str, Any]]:
+        return self.deploy.get("resources", {}).get("reservations", {}).get("devices") or []
+
+    @property
     def on_gpus(self) -> bool:
         """Whether it is given GPUs."""
-        return bool(self.deploy.get("resources", {}).get("reservations", {}).get("devices"))
+        return bool(self._devices)
+
+    @property
+    def gpus(self) -> list[str]:
+        """The GPUs that it is pinned to, by number or UUID."""
+        return [gpu for device in self._devices for gpu in device.get("device_ids") or ()]
 
 
 def is_replica(service: str) -> bool:

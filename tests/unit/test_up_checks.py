@@ -138,6 +138,32 @@ def test_gpus_that_were_asked_for_or_planned_and_cannot_be_had_are_a_problem(
         checks.gpu_choice(wanted, gpus, override, toolkit=toolkit)
 
 
+ONE_GPU = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-a1)\n"
+TWO_SLICES = f"{ONE_GPU}  MIG 3g.40gb     Device  0: (UUID: MIG-b1)\n  MIG 3g.40gb     Device  1: (UUID: MIG-b2)\n"
+
+
+def test_slices_are_not_counted_as_gpus() -> None:
+    assert [checks.gpus_listed(text) for text in ("", ONE_GPU, TWO_SLICES)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("pinned", "listed", "words"),
+    [
+        (["0", "1"], ONE_GPU, "pinned to GPU 1, but this host has 1"),
+        (["0", "1"], TWO_SLICES, "pinned to GPU 1, but this host has 1"),
+        (["0"], TWO_SLICES, "MIG has cut"),
+    ],
+)
+def test_replicas_on_gpus_that_are_not_there_need_a_plan(pinned: list[str], listed: str, words: str) -> None:
+    with pytest.raises(Problem, match=rf"{words}.*: plan .*`make plan ARGS=a/b`.* GPU=off"):
+        checks.gpus_are_there(pinned, listed, "a/b")
+
+
+def test_gpus_that_are_there_and_slices_by_name_will_do() -> None:
+    checks.gpus_are_there(["0"], ONE_GPU, "a/b")
+    checks.gpus_are_there(["MIG-b1", "MIG-b2"], TWO_SLICES, "a/b")
+
+
 def test_a_plan_for_gpus_is_not_started_where_gpus_were_refused() -> None:
     with pytest.raises(Problem, match=r"GPU=off, but docker-compose\.override\.yml puts the replicas on GPUs: remove"):
         checks.gpu_choice("off", 2, "gpu", toolkit=True)

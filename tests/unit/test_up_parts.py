@@ -106,6 +106,21 @@ def test_what_the_override_does_decides_not_that_it_is_there(
             up.choose_gpus(wanted)
 
 
+def test_the_gpu_file_on_a_host_with_one_gpu_is_refused_with_the_model_to_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stack_of(replica(tmp_path, (ROOT / "vllm/engine.gpu.yaml").read_text()))
+    config.services["vllm-1"] = config.services["vllm-0"].model_copy()
+    for name, service in yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text())["services"].items():
+        config.services[name].deploy = service["deploy"]
+    monkeypatch.setattr(up, "listed_gpus", lambda: "GPU 0: NVIDIA L4 (UUID: GPU-1)\nGPU 1: NVIDIA L4 (UUID: GPU-2)\n")
+    up.check_pins(config)
+    monkeypatch.setattr(up, "listed_gpus", lambda: "GPU 0: NVIDIA L4 (UUID: GPU-1)\n")
+    with pytest.raises(Problem, match=r"GPU 1.*`make plan ARGS=deepseek-ai/DeepSeek-R1-Distill-Qwen-1\.5B`"):
+        up.check_pins(config)
+    up.check_pins(stack_of(Service(image="replica")))
+
+
 def test_engine_settings_that_cannot_be_read_are_left_to_the_launcher(tmp_path: Path) -> None:
     for text in ("model: [a\n", "- model\n", "\ud800"):
         assert model.of_replica(replica(tmp_path, text.encode("utf-8", "surrogatepass"))) == [model.PACKAGED]
