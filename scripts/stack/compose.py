@@ -80,11 +80,21 @@ class Container(BaseModel):
     state: str = Field(alias="State")
     health: str = Field(alias="Health")
     status: str = Field(alias="Status")
+    # how often Docker has started it again by itself
+    restarts: int = 0
 
     @property
     def well(self) -> bool:
         """Whether it runs and its health check passes."""
         return self.state == "running" and self.health == "healthy"
+
+
+def crash_loops(now: Container, began: Container | None) -> bool:
+    """Whether a container has started again and again since a wait began; once alone may be the machine's doing.
+
+    Its state does not tell: after any 10 s of running Docker pauses for a tenth of a second only.
+    """
+    return now.restarts - (began.restarts if began and began.id == now.id else 0) >= 2
 
 
 class Compose:
@@ -117,7 +127,14 @@ class Compose:
         """The stack's containers, running or not, by service."""
         lines = self.ask("ps", "--all", "--format", "json").splitlines()
         found = (Container.model_validate(json.loads(line)) for line in lines)
-        return {container.service: container for container in found}
+        containers = {container.service: container for container in found}
+        ids = [container.id for container in containers.values()]
+        counts = ask("docker", "inspect", "--format", "{{.Id}} {{.RestartCount}}", *ids).stdout.split() if ids else []
+        for container in containers.values():
+            for whole, count in zip(counts[::2], counts[1::2], strict=True):
+                if whole.startswith(container.id):
+                    container.restarts = int(count)
+        return containers
 
     def last_words(self, service: str) -> str:
         """The last line that a service logged."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import httpx
 from pydantic import BaseModel
 
-from stack.compose import Compose, Config, Container, is_replica
+from stack.compose import Compose, Config, Container, crash_loops, is_replica
 from stack.console import Problem
 from stack.shell import CACHE, ask
 
@@ -105,15 +105,22 @@ def check_named(config: Config) -> None:
         )
 
 
-def not_ready(services: list[str], containers: dict[str, Container], states: dict[str, str]) -> list[str]:
+def not_ready(
+    services: list[str], containers: dict[str, Container], states: dict[str, str], began: Mapping[str, Container]
+) -> list[str]:
     """What is still missing, in words; empty when every service is healthy and every replica ready.
 
-    `states` are those that the gateway gives its replicas. A service that waiting will not bring up is a Problem.
+    `states` are those that the gateway gives its replicas, `began` the containers at the beginning of the wait. A
+    service that waiting will not bring up is a Problem.
     """
     missing = []
     for service in services:
         container = containers.get(service)
-        if container is None or container.state in {"exited", "dead", "restarting"}:
+        if (
+            container is None
+            or container.state in {"exited", "dead", "restarting"}
+            or crash_loops(container, began.get(service))
+        ):
             what = "stops instead of starting" if container else "was removed"
             raise Problem(
                 f"{service} {what}", f"see why (docker compose logs {service}), correct it, and run `make up` again"
@@ -130,11 +137,12 @@ def not_ready(services: list[str], containers: dict[str, Container], states: dic
 
 def wait_until_ready(compose: Compose, services: list[str], url: str, say: Say) -> None:
     """Returns when every service is healthy and every replica ready; a Problem has the last words of its service."""
+    began = compose.containers()
     while True:
         status = fleet_status(url)
         states = {replica.name: replica.state for replica in status.replicas} if status else {}
         try:
-            missing = not_ready(services, compose.containers(), states)
+            missing = not_ready(services, compose.containers(), states, began)
         except Problem as problem:
             service = problem.what.split()[0]
             raise Problem(f"{problem.what}: {compose.last_words(service)}", problem.fix) from None

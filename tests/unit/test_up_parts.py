@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 import up
-from stack import checks, fleet, images, model, settings
+from stack import checks, compose, fleet, images, model, settings
 from stack.compose import Compose, Config, Container, Service, Volume
 from stack.console import Problem
 from stack.shell import ROOT
@@ -215,24 +215,24 @@ def test_the_default_model_is_of_the_pinned_revision(tmp_path: Path, asked: Path
     assert said == f"{model.PACKAGED}: revision abc1234 from the hub"
 
 
-def container(service: str, state: str = "running", health: str = "healthy") -> Container:
+def container(service: str, state: str = "running", health: str = "healthy", restarts: int = 0) -> Container:
     fields: dict[str, Any] = {"ID": "1", "Service": service, "State": state, "Health": health, "Status": "Up"}
-    return Container.model_validate(fields)
+    return Container.model_validate(fields | {"restarts": restarts})
 
 
 def test_the_stack_is_ready_when_all_are_healthy_and_the_gateway_has_every_replica() -> None:
     containers = {name: container(name) for name in ("gateway", "vllm-0")}
-    assert fleet.not_ready(["gateway", "vllm-0"], containers, {"vllm-0": "ready"}) == []
+    assert fleet.not_ready(["gateway", "vllm-0"], containers, {"vllm-0": "ready"}, {}) == []
 
 
 def test_a_replica_that_docker_calls_healthy_counts_only_once_the_gateway_sends_to_it() -> None:
     containers = {"vllm-0": container("vllm-0")}
-    assert fleet.not_ready(["vllm-0"], containers, {"vllm-0": "loading"}) == ["vllm-0 loading"]
+    assert fleet.not_ready(["vllm-0"], containers, {"vllm-0": "loading"}, {}) == ["vllm-0 loading"]
 
 
 def test_a_replica_that_the_gateway_does_not_name_is_not_ready() -> None:
     containers = {name: container(name) for name in ("vllm-0", "vllm-1")}
-    missing = fleet.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready"})
+    missing = fleet.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready"}, {})
     assert missing == ["vllm-1 not in the route yet"]
 
 
@@ -291,7 +291,7 @@ def test_a_new_plan_makes_the_gateway_read_its_fleet_again(tmp_path: Path, monke
 
 def test_a_service_that_still_starts_is_waited_for() -> None:
     containers = {"prometheus": container("prometheus", health="starting")}
-    assert fleet.not_ready(["prometheus"], containers, {}) == ["prometheus starting"]
+    assert fleet.not_ready(["prometheus"], containers, {}, {}) == ["prometheus starting"]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,43 @@ def test_a_service_that_still_starts_is_waited_for() -> None:
 )
 def test_a_service_that_waiting_will_not_bring_up_is_a_problem(containers: dict[str, Container], message: str) -> None:
     with pytest.raises(Problem, match=message):
-        fleet.not_ready(["vllm-0"], containers, {})
+        fleet.not_ready(["vllm-0"], containers, {}, {})
+
+
+def test_a_service_that_starts_again_and_again_is_a_problem_though_it_runs_whenever_one_looks() -> None:
+    began = {"vllm-0": container("vllm-0", health="starting", restarts=3)}
+    once = {"vllm-0": container("vllm-0", health="starting", restarts=4)}
+    assert fleet.not_ready(["vllm-0"], once, {}, began) == ["vllm-0 starting"]
+    again = {"vllm-0": container("vllm-0", health="starting", restarts=5)}
+    with pytest.raises(Problem, match="vllm-0 stops instead of starting"):
+        fleet.not_ready(["vllm-0"], again, {}, began)
+
+
+def test_a_crash_loop_ends_the_wait_with_the_last_words_of_its_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Crashing(Compose):
+        looks = 0
+
+        def containers(self) -> dict[str, Container]:
+            self.looks += 1
+            assert self.looks < 9
+            return {"vllm-0": container("vllm-0", health="starting", restarts=self.looks)}
+
+        def last_words(self, service: str) -> str:
+            return f"{service}: out of memory"
+
+    monkeypatch.setattr(fleet, "fleet_status", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(Problem, match="vllm-0 stops instead of starting: vllm-0: out of memory"):
+        fleet.wait_until_ready(Crashing(), ["vllm-0"], "", print)
+
+
+def test_docker_is_asked_how_often_it_started_each_container_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = '{"ID": "%s", "Service": "%s", "State": "running", "Health": "", "Status": "Up"}'
+    listed = "\n".join(shown % one for one in (("aa", "vllm-0"), ("bb", "vllm-1")))
+    monkeypatch.setattr(Compose, "ask", lambda *_: listed)
+    monkeypatch.setattr(compose, "ask", lambda *_: subprocess.CompletedProcess([], 0, "bb2 7\naa1 0\n", ""))
+    found = Compose().containers()
+    assert {name: one.restarts for name, one in found.items()} == {"vllm-0": 0, "vllm-1": 7}
 
 
 CHAT = {"choices": [{"message": {"content": " Paris. "}}]}
