@@ -117,12 +117,13 @@ def up() -> None:
     if not own:
         with step("Memory") as shown:
             shown.result = check_memory(config)
-    if not all(images.present(service.image) for service in config.services.values() if service.build):
+    if not all(images.present(service.image) for service in config.services.values() if service.ours):
         with step("Disk") as shown:
             shown.result = check_disk(config)
     with step("Images") as shown:
         shown.result = images.bring(config, wanted.images, shown.say)
-    services = [name for name, service in config.services.items() if images.present(service.image)]
+    # what is built and is not ours Compose builds
+    services = [name for name, service in config.services.items() if service.build or images.present(service.image)]
     for name in config.services.keys() - services:
         image = config.services[name].image
         console.print(
@@ -132,7 +133,7 @@ def up() -> None:
     with step("Model") as shown:
         shown.result = model.bring(config, shown.say)
     with step("Containers") as shown:
-        start = ("--progress", "plain", "up", "--detach", "--no-build", "--remove-orphans", *services)
+        start = ("--progress", "plain", "up", "--detach", "--remove-orphans", *services)
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)
     with step("Gateway's configuration") as shown:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from stack import settings
 from stack.console import Problem
@@ -34,11 +34,16 @@ class Volume(BaseModel):
 class Service(BaseModel):
     """One service of the stack."""
 
-    image: str
+    image: str = ""
     build: Build | None = None
     environment: dict[str, str | None] = {}
     volumes: list[Volume] = []
     deploy: dict[str, Any] = {}
+
+    @property
+    def ours(self) -> Build | None:
+        """How its image is built over a base that `make up` chooses; None for one that is pulled or Compose builds."""
+        return self.build if self.build and "BASE" in self.build.args else None
 
     @property
     def _devices(self) -> list[dict[str, Any]]:
@@ -63,8 +68,16 @@ def is_replica(service: str) -> bool:
 class Config(BaseModel):
     """The stack that the Compose files describe, settings filled in."""
 
+    name: str = ""
     services: dict[str, Service]
     pins: dict[str, str] = Field(alias="x-pins")
+
+    @model_validator(mode="after")
+    def _name_images(self) -> Config:
+        """Names what is built without a name as Compose does."""
+        for name, service in self.services.items():
+            service.image = service.image or f"{self.name}-{name}"
+        return self
 
     @property
     def replicas(self) -> list[str]:
@@ -85,8 +98,8 @@ class Container(BaseModel):
 
     @property
     def well(self) -> bool:
-        """Whether it runs and its health check passes."""
-        return self.state == "running" and self.health == "healthy"
+        """Whether it runs and its health check, where it has one, passes."""
+        return self.state == "running" and self.health in ("healthy", "")
 
 
 def crash_loops(now: Container, began: Container | None) -> bool:

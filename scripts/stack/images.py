@@ -126,7 +126,7 @@ def bring(config: Config, mode: Mode, say: Say) -> str:
 
     Returns what was done, in words. Raises a Problem where an image that the stack cannot do without is not to be had.
     """
-    builds = {service.image: service.build for service in config.services.values() if service.build}
+    builds = {service.image: service.ours for service in config.services.values() if service.ours}
     bases: dict[str, str] = {}
     homeless: dict[str, Build] = {}
     for image, build in builds.items():
@@ -137,7 +137,7 @@ def bring(config: Config, mode: Mode, say: Say) -> str:
             bases[image] = base
     chosen, registry_answers = choose_bases(homeless, mode, say)
     changed = [image for image, base in (bases | chosen).items() if build_over(base, image, builds[image], say)]
-    for image in {service.image for service in config.services.values()} - builds.keys():
+    for image in {service.image for service in config.services.values() if not service.build}:
         if registry_answers and not present(image):
             pull(image, say)
     return ", ".join(f"{image} built over {(bases | chosen)[image]}" for image in changed) or "all there"

@@ -308,6 +308,23 @@ def test_a_service_that_waiting_will_not_bring_up_is_a_problem(containers: dict[
         fleet.not_ready(["vllm-0"], containers, {}, {})
 
 
+def test_a_service_of_the_users_without_a_health_check_is_ready_when_it_runs() -> None:
+    assert fleet.not_ready(["mine"], {"mine": container("mine", health="")}, {}, {}) == []
+
+
+def test_a_service_of_the_users_that_is_built_is_left_to_compose(monkeypatch: pytest.MonkeyPatch) -> None:
+    services = {
+        "mine": {"build": {"context": "/mine"}},
+        "named": {"image": "named", "build": {"context": "/named", "args": {"X": "1"}}},
+    }
+    config = Config.model_validate({"name": "fleet", "services": services, "x-pins": {}})
+    assert [service.image for service in config.services.values()] == ["fleet-mine", "named"]
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(images, "ask", lambda *args: asked.append(args))
+    assert images.bring(config, "auto", print) == "all there"
+    assert asked == []
+
+
 def test_a_service_that_starts_again_and_again_is_a_problem_though_it_runs_whenever_one_looks() -> None:
     began = {"vllm-0": container("vllm-0", health="starting", restarts=3)}
     once = {"vllm-0": container("vllm-0", health="starting", restarts=4)}
