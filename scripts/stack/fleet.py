@@ -1,4 +1,7 @@
-"""The running stack from outside: the fleet's state, the wait until it is ready, the reload, a first answer."""
+"""The running stack from outside: the fleet's state, the wait until it is ready, the reload, a first answer.
+
+The gateway is on this host, so it is asked without the proxy that the environment may name (`trust_env`).
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,7 @@ class FleetStatus(BaseModel):
 def fleet_status(url: str) -> FleetStatus | None:
     """The fleet as the gateway sees it; None where the gateway does not answer."""
     try:
-        answer = httpx.get(f"{url}/status.json", timeout=5).raise_for_status()
+        answer = httpx.get(f"{url}/status.json", timeout=5, trust_env=False).raise_for_status()
     except httpx.HTTPError:
         return None
     return FleetStatus.model_validate_json(answer.content)
@@ -178,11 +181,11 @@ def first_answer(url: str, question: str) -> str:
     fix = "see `make status` and `docker compose logs gateway`"
     said = f"{url}/v1/models lists no model"
     try:
-        models = httpx.get(f"{url}/v1/models", timeout=10).raise_for_status().json()["data"]
+        models = httpx.get(f"{url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()["data"]
         for way in WAYS:
             for model in models:
                 asked = {"model": model["id"], **way.body(question)}
-                answer = httpx.post(url + way.path, json=asked, timeout=ANSWER_SECONDS)
+                answer = httpx.post(url + way.path, json=asked, timeout=ANSWER_SECONDS, trust_env=False)
                 if answer.status_code == httpx.codes.OK:
                     return way.said(answer.json(), model["id"])
                 said = f"{url}{way.path} answered {answer.status_code}: {answer.text.strip()[:300]}"

@@ -380,7 +380,7 @@ def gateway(models: Mapping[str, Mapping[str, tuple[int, object]]]) -> Iterator[
             self.wfile.write(body)
 
         def do_GET(self) -> None:
-            self.send(200, {"data": [{"id": name} for name in models]})
+            self.send(200, {"data": [{"id": name} for name in models], "replicas": []})
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -415,6 +415,17 @@ def test_the_question_is_put_the_way_a_model_of_the_fleet_can_answer(
 ) -> None:
     with gateway(models) as url:
         assert fleet.first_answer(url, "What is the capital of France?") == said
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_the_gateway_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with gateway({"a": {"/v1/chat/completions": (200, CHAT)}}) as url:
+        assert fleet.first_answer(url, "?") == "Paris."
+        assert fleet.fleet_status(url) is not None
 
 
 @pytest.mark.parametrize(
