@@ -6,6 +6,7 @@ First come the steps that only look, then those that do something. Each can be r
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from stack import checks, engine, fleet, images, model, settings
 from stack.compose import OVERRIDE, Compose, Config, running
 from stack.console import console, one_line_for_mistakes, step
-from stack.shell import CACHE, LOG, ask, work
+from stack.shell import CACHE, LOG, ROOT, ask, work
 
 QUESTION = "What is the capital of France?"
 
@@ -95,6 +96,15 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
+def give_back() -> None:
+    """Gives what root made under sudo to the user whose checkout this is: their next run writes there too."""
+    user = os.environ.get("SUDO_UID", "")
+    if os.geteuid() == 0 and user == str(ROOT.stat().st_uid):
+        made = [str(folder) for folder in (CACHE, ROOT / ".venv", model.MODELS) if folder.exists()]
+        owner = f"{user}:{os.environ.get('SUDO_GID', '')}"
+        ask("chown", "--recursive", "--no-dereference", "--from=root", owner, *made)
+
+
 def up() -> None:
     """All the steps, in their order."""
     with step("Settings") as shown:
@@ -153,6 +163,10 @@ def up() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_for_mistakes(), one_at_a_time():
-        LOG.unlink(missing_ok=True)
-        up()
+    with one_line_for_mistakes():
+        try:
+            with one_at_a_time():
+                LOG.unlink(missing_ok=True)
+                up()
+        finally:
+            give_back()

@@ -98,7 +98,14 @@ def load(env_file: Path = ENV_FILE, environment: Mapping[str, str] = os.environ)
 
 def read(env_file: Path) -> dict[str, str]:
     """The settings in a `.env`, checked by name; none where it is missing."""
-    return parse_env(env_file.read_text(), known_names(EXAMPLE_FILE.read_text())) if env_file.exists() else {}
+    if not env_file.exists():
+        return {}
+    try:
+        text = env_file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise Problem(f".env, line {line}: this is not UTF-8", "save the file as UTF-8") from None
+    return parse_env(text, known_names(EXAMPLE_FILE.read_text()))
 
 
 def value_of(

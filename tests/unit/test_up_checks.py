@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import subprocess
+import time
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -10,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stack import checks
-from stack.console import Problem
+import up
+from stack import checks, engine
+from stack.console import Problem, one_line_for_mistakes
+from stack.shell import ROOT
 
 LOOPBACK = ip_address("127.0.0.1")
 
@@ -43,6 +49,57 @@ def test_no_rights_on_the_socket_are_told_from_an_engine_that_is_down() -> None:
     checks.engine_answers("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is it running?")
     with pytest.raises(Problem, match=r"no rights on the Docker socket: .*usermod -aG docker"):
         checks.engine_answers("permission denied while trying to connect to the Docker daemon socket")
+
+
+@pytest.mark.parametrize(("systemd", "where"), [(True, "`journalctl -u docker`"), (False, "the end of .*dockerd.log")])
+def test_an_engine_that_was_started_and_is_not_this_users_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systemd: bool, where: str
+) -> None:
+    monkeypatch.setattr(engine, "SYSTEMD", tmp_path / ("" if systemd else "none"))
+    monkeypatch.setattr(engine, "work", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "as_root", lambda *args: args)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "engine_version", lambda: (None, "permission denied while trying to connect"))
+    with pytest.raises(Problem, match="no rights on the Docker socket"):
+        engine.start(print)
+    monkeypatch.setattr(engine, "engine_version", lambda: (None, "Cannot connect to the Docker daemon"))
+    clock = itertools.count(step=61)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with pytest.raises(Problem, match=f"does not answer a minute after its start: see {where}"):
+        engine.start(print)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/x/up.lock"), "/x/up.lock: Permission denied\n.*chown"),
+        (OSError(28, "No space left on device", "/x"), "/x: No space left on device"),
+        (OSError("odd"), "odd"),
+    ],
+)
+def test_a_file_that_is_refused_is_a_mistake_in_two_lines(
+    capsys: pytest.CaptureFixture[str], error: OSError, said: str
+) -> None:
+    with pytest.raises(SystemExit) as end, one_line_for_mistakes():
+        raise error
+    assert end.value.code == 1
+    assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("euid", "whose", "given"), [(0, 0, True), (0, 1, False), (1000, 0, False)])
+def test_what_root_made_under_sudo_goes_back_to_the_user_whose_checkout_it_is(
+    monkeypatch: pytest.MonkeyPatch, euid: int, whose: int, given: bool
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    owner = ROOT.stat().st_uid
+    monkeypatch.setattr(up, "ask", lambda *args: asked.append(args))
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+    monkeypatch.setenv("SUDO_UID", str(owner + whose))
+    monkeypatch.setenv("SUDO_GID", "7")
+    up.give_back()
+    assert [(args[0], args[4], str(ROOT / "models") in args) for args in asked] == (
+        [("chown", f"{owner}:7", True)] if given else []
+    )
 
 
 def test_too_little_memory_says_how_much_is_needed_and_there() -> None:

@@ -111,6 +111,13 @@ def test_the_environment_wins_over_the_file_and_unknown_names_in_it_are_not_ours
     assert (loaded.http_port, loaded.grafana_port) == (82, 3001)
 
 
+def test_a_file_that_is_not_utf_8_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_bytes("HTTP_PORT=81\n# größer\n".encode("latin-1"))
+    with pytest.raises(Problem, match=r"\.env, line 2: this is not UTF-8: save"):
+        settings.load(file, {})
+
+
 def test_no_file_means_the_defaults(tmp_path: Path) -> None:
     assert settings.load(tmp_path / ".env", {}).http_port == 80
 
