@@ -8,15 +8,23 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from stack.console import Problem
 from stack.shell import ROOT
 
 ENV_FILE = ROOT / ".env"
 EXAMPLE_FILE = ROOT / ".env.example"
+
+
+def without_brackets(address: object) -> object:
+    """An IPv6 address, which `.env` has in brackets: Compose takes no other form."""
+    text = str(address)
+    if ":" in text and not re.fullmatch(r"\[.*\]", text):
+        raise ValueError(f"an IPv6 address stands in brackets, [{text}]")
+    return text.removeprefix("[").removesuffix("]") if ":" in text else text
 
 
 class Settings(BaseModel):
@@ -26,7 +34,7 @@ class Settings(BaseModel):
     http_port: int = Field(80, alias="HTTP_PORT", ge=1, le=65535)
     grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
     prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
-    bind_address: ipaddress.IPv4Address | ipaddress.IPv6Address = Field(
+    bind_address: Annotated[ipaddress.IPv4Address | ipaddress.IPv6Address, BeforeValidator(without_brackets)] = Field(
         ipaddress.IPv4Address("127.0.0.1"), alias="BIND_ADDRESS"
     )
     gateway_auth: Literal["off"] | None = Field(None, alias="GATEWAY_AUTH")
@@ -78,13 +86,13 @@ def check(values: Mapping[str, str]) -> Settings:
         settings = Settings.model_validate({name: value for name, value in values.items() if value})
     except ValidationError as error:
         first = error.errors()[0]
-        name = first["loc"][0]
+        name, why = first["loc"][0], first["msg"].removeprefix("Value error, ")
         raise Problem(
-            f"{name}={first['input']} will not do: {first['msg']}", f"correct {name} in .env or in the environment"
+            f"{name}={first['input']} will not do: {why}", f"correct {name} in .env or in the environment"
         ) from None
     if not settings.bind_address.is_loopback and settings.gateway_auth != "off":
         raise Problem(
-            f"BIND_ADDRESS={settings.bind_address} opens the gateway to others, and it asks nobody for a key yet",
+            f"BIND_ADDRESS={values['BIND_ADDRESS']} opens the gateway to others, and it asks nobody for a key yet",
             "set GATEWAY_AUTH=off in .env to say that this is wanted, or BIND_ADDRESS=127.0.0.1",
         )
     return settings

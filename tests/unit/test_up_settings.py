@@ -76,6 +76,8 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         ({"HTTP_PORT": "eighty"}, "HTTP_PORT=eighty will not do"),
         ({"GRAFANA_PORT": "70000"}, "GRAFANA_PORT=70000 will not do"),
         ({"BIND_ADDRESS": "everywhere"}, "BIND_ADDRESS=everywhere will not do"),
+        ({"BIND_ADDRESS": "::1"}, r"BIND_ADDRESS=::1 will not do: an IPv6 address stands in brackets, \[::1\]"),
+        ({"BIND_ADDRESS": "[127.0.0.1]"}, r"BIND_ADDRESS=\[127\.0\.0\.1\] will not do"),
         ({"IMAGES": "docker"}, "IMAGES=docker will not do: .*'auto', 'registry' or 'packages'"),
         ({"GPU": "yes"}, "GPU=yes will not do"),
     ],
@@ -97,7 +99,8 @@ def test_a_gateway_open_to_others_has_to_be_wanted_in_so_many_words() -> None:
         ({}, "http://127.0.0.1"),
         ({"HTTP_PORT": "8080"}, "http://127.0.0.1:8080"),
         ({"BIND_ADDRESS": "192.0.2.7", "GATEWAY_AUTH": "off"}, "http://192.0.2.7"),
-        ({"BIND_ADDRESS": "::", "GATEWAY_AUTH": "off"}, "http://[::1]"),
+        ({"BIND_ADDRESS": "[::]", "GATEWAY_AUTH": "off"}, "http://[::1]"),
+        ({"BIND_ADDRESS": "[::1]", "HTTP_PORT": "8080"}, "http://[::1]:8080"),
     ],
 )
 def test_the_url_is_where_this_host_reaches_the_gateway(values: dict[str, str], url: str) -> None:
