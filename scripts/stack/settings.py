@@ -30,7 +30,6 @@ def without_brackets(address: object) -> object:
 class Settings(BaseModel):
     """What `make up` reads itself; Compose passes the rest on to the containers."""
 
-    model: str | None = Field(None, alias="MODEL", min_length=1)
     http_port: int = Field(80, alias="HTTP_PORT", ge=1, le=65535)
     grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
     prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
@@ -38,6 +37,7 @@ class Settings(BaseModel):
         ipaddress.IPv4Address("127.0.0.1"), alias="BIND_ADDRESS"
     )
     gateway_auth: Literal["off"] | None = Field(None, alias="GATEWAY_AUTH")
+    route_policy: Literal["prefix", "least_busy", "round_robin", "session"] | None = Field(None, alias="ROUTE_POLICY")
     images: Literal["auto", "registry", "packages"] = Field("auto", alias="IMAGES")
     gpu: Literal["auto", "on", "off"] = Field("auto", alias="GPU")
 
