@@ -9,13 +9,13 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
 from stack import checks, engine, fleet, images, model, settings
-from stack.compose import OVERRIDE, Compose, Config, running
+from stack.compose import OVERRIDE, Build, Compose, Config, running
 from stack.console import console, one_line_for_mistakes, step
 from stack.shell import CACHE, LOG, ROOT, ask, work
 
@@ -49,14 +49,13 @@ def check_memory(config: Config) -> str:
     return f"{available / checks.GIB:.1f} of {total / checks.GIB:.1f} GiB free"
 
 
-def check_disk(config: Config) -> str:
-    """A Problem where Docker's disk has no room for the images."""
+def check_disk(missing: Iterable[Build]) -> str:
+    """A Problem where Docker's disk has no room for the images that are to be built."""
     folder = Path(ask("docker", "info", "--format", "{{.DockerRootDir}}").stdout.strip() or "/var/lib")
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    on_gpus = any(config.services[name].on_gpus for name in config.replicas)
-    checks.disk_suffices(free, checks.DISK["gpu" if on_gpus else "cpu"], folder)
+    checks.disk_suffices(free, sum(checks.DISK[images.kind(build)] for build in missing), folder)
     return f"{free / checks.GIB:.0f} GiB free under {folder}"
 
 
@@ -127,9 +126,9 @@ def up() -> None:
     if not own:
         with step("Memory") as shown:
             shown.result = check_memory(config)
-    if not all(images.present(service.image) for service in config.services.values() if service.ours):
+    if missing := images.without_base(config, wanted.images):
         with step("Disk") as shown:
-            shown.result = check_disk(config)
+            shown.result = check_disk(missing.values())
     with step("Images") as shown:
         shown.result = images.bring(config, wanted.images, shown.say)
     # what is built and is not ours Compose builds

@@ -26,8 +26,8 @@ GIB = 2**30
 # gateway, Prometheus and Grafana hold 0.5 GiB together.
 MEMORY_OF_VLLM = int(1.9 * GIB)
 MEMORY_OF_THE_REST = GIB // 2
-# Images, the layers they are built in, and the model, where none of it is there yet.
-DISK: dict[Literal["cpu", "gpu"], int] = {"cpu": 12 * GIB, "gpu": 45 * GIB}
+# What an image takes with the layers that it is built in: a replica's (with its model), and one of the rest.
+DISK: dict[Literal["cpu", "gpu", "rest"], int] = {"cpu": 11 * GIB, "gpu": 44 * GIB, "rest": GIB // 2}
 
 
 def version(text: str) -> Version | None:
@@ -77,7 +77,7 @@ def disk_suffices(free: int, needed: int, folder: Path) -> None:
     """A Problem where a folder's disk has less free than needed (bytes)."""
     if free < needed:
         raise Problem(
-            f"too little disk: {free / GIB:.1f} GiB are free under {folder}, {needed / GIB:.0f} GiB are needed",
+            f"too little disk: {free / GIB:.1f} GiB are free under {folder}, {needed / GIB:.1f} GiB are needed",
             "make room (`docker system prune` drops images that nothing uses) and run `make up` again",
         )
 

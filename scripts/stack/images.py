@@ -114,6 +114,13 @@ def official_base(build: Build) -> str:
     return build.args["GPU_BASE" if build.args.get("DEVICE") == "gpu" else "BASE"]
 
 
+def kind(build: Build) -> Literal["cpu", "gpu", "rest"]:
+    """Whether an image is a replica's, for a CPU or for GPUs, or one of the rest."""
+    if "GPU_BASE" not in build.args:
+        return "rest"
+    return "gpu" if build.args.get("DEVICE") == "gpu" else "cpu"
+
+
 def stand_in_for(official: str) -> DebianBase | None:
     """What is built from packages instead of an official image, or None."""
     return STAND_INS.get(official.rsplit(":", 1)[0])

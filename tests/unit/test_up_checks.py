@@ -115,8 +115,8 @@ def test_meminfo_is_read_in_bytes() -> None:
 
 
 def test_too_little_disk_names_the_folder() -> None:
-    checks.disk_suffices(12 * checks.GIB, checks.DISK["cpu"], Path("/var/lib/docker"))
-    with pytest.raises(Problem, match=r"5\.0 GiB are free under /var/lib/docker, 12 GiB are needed"):
+    checks.disk_suffices(11 * checks.GIB, checks.DISK["cpu"], Path("/var/lib/docker"))
+    with pytest.raises(Problem, match=r"5\.0 GiB are free under /var/lib/docker, 11\.0 GiB are needed"):
         checks.disk_suffices(5 * checks.GIB, checks.DISK["cpu"], Path("/var/lib/docker"))
 
 

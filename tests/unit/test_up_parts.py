@@ -21,7 +21,7 @@ import yaml
 
 import up
 from stack import checks, compose, fleet, images, model, settings
-from stack.compose import Compose, Config, Container, Service, Volume
+from stack.compose import Build, Compose, Config, Container, Service, Volume
 from stack.console import Problem
 from stack.shell import ROOT
 
@@ -69,17 +69,25 @@ def test_the_model_is_that_of_the_environment_then_of_the_engine_file_then_the_d
 DEVICES = {"resources": {"reservations": {"devices": [{"driver": "nvidia", "device_ids": ["0"]}]}}}
 
 
-@pytest.mark.parametrize(("deploy", "needed"), [({}, 12), (DEVICES, 45)], ids=["on the CPU", "on GPUs"])
-def test_the_disk_that_is_needed_is_that_of_the_fleet_that_starts(
-    monkeypatch: pytest.MonkeyPatch, deploy: dict[str, Any], needed: int
+ONE = Build(context=Path(), args={"BASE": "nginx"})
+ON_CPU = Build(context=Path(), args={"BASE": "cpu", "GPU_BASE": "gpu", "DEVICE": "cpu"})
+ON_GPUS = Build(context=Path(), args={"BASE": "cpu", "GPU_BASE": "gpu", "DEVICE": "gpu"})
+
+
+@pytest.mark.parametrize(
+    ("missing", "needed"),
+    [([ONE], 0.5), ([ONE, ONE, ON_CPU], 12), ([ONE, ONE, ON_GPUS], 45)],
+    ids=["only the gateway", "all on the CPU", "all on GPUs"],
+)
+def test_the_disk_that_is_needed_is_that_of_the_images_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch, missing: list[Build], needed: float
 ) -> None:
-    config = stack_of(Service(image="replica", deploy=deploy))
     usage = types.SimpleNamespace(free=needed * checks.GIB)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    up.check_disk(config)
+    up.check_disk(missing)
     usage.free -= 1
-    with pytest.raises(Problem, match=f"{needed} GiB are needed"):
-        up.check_disk(config)
+    with pytest.raises(Problem, match=f"{needed:.1f} GiB are needed"):
+        up.check_disk(missing)
 
 
 def test_all_replicas_of_a_plan_are_counted_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
