@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stack import settings
 from stack.console import Problem
@@ -15,6 +15,7 @@ from stack.shell import ROOT, ask
 
 # Compose lays it over docker-compose.yml by itself; `make plan` writes it.
 OVERRIDE = ROOT / "docker-compose.override.yml"
+GPU_FILE = "docker-compose.gpu.yml"
 
 
 class Build(BaseModel):
@@ -116,9 +117,13 @@ class Compose:
     def __init__(self, *, gpu: bool = False) -> None:
         self.files: list[str] = []
         if gpu:
-            self.files = ["docker-compose.yml", "docker-compose.gpu.yml"]
-            if OVERRIDE.exists():
-                self.files.append(OVERRIDE.name)
+            listed = settings.value_of("COMPOSE_FILE")
+            if listed:
+                self.files = listed.split(settings.value_of("COMPOSE_PATH_SEPARATOR") or os.pathsep)
+            else:
+                self.files = ["docker-compose.yml", *([OVERRIDE.name] if OVERRIDE.exists() else [])]
+            if GPU_FILE not in self.files:
+                self.files.insert(1, GPU_FILE)
 
     def command(self, *args: str) -> list[str]:
         """A `docker compose` command line."""
@@ -134,7 +139,14 @@ class Compose:
 
     def config(self) -> Config:
         """What the files say."""
-        return Config.model_validate_json(self.ask("config", "--format", "json"))
+        try:
+            return Config.model_validate_json(self.ask("config", "--format", "json"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Problem(
+                f"the Compose files are not those of the stack: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+                "correct them; COMPOSE_FILE, where it is set, has to name docker-compose.yml first",
+            ) from None
 
     def containers(self) -> dict[str, Container]:
         """The stack's containers, running or not, by service."""
@@ -163,4 +175,4 @@ def running(what: str) -> str:
 
 def running_gpu_file() -> bool:
     """Whether the running replicas were started with docker-compose.gpu.yml."""
-    return f"{os.sep}docker-compose.gpu.yml" in running('{{.Label "com.docker.compose.project.config_files"}}')
+    return f"{os.sep}{GPU_FILE}" in running('{{.Label "com.docker.compose.project.config_files"}}')

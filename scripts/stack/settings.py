@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from stack.console import Problem
 from stack.shell import ROOT
@@ -27,9 +27,17 @@ def without_brackets(address: object) -> object:
     return text.removeprefix("[").removesuffix("]") if ":" in text else text
 
 
+def below_models(model: str) -> str:
+    """A model's name; one that begins with the folder itself would be asked of the hub."""
+    if match := re.match(r"(\./)?models/(.+)", model):
+        raise ValueError(f"the name is the path below models/, MODEL={match[2]}")
+    return model
+
+
 class Settings(BaseModel):
     """What `make up` reads itself; Compose passes the rest on to the containers."""
 
+    model: Annotated[str, AfterValidator(below_models)] | None = Field(None, alias="MODEL")
     http_port: int = Field(80, alias="HTTP_PORT", ge=1, le=65535)
     grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
     prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
@@ -117,7 +125,7 @@ def read(env_file: Path) -> dict[str, str]:
 
 
 def value_of(
-    name: Literal["COMPOSE_PROJECT_NAME", "HF_ENDPOINT", "HF_TOKEN_FILE"],
+    name: Literal["COMPOSE_PROJECT_NAME", "COMPOSE_FILE", "COMPOSE_PATH_SEPARATOR", "HF_ENDPOINT", "HF_TOKEN_FILE"],
     env_file: Path = ENV_FILE,
     environment: Mapping[str, str] = os.environ,
 ) -> str | None:

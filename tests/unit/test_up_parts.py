@@ -129,6 +129,35 @@ def test_the_gpu_file_on_a_host_with_one_gpu_is_refused_with_the_model_to_plan(
     up.check_pins(stack_of(Service(image="replica")))
 
 
+@pytest.mark.parametrize(
+    ("said", "files"),
+    [
+        ({}, ["docker-compose.yml", "docker-compose.gpu.yml"]),
+        (
+            {"COMPOSE_FILE": "docker-compose.yml:mine.yml"},
+            ["docker-compose.yml", "docker-compose.gpu.yml", "mine.yml"],
+        ),
+        (
+            {"COMPOSE_FILE": "docker-compose.yml;mine.yml;docker-compose.gpu.yml", "COMPOSE_PATH_SEPARATOR": ";"},
+            ["docker-compose.yml", "mine.yml", "docker-compose.gpu.yml"],
+        ),
+    ],
+)
+def test_the_users_compose_files_are_kept_beside_the_gpu_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, str], files: list[str]
+) -> None:
+    monkeypatch.setattr(settings, "value_of", said.get)
+    monkeypatch.setattr(compose, "OVERRIDE", tmp_path / "none.yml")
+    assert Compose(gpu=True).files == files
+    assert Compose().files == []
+
+
+def test_compose_files_without_that_of_the_stack_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compose, "ask", lambda *_: '{"name": "mine", "services": {}}')
+    with pytest.raises(Problem, match=r"x-pins: Field required: .*COMPOSE_FILE"):
+        Compose().config()
+
+
 def test_engine_settings_that_cannot_be_read_are_left_to_the_launcher(tmp_path: Path) -> None:
     for text in ("model: [a\n", "- model\n", "\ud800"):
         assert model.of_replica(replica(tmp_path, text.encode("utf-8", "surrogatepass"))) == [model.PACKAGED]

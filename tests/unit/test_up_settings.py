@@ -81,6 +81,8 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         ({"BIND_ADDRESS": "everywhere"}, "BIND_ADDRESS=everywhere will not do"),
         ({"BIND_ADDRESS": "::1"}, r"BIND_ADDRESS=::1 will not do: an IPv6 address stands in brackets, \[::1\]"),
         ({"BIND_ADDRESS": "[127.0.0.1]"}, r"BIND_ADDRESS=\[127\.0\.0\.1\] will not do"),
+        ({"MODEL": "models/tiny"}, r"MODEL=models/tiny will not do: .* MODEL=tiny: correct MODEL"),
+        ({"MODEL": "./models/a/b"}, r"will not do: .* MODEL=a/b: "),
         ({"ROUTE_POLICY": "random"}, "ROUTE_POLICY=random will not do: .*'least_busy', 'round_robin' or 'session'"),
         ({"IMAGES": "docker"}, "IMAGES=docker will not do: .*'auto', 'registry' or 'packages'"),
         ({"GPU": "yes"}, "GPU=yes will not do"),
