@@ -136,7 +136,9 @@ def up() -> None:
     for name in config.services.keys() - services:
         image = config.services[name].image
         console.print(
-            f"  {name} is left out: {image} is neither here nor to be had. Later: docker load, make up", soft_wrap=True
+            f"  {name} is left out: its image {image} is not on this machine and no registry offers it."
+            " To add it later: `docker load` the image, then `make up`",
+            soft_wrap=True,
         )
     model.fetch(config)
     with step("Model") as shown:
