@@ -6,15 +6,12 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from stack import checks
 from stack.console import Problem
 from stack.images import debian_mirror
-from stack.shell import CACHE, apt_install, as_root, ask, work
-
-Say = Callable[[str], None]
+from stack.shell import CACHE, Say, apt_install, as_root, ask, work
 
 PLUGINS = {"compose": checks.OLDEST_COMPOSE, "buildx": checks.OLDEST_BUILDX}
 PLUGIN_FOLDER = Path("/usr/local/lib/docker/cli-plugins")

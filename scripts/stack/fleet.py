@@ -17,9 +17,7 @@ from pydantic import BaseModel
 
 from stack.compose import Compose, Config, Container, crash_loops, is_replica
 from stack.console import Problem
-from stack.shell import CACHE, ask
-
-Say = Callable[[str], None]
+from stack.shell import CACHE, Say, ask
 
 # its time is when the gateway was last told to read its files again
 RELOADED = CACHE / "gateway-reloaded"

@@ -7,16 +7,15 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 from stack.compose import Build, Config
 from stack.console import Problem
-from stack.shell import CACHE, LOG, ROOT, apt_install, as_root, ask, work
+from stack.shell import CACHE, LOG, ROOT, Say, apt_install, as_root, ask, work
 
-Say = Callable[[str], None]
 Mode = Literal["auto", "registry", "packages"]
 
 WHEELS = CACHE / "wheels"

@@ -12,7 +12,7 @@ import pytest
 from stack import images
 from stack.compose import Build, Config, Service
 from stack.console import Problem
-from stack.shell import ROOT, work
+from stack.shell import ROOT, Say, work
 
 NGINX = "docker.io/library/nginx:1"
 PROMETHEUS = "docker.io/prom/prometheus:v3"
@@ -43,11 +43,11 @@ class World:
     def present(self, image: str) -> bool:
         return image in self.here
 
-    def pull(self, image: str, _: images.Say) -> bool:
+    def pull(self, image: str, _: Say) -> bool:
         self.pulled.append(image)
         return image in self.registry
 
-    def build_stand_ins(self, stand_ins: Mapping[str, images.DebianBase], _: images.Say) -> dict[str, str]:
+    def build_stand_ins(self, stand_ins: Mapping[str, images.DebianBase], _: Say) -> dict[str, str]:
         return {image: f"packages:{base.name}" for image, base in stand_ins.items()}
 
 
