@@ -12,7 +12,7 @@ down: ## stop the stack; models and metrics stay
 status: ## show each part's health and each replica's load
 	scripts/bootstrap.sh && .venv/bin/python scripts/status.py $(ARGS)
 test: ## run all tests that need no GPU
-	scripts/bootstrap.sh test && .venv/bin/pytest $(ARGS)
+	scripts/bootstrap.sh test && .venv/bin/python -m pytest $(ARGS)
 lint: ## run every linter
 	scripts/bootstrap.sh lint && .venv/bin/python scripts/lint.py $(ARGS)
 plan: ## plan the fleet for this host's GPUs and a model

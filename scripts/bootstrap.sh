@@ -21,7 +21,10 @@ if [ "$group" = test ] && ! command -v chromedriver >/dev/null && grep -q '^ID=d
   apt_install chromium chromium-driver || echo "Chromium could not be installed; the browser tests will fail."
 fi
 
-if [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp"; then
+# Not where the Python that it was made with is gone (an upgrade of the system), or where its making was broken off.
+is_whole() { .venv/bin/python -c 'import pip' 2>/dev/null; }
+
+if [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp" && is_whole; then
   exit 0
 fi
 
@@ -35,7 +38,7 @@ find_python() {
   return 1
 }
 
-if [ ! -x .venv/bin/python ]; then
+if ! is_whole; then
   if ! python=$(find_python); then
     echo "Installing Python (3.11 or newer with venv is needed) ..."
     if ! command -v apt-get >/dev/null; then
@@ -52,7 +55,7 @@ if [ ! -x .venv/bin/python ]; then
     fi
   fi
   echo "Making .venv with $("$python" --version) ..."
-  "$python" -m venv .venv
+  "$python" -m venv --clear .venv
 fi
 
 echo "Installing the Python packages of group '$group' from pyproject.toml into .venv ..."

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from stack.compose import Compose, running_gpu_file
+from stack.compose import Compose, crash_loops, running_gpu_file
 from stack.console import Problem, Step, console, one_line_for_mistakes, step
 from stack.gateway import Gateway, Replica
 
@@ -69,10 +69,15 @@ def drain(gateway: Gateway, name: str, within_s: float, shown: Step) -> None:
 def recreate(compose: Compose, name: str, within_s: float, shown: Step) -> None:
     """Replaces the replica's container and waits until its health check, a one-token request, passes."""
     compose.ask(*RECREATE, name, timeout_s=within_s)
+    began = compose.containers()
 
     def is_well() -> bool:
         container = compose.containers().get(name)
-        if container is None or container.state in ("restarting", "exited", "dead"):
+        if (
+            container is None
+            or container.state in ("restarting", "exited", "dead")
+            or crash_loops(container, began.get(name))
+        ):
             state = container.status if container else "it is gone"
             raise Problem(
                 f"{name} did not come back ({state}): {compose.last_words(name)}",

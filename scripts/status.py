@@ -58,7 +58,7 @@ def status() -> bool:
     parts = Table("part", "health", "", box=SIMPLE_HEAD)
     for name, service in config.services.items():
         container = containers.get(name)
-        if container is None and not images.present(service.image):
+        if container is None and not service.build and not images.present(service.image):
             parts.add_row(name, "[dim]not here[/]", "[dim]its image is not on this machine[/]")
             continue
         well = container is not None and container.well

@@ -6,17 +6,18 @@ First come the steps that only look, then those that do something. Each can be r
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
 from stack import checks, engine, fleet, images, model, settings
-from stack.compose import OVERRIDE, Compose, Config, running
+from stack.compose import OVERRIDE, Build, Compose, Config, running
 from stack.console import console, one_line_for_mistakes, step
-from stack.shell import CACHE, LOG, ask, work
+from stack.shell import CACHE, LOG, ROOT, ask, work
 
 QUESTION = "What is the capital of France?"
 
@@ -48,26 +49,37 @@ def check_memory(config: Config) -> str:
     return f"{available / checks.GIB:.1f} of {total / checks.GIB:.1f} GiB free"
 
 
-def check_disk(config: Config) -> str:
-    """A Problem where Docker's disk has no room for the images."""
+def check_disk(missing: Iterable[Build]) -> str:
+    """A Problem where Docker's disk has no room for the images that are to be built."""
     folder = Path(ask("docker", "info", "--format", "{{.DockerRootDir}}").stdout.strip() or "/var/lib")
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    on_gpus = any(config.services[name].on_gpus for name in config.replicas)
-    checks.disk_suffices(free, checks.DISK["gpu" if on_gpus else "cpu"], folder)
+    checks.disk_suffices(free, sum(checks.DISK[images.kind(build)] for build in missing), folder)
     return f"{free / checks.GIB:.0f} GiB free under {folder}"
+
+
+def listed_gpus() -> str:
+    """What `nvidia-smi` lists, a line a GPU and a line a MIG slice; nothing where there is no driver."""
+    listed = ask("nvidia-smi", "--list-gpus")
+    return listed.stdout if listed.returncode == 0 else ""
 
 
 def choose_gpus(wanted: settings.Settings) -> tuple[bool, str]:
     """Whether the GPU file is added, and why."""
-    listed = ask("nvidia-smi", "--list-gpus")
-    gpus = len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    gpus = checks.gpus_listed(listed_gpus())
     override: checks.Override = "none"
     if OVERRIDE.exists():
         config = Compose().config()
         override = "gpu" if any(config.services[name].on_gpus for name in config.replicas) else "cpu"
     return checks.gpu_choice(wanted.gpu, gpus, override, toolkit=engine.gpu_toolkit())
+
+
+def check_pins(config: Config) -> None:
+    """A Problem where a replica is pinned to a GPU that is not there."""
+    replicas = [config.services[name] for name in config.replicas]
+    if pinned := {gpu for replica in replicas for gpu in replica.gpus}:
+        checks.gpus_are_there(pinned, listed_gpus(), model.of_replica(replicas[0])[0])
 
 
 @contextmanager
@@ -81,6 +93,15 @@ def one_at_a_time() -> Iterator[None]:
             with step("Another `make up` runs here; waiting for its end"):
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def give_back() -> None:
+    """Gives what root made under sudo to the user whose checkout this is: their next run writes there too."""
+    user = os.environ.get("SUDO_UID", "")
+    if os.geteuid() == 0 and user == str(ROOT.stat().st_uid):
+        made = [str(folder) for folder in (CACHE, ROOT / ".venv", model.MODELS) if folder.exists()]
+        owner = f"{user}:{os.environ.get('SUDO_GID', '')}"
+        ask("chown", "--recursive", "--no-dereference", "--from=root", owner, *made)
 
 
 def up() -> None:
@@ -98,28 +119,32 @@ def up() -> None:
         shown.result = engine.bring(shown.say)
     with step("GPUs") as shown:
         gpu, shown.result = choose_gpus(wanted)
-    compose = Compose(gpu=gpu)
-    config = compose.config()
+        compose = Compose(gpu=gpu)
+        config = compose.config()
+        check_pins(config)
     fleet.check_named(config)
     if not own:
         with step("Memory") as shown:
             shown.result = check_memory(config)
-    if not all(images.present(service.image) for service in config.services.values() if service.build):
+    if missing := images.without_base(config, wanted.images):
         with step("Disk") as shown:
-            shown.result = check_disk(config)
+            shown.result = check_disk(missing.values())
     with step("Images") as shown:
         shown.result = images.bring(config, wanted.images, shown.say)
-    services = [name for name, service in config.services.items() if images.present(service.image)]
+    # what is built and is not ours Compose builds
+    services = [name for name, service in config.services.items() if service.build or images.present(service.image)]
     for name in config.services.keys() - services:
         image = config.services[name].image
         console.print(
-            f"  {name} is left out: {image} is neither here nor to be had. Later: docker load, make up", soft_wrap=True
+            f"  {name} is left out: its image {image} is not on this machine and no registry offers it."
+            " To add it later: `docker load` the image, then `make up`",
+            soft_wrap=True,
         )
     model.fetch(config)
     with step("Model") as shown:
         shown.result = model.bring(config, shown.say)
     with step("Containers") as shown:
-        start = ("--progress", "plain", "up", "--detach", "--no-build", "--remove-orphans", *services)
+        start = ("--progress", "plain", "up", "--detach", "--remove-orphans", *services)
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)
     with step("Gateway's configuration") as shown:
@@ -139,6 +164,10 @@ def up() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_for_mistakes(), one_at_a_time():
-        LOG.unlink(missing_ok=True)
-        up()
+    with one_line_for_mistakes():
+        try:
+            with one_at_a_time():
+                LOG.unlink(missing_ok=True)
+                up()
+        finally:
+            give_back()

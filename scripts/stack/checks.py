@@ -26,8 +26,8 @@ GIB = 2**30
 # gateway, Prometheus and Grafana hold 0.5 GiB together.
 MEMORY_OF_VLLM = int(1.9 * GIB)
 MEMORY_OF_THE_REST = GIB // 2
-# Images, the layers they are built in, and the model, where none of it is there yet.
-DISK: dict[Literal["cpu", "gpu"], int] = {"cpu": 12 * GIB, "gpu": 45 * GIB}
+# What an image takes with the layers that it is built in: a replica's (with its model), and one of the rest.
+DISK: dict[Literal["cpu", "gpu", "rest"], int] = {"cpu": 11 * GIB, "gpu": 44 * GIB, "rest": GIB // 2}
 
 
 def version(text: str) -> Version | None:
@@ -77,7 +77,7 @@ def disk_suffices(free: int, needed: int, folder: Path) -> None:
     """A Problem where a folder's disk has less free than needed (bytes)."""
     if free < needed:
         raise Problem(
-            f"too little disk: {free / GIB:.1f} GiB are free under {folder}, {needed / GIB:.0f} GiB are needed",
+            f"too little disk: {free / GIB:.1f} GiB are free under {folder}, {needed / GIB:.1f} GiB are needed",
             "make room (`docker system prune` drops images that nothing uses) and run `make up` again",
         )
 
@@ -113,6 +113,24 @@ def port_is_free(name: str, address: IPv4Address | IPv6Address, port: int, taken
                 f"port {port} ({name}) is taken by another program",
                 f"stop it (`ss -ltnp 'sport = :{port}'` as root names it), or set {name} in .env to a free port",
             )
+
+
+def gpus_listed(nvidia_smi_list: str) -> int:
+    """How many GPUs `nvidia-smi --list-gpus` names; their MIG slices stand on lines of their own, further in."""
+    return len(re.findall(r"^GPU \d", nvidia_smi_list, re.MULTILINE))
+
+
+def gpus_are_there(pinned: Collection[str], nvidia_smi_list: str, model: str) -> None:
+    """A Problem where replicas are pinned, by number, to GPUs that this host does not have or that MIG has cut up."""
+    gpus = gpus_listed(nvidia_smi_list)
+    missing = sorted((number for number in pinned if number.isdigit() and int(number) >= gpus), key=int)
+    if missing:
+        what = f"replicas are pinned to GPU {', '.join(missing)}, but this host has {gpus}, counted from 0"
+    elif re.search(r"^\s+MIG ", nvidia_smi_list, re.MULTILINE) and any(map(str.isdigit, pinned)):
+        what = "replicas are pinned to whole GPUs, but MIG has cut those of this host into slices"
+    else:
+        return
+    raise Problem(what, f"plan the fleet for this host (`make plan ARGS={model}`), or set GPU=off in .env")
 
 
 def gpu_choice(wanted: Choice, gpus: int, override: Override, *, toolkit: bool) -> tuple[bool, str]:

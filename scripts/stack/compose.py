@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stack import settings
 from stack.console import Problem
@@ -15,6 +15,7 @@ from stack.shell import ROOT, ask
 
 # Compose lays it over docker-compose.yml by itself; `make plan` writes it.
 OVERRIDE = ROOT / "docker-compose.override.yml"
+GPU_FILE = "docker-compose.gpu.yml"
 
 
 class Build(BaseModel):
@@ -34,16 +35,30 @@ class Volume(BaseModel):
 class Service(BaseModel):
     """One service of the stack."""
 
-    image: str
+    image: str = ""
     build: Build | None = None
     environment: dict[str, str | None] = {}
     volumes: list[Volume] = []
     deploy: dict[str, Any] = {}
 
     @property
+    def ours(self) -> Build | None:
+        """How its image is built over a base that `make up` chooses; None for one that is pulled or Compose builds."""
+        return self.build if self.build and "BASE" in self.build.args else None
+
+    @property
+    def _devices(self) -> list[dict[str, Any]]:
+        return self.deploy.get("resources", {}).get("reservations", {}).get("devices") or []
+
+    @property
     def on_gpus(self) -> bool:
         """Whether it is given GPUs."""
-        return bool(self.deploy.get("resources", {}).get("reservations", {}).get("devices"))
+        return bool(self._devices)
+
+    @property
+    def gpus(self) -> list[str]:
+        """The GPUs that it is pinned to, by number or UUID."""
+        return [gpu for device in self._devices for gpu in device.get("device_ids") or ()]
 
 
 def is_replica(service: str) -> bool:
@@ -54,8 +69,16 @@ def is_replica(service: str) -> bool:
 class Config(BaseModel):
     """The stack that the Compose files describe, settings filled in."""
 
+    name: str = ""
     services: dict[str, Service]
     pins: dict[str, str] = Field(alias="x-pins")
+
+    @model_validator(mode="after")
+    def _name_images(self) -> Config:
+        """Names what is built without a name as Compose does."""
+        for name, service in self.services.items():
+            service.image = service.image or f"{self.name}-{name}"
+        return self
 
     @property
     def replicas(self) -> list[str]:
@@ -71,11 +94,21 @@ class Container(BaseModel):
     state: str = Field(alias="State")
     health: str = Field(alias="Health")
     status: str = Field(alias="Status")
+    # how often Docker has started it again by itself
+    restarts: int = 0
 
     @property
     def well(self) -> bool:
-        """Whether it runs and its health check passes."""
-        return self.state == "running" and self.health == "healthy"
+        """Whether it runs and its health check, where it has one, passes."""
+        return self.state == "running" and self.health in ("healthy", "")
+
+
+def crash_loops(now: Container, began: Container | None) -> bool:
+    """Whether a container has started again and again since a wait began; once alone may be the machine's doing.
+
+    Its state does not tell: after any 10 s of running Docker pauses for a tenth of a second only.
+    """
+    return now.restarts - (began.restarts if began and began.id == now.id else 0) >= 2
 
 
 class Compose:
@@ -84,9 +117,13 @@ class Compose:
     def __init__(self, *, gpu: bool = False) -> None:
         self.files: list[str] = []
         if gpu:
-            self.files = ["docker-compose.yml", "docker-compose.gpu.yml"]
-            if OVERRIDE.exists():
-                self.files.append(OVERRIDE.name)
+            listed = settings.value_of("COMPOSE_FILE")
+            if listed:
+                self.files = listed.split(settings.value_of("COMPOSE_PATH_SEPARATOR") or os.pathsep)
+            else:
+                self.files = ["docker-compose.yml", *([OVERRIDE.name] if OVERRIDE.exists() else [])]
+            if GPU_FILE not in self.files:
+                self.files.insert(1, GPU_FILE)
 
     def command(self, *args: str) -> list[str]:
         """A `docker compose` command line."""
@@ -102,13 +139,27 @@ class Compose:
 
     def config(self) -> Config:
         """What the files say."""
-        return Config.model_validate_json(self.ask("config", "--format", "json"))
+        try:
+            return Config.model_validate_json(self.ask("config", "--format", "json"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Problem(
+                f"the Compose files are not those of the stack: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+                "correct them; COMPOSE_FILE, where it is set, has to name docker-compose.yml first",
+            ) from None
 
     def containers(self) -> dict[str, Container]:
         """The stack's containers, running or not, by service."""
         lines = self.ask("ps", "--all", "--format", "json").splitlines()
         found = (Container.model_validate(json.loads(line)) for line in lines)
-        return {container.service: container for container in found}
+        containers = {container.service: container for container in found}
+        ids = [container.id for container in containers.values()]
+        counts = ask("docker", "inspect", "--format", "{{.Id}} {{.RestartCount}}", *ids).stdout.split() if ids else []
+        for container in containers.values():
+            for whole, count in zip(counts[::2], counts[1::2], strict=True):
+                if whole.startswith(container.id):
+                    container.restarts = int(count)
+        return containers
 
     def last_words(self, service: str) -> str:
         """The last line that a service logged."""
@@ -124,4 +175,4 @@ def running(what: str) -> str:
 
 def running_gpu_file() -> bool:
     """Whether the running replicas were started with docker-compose.gpu.yml."""
-    return f"{os.sep}docker-compose.gpu.yml" in running('{{.Label "com.docker.compose.project.config_files"}}')
+    return f"{os.sep}{GPU_FILE}" in running('{{.Label "com.docker.compose.project.config_files"}}')

@@ -58,13 +58,22 @@ def step(title: str) -> Iterator[Step]:
     console.print(f"[green]✓[/] {escape(title)}  [dim]{escape(shown.result)}[/]{took}", soft_wrap=True)
 
 
+def refused(error: OSError) -> Problem:
+    """What the system's refusal of a file means."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, PermissionError):
+        return Problem(what, "see whose it is; after a run as root: `sudo chown -R $USER .cache .venv models`")
+    return Problem(what, "mend that, and run the command again")
+
+
 @contextmanager
 def one_line_for_mistakes() -> Iterator[None]:
-    """Turns a Problem into what is wrong and what to do, with exit status 1, and Ctrl-C into exit status 130. Both
-    go to stderr: what the command printed may be read by a program."""
+    """Turns a Problem, or a file that is refused, into what is wrong and what to do, with exit status 1, and Ctrl-C
+    into exit status 130. All go to stderr: what the command printed may be read by a program."""
     try:
         yield
-    except Problem as problem:
+    except (Problem, OSError) as mistake:
+        problem = mistake if isinstance(mistake, Problem) else refused(mistake)
         _mistakes.print(f"[bold red]{escape(problem.what)}[/]", soft_wrap=True)
         _mistakes.print(f"[bold]What to do:[/] {escape(problem.fix)}", soft_wrap=True)
         raise SystemExit(1) from None

@@ -6,18 +6,17 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from stack import checks
 from stack.console import Problem
 from stack.images import debian_mirror
-from stack.shell import CACHE, apt_install, as_root, ask, work
-
-Say = Callable[[str], None]
+from stack.shell import CACHE, Say, apt_install, as_root, ask, work
 
 PLUGINS = {"compose": checks.OLDEST_COMPOSE, "buildx": checks.OLDEST_BUILDX}
 PLUGIN_FOLDER = Path("/usr/local/lib/docker/cli-plugins")
+SYSTEMD = Path("/run/systemd/system")
+# where there is no systemd
 ENGINE_LOG = Path("/var/log/dockerd.log")
 # The Debian suite whose plugins are recent; they need nothing but the C library.
 PLUGIN_SUITE = "forky"
@@ -82,16 +81,23 @@ def bring(say: Say) -> str:
 def start(say: Say) -> None:
     """Starts the engine, by systemd where that runs the machine, and waits until it answers."""
     say("starting the engine")
-    if Path("/run/systemd/system").is_dir():
-        work(as_root("systemctl", "enable", "--now", "docker"), say, fix="see `journalctl -u docker`")
+    if SYSTEMD.is_dir():
+        see = "see `journalctl -u docker`"
+        work(as_root("systemctl", "enable", "--now", "docker"), say, fix=see)
     else:
+        see = f"see the end of {ENGINE_LOG}"
         # It outlives this command, and a Ctrl-C here.
         detached = f"exec setsid dockerd >{ENGINE_LOG} 2>&1 </dev/null"
         subprocess.Popen(as_root("sh", "-c", detached), start_new_session=True)
     deadline = time.monotonic() + 60
-    while not engine_version()[0]:
+    while True:
+        found, error = engine_version()
+        if found:
+            return
+        # it may run by now, and not for this user
+        checks.engine_answers(error)
         if time.monotonic() > deadline:
-            raise Problem("the Docker engine does not answer a minute after its start", f"see the end of {ENGINE_LOG}")
+            raise Problem("the Docker engine does not answer a minute after its start", see)
         time.sleep(0.3)
 
 

@@ -1,10 +1,13 @@
-"""The running stack from outside: the fleet's state, the wait until it is ready, the reload, a first answer."""
+"""The running stack from outside: the fleet's state, the wait until it is ready, the reload, a first answer.
+
+The gateway is on this host, so it is asked without the proxy that the environment may name (`trust_env`).
+"""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +15,9 @@ from typing import Any, NamedTuple
 import httpx
 from pydantic import BaseModel
 
-from stack.compose import Compose, Config, Container, is_replica
+from stack.compose import Compose, Config, Container, crash_loops, is_replica
 from stack.console import Problem
-from stack.shell import CACHE, ask
-
-Say = Callable[[str], None]
+from stack.shell import CACHE, Say, ask
 
 # its time is when the gateway was last told to read its files again
 RELOADED = CACHE / "gateway-reloaded"
@@ -81,7 +82,7 @@ class FleetStatus(BaseModel):
 def fleet_status(url: str) -> FleetStatus | None:
     """The fleet as the gateway sees it; None where the gateway does not answer."""
     try:
-        answer = httpx.get(f"{url}/status.json", timeout=5).raise_for_status()
+        answer = httpx.get(f"{url}/status.json", timeout=5, trust_env=False).raise_for_status()
     except httpx.HTTPError:
         return None
     return FleetStatus.model_validate_json(answer.content)
@@ -105,15 +106,22 @@ def check_named(config: Config) -> None:
         )
 
 
-def not_ready(services: list[str], containers: dict[str, Container], states: dict[str, str]) -> list[str]:
+def not_ready(
+    services: list[str], containers: dict[str, Container], states: dict[str, str], began: Mapping[str, Container]
+) -> list[str]:
     """What is still missing, in words; empty when every service is healthy and every replica ready.
 
-    `states` are those that the gateway gives its replicas. A service that waiting will not bring up is a Problem.
+    `states` are those that the gateway gives its replicas, `began` the containers at the beginning of the wait. A
+    service that waiting will not bring up is a Problem.
     """
     missing = []
     for service in services:
         container = containers.get(service)
-        if container is None or container.state in {"exited", "dead", "restarting"}:
+        if (
+            container is None
+            or container.state in {"exited", "dead", "restarting"}
+            or crash_loops(container, began.get(service))
+        ):
             what = "stops instead of starting" if container else "was removed"
             raise Problem(
                 f"{service} {what}", f"see why (docker compose logs {service}), correct it, and run `make up` again"
@@ -130,11 +138,12 @@ def not_ready(services: list[str], containers: dict[str, Container], states: dic
 
 def wait_until_ready(compose: Compose, services: list[str], url: str, say: Say) -> None:
     """Returns when every service is healthy and every replica ready; a Problem has the last words of its service."""
+    began = compose.containers()
     while True:
         status = fleet_status(url)
         states = {replica.name: replica.state for replica in status.replicas} if status else {}
         try:
-            missing = not_ready(services, compose.containers(), states)
+            missing = not_ready(services, compose.containers(), states, began)
         except Problem as problem:
             service = problem.what.split()[0]
             raise Problem(f"{problem.what}: {compose.last_words(service)}", problem.fix) from None
@@ -170,11 +179,11 @@ def first_answer(url: str, question: str) -> str:
     fix = "see `make status` and `docker compose logs gateway`"
     said = f"{url}/v1/models lists no model"
     try:
-        models = httpx.get(f"{url}/v1/models", timeout=10).raise_for_status().json()["data"]
+        models = httpx.get(f"{url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()["data"]
         for way in WAYS:
             for model in models:
                 asked = {"model": model["id"], **way.body(question)}
-                answer = httpx.post(url + way.path, json=asked, timeout=ANSWER_SECONDS)
+                answer = httpx.post(url + way.path, json=asked, timeout=ANSWER_SECONDS, trust_env=False)
                 if answer.status_code == httpx.codes.OK:
                     return way.said(answer.json(), model["id"])
                 said = f"{url}{way.path} answered {answer.status_code}: {answer.text.strip()[:300]}"

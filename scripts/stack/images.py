@@ -7,23 +7,23 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 from stack.compose import Build, Config
 from stack.console import Problem
-from stack.shell import CACHE, LOG, ROOT, apt_install, as_root, ask, work
+from stack.shell import CACHE, LOG, ROOT, Say, apt_install, as_root, ask, work
 
-Say = Callable[[str], None]
 Mode = Literal["auto", "registry", "packages"]
 
 WHEELS = CACHE / "wheels"
 WHEEL_LIST = ROOT / "images" / "replica" / "requirements.txt"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# names the base on an image that was built here
+# They say of an image that was built here, or where a bundle was packed, over what and of what.
 BASE_LABEL = "vllm-fleet.base"
+RECIPE_LABEL = "vllm-fleet.recipe"
 REPLICA_DOCKERFILE = ROOT / "images" / "replica" / "Dockerfile"
 # A registry that has not begun to answer by then is taken to be out of reach.
 REGISTRY_SECONDS = 20
@@ -96,15 +96,28 @@ def pull(image: str, say: Say) -> bool:
     return True
 
 
-def base_of(image: str) -> str | None:
-    """The base that an image was built over here; '' where it was brought (`docker load`), None where it is missing."""
-    label = ask("docker", "image", "inspect", "--format", f'{{{{index .Config.Labels "{BASE_LABEL}"}}}}', image)
-    return label.stdout.strip().replace("<no value>", "") if label.returncode == 0 else None
+def label_of(image: str, label: str) -> str | None:
+    """A label of an image; '' where it has none, as one that came from elsewhere, None where the image is missing."""
+    found = ask("docker", "image", "inspect", "--format", f'{{{{index .Config.Labels "{label}"}}}}', image)
+    return found.stdout.strip().replace("<no value>", "") if found.returncode == 0 else None
+
+
+def recipe(build: Build) -> str:
+    """A short name for what goes into an image over its base. The other files beside are mounted over those in it."""
+    files = [build.context / "Dockerfile", *sorted(build.context.glob("*.py"))]
+    return digest(repr(sorted(build.args.items())), *(part for file in files for part in (file.name, file.read_text())))
 
 
 def official_base(build: Build) -> str:
     """The official image that an image's Dockerfile is meant for."""
     return build.args["GPU_BASE" if build.args.get("DEVICE") == "gpu" else "BASE"]
+
+
+def kind(build: Build) -> Literal["cpu", "gpu", "rest"]:
+    """Whether an image is a replica's, for a CPU or for GPUs, or one of the rest."""
+    if "GPU_BASE" not in build.args:
+        return "rest"
+    return "gpu" if build.args.get("DEVICE") == "gpu" else "cpu"
 
 
 def stand_in_for(official: str) -> DebianBase | None:
@@ -121,23 +134,42 @@ def may_stay(base: str, build: Build, mode: Mode) -> bool:
     )
 
 
+def without_base(config: Config, mode: Mode) -> dict[str, Build]:
+    """What is to be built, and over a base that has to be brought first: what is missing or out of date."""
+
+    def is_right(image: str, build: Build) -> bool:
+        base = label_of(image, BASE_LABEL)
+        if not base:
+            return base is not None
+        # Without its base (pruned, or left out of a bundle) an image will do while it is of this checkout.
+        return may_stay(base, build, mode) and (present(base) or label_of(image, RECIPE_LABEL) == recipe(build))
+
+    return {image: build for image, build in builds_of(config).items() if not is_right(image, build)}
+
+
+def builds_of(config: Config) -> dict[str, Build]:
+    """The images that are built here, and how."""
+    return {service.image: service.ours for service in config.services.values() if service.ours}
+
+
 def bring(config: Config, mode: Mode, say: Say) -> str:
     """Makes every image of the stack be there and up to date, except those that only a registry has and none gives.
 
     Returns what was done, in words. Raises a Problem where an image that the stack cannot do without is not to be had.
     """
-    builds = {service.image: service.build for service in config.services.values() if service.build}
-    bases: dict[str, str] = {}
-    homeless: dict[str, Build] = {}
-    for image, build in builds.items():
-        base = base_of(image)
-        if base is None or (base and not may_stay(base, build, mode)):
-            homeless[image] = build
-        elif base and present(base):
-            bases[image] = base
-    chosen, registry_answers = choose_bases(homeless, mode, say)
+    builds = builds_of(config)
+    homeless = without_base(config, mode)
+    bases = {image: base for image in builds.keys() - homeless.keys() if (base := label_of(image, BASE_LABEL))}
+    bases = {image: base for image, base in bases.items() if present(base)}
+    try:
+        chosen, registry_answers = choose_bases(homeless, mode, say)
+    except Problem as problem:
+        if old := [image for image in homeless if present(image)]:
+            what = f"{', '.join(old)}: out of date, and cannot be built anew"
+            raise Problem(f"{what}: {problem.what}", problem.fix) from None
+        raise
     changed = [image for image, base in (bases | chosen).items() if build_over(base, image, builds[image], say)]
-    for image in {service.image for service in config.services.values()} - builds.keys():
+    for image in {service.image for service in config.services.values() if not service.build}:
         if registry_answers and not present(image):
             pull(image, say)
     return ", ".join(f"{image} built over {(bases | chosen)[image]}" for image in changed) or "all there"
@@ -148,6 +180,7 @@ def build_over(base: str, image: str, build: Build, say: Say) -> bool:
     before = image_id(image)
     # not `docker build`, which is BuildKit only in newer clients
     command = ["docker", "buildx", "build", "--load", "--progress=plain", f"--label={BASE_LABEL}={base}"]
+    command += [f"--label={RECIPE_LABEL}={recipe(build)}"]
     command += [f"--build-arg={name}={value}" for name, value in {**build.args, "BASE": base}.items()]
     work([*command, f"--tag={image}", str(build.context)], say, fix="see what the build says")
     return image_id(image) != before
@@ -171,7 +204,7 @@ def choose_bases(builds: Mapping[str, Build], mode: Mode, say: Say) -> tuple[dic
         else:
             other_way = "set IMAGES=auto" if stand_in else "set GPU=off"
             raise Problem(
-                f"{official} is neither on this machine nor to be had from a registry",
+                f"{official} is not on this machine, and no registry gives it",
                 f"`docker load` it here, make its registry reachable, or {other_way}",
             )
     return bases | build_stand_ins(stand_ins, say), registry_answers

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,7 @@ from planner.hub import is_repository
 from stack import checks
 from stack.compose import Config, Service
 from stack.console import Problem
-from stack.shell import CACHE, ROOT, work
-
-Say = Callable[[str], None]
+from stack.shell import CACHE, ROOT, Say, work
 
 MODELS = ROOT / "models"
 PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from stack.console import Problem
 from stack.shell import ROOT
@@ -19,17 +19,33 @@ ENV_FILE = ROOT / ".env"
 EXAMPLE_FILE = ROOT / ".env.example"
 
 
+def without_brackets(address: object) -> object:
+    """An IPv6 address, which `.env` has in brackets: Compose takes no other form."""
+    text = str(address)
+    if ":" in text and not re.fullmatch(r"\[.*\]", text):
+        raise ValueError(f"an IPv6 address stands in brackets, [{text}]")
+    return text.removeprefix("[").removesuffix("]") if ":" in text else text
+
+
+def below_models(model: str) -> str:
+    """A model's name; one that begins with the folder itself would be asked of the hub."""
+    if match := re.match(r"(\./)?models/(.+)", model):
+        raise ValueError(f"the name is the path below models/, MODEL={match[2]}")
+    return model
+
+
 class Settings(BaseModel):
     """What `make up` reads itself; Compose passes the rest on to the containers."""
 
-    model: str | None = Field(None, alias="MODEL", min_length=1)
+    model: Annotated[str, AfterValidator(below_models)] | None = Field(None, alias="MODEL")
     http_port: int = Field(80, alias="HTTP_PORT", ge=1, le=65535)
     grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
     prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
-    bind_address: ipaddress.IPv4Address | ipaddress.IPv6Address = Field(
+    bind_address: Annotated[ipaddress.IPv4Address | ipaddress.IPv6Address, BeforeValidator(without_brackets)] = Field(
         ipaddress.IPv4Address("127.0.0.1"), alias="BIND_ADDRESS"
     )
     gateway_auth: Literal["off"] | None = Field(None, alias="GATEWAY_AUTH")
+    route_policy: Literal["prefix", "least_busy", "round_robin", "session"] | None = Field(None, alias="ROUTE_POLICY")
     images: Literal["auto", "registry", "packages"] = Field("auto", alias="IMAGES")
     gpu: Literal["auto", "on", "off"] = Field("auto", alias="GPU")
 
@@ -78,13 +94,13 @@ def check(values: Mapping[str, str]) -> Settings:
         settings = Settings.model_validate({name: value for name, value in values.items() if value})
     except ValidationError as error:
         first = error.errors()[0]
-        name = first["loc"][0]
+        name, why = first["loc"][0], first["msg"].removeprefix("Value error, ")
         raise Problem(
-            f"{name}={first['input']} will not do: {first['msg']}", f"correct {name} in .env or in the environment"
+            f"{name}={first['input']} will not do: {why}", f"correct {name} in .env or in the environment"
         ) from None
     if not settings.bind_address.is_loopback and settings.gateway_auth != "off":
         raise Problem(
-            f"BIND_ADDRESS={settings.bind_address} opens the gateway to others, and it asks nobody for a key yet",
+            f"BIND_ADDRESS={values['BIND_ADDRESS']} opens the gateway to others, and it asks nobody for a key yet",
             "set GATEWAY_AUTH=off in .env to say that this is wanted, or BIND_ADDRESS=127.0.0.1",
         )
     return settings
@@ -98,11 +114,18 @@ def load(env_file: Path = ENV_FILE, environment: Mapping[str, str] = os.environ)
 
 def read(env_file: Path) -> dict[str, str]:
     """The settings in a `.env`, checked by name; none where it is missing."""
-    return parse_env(env_file.read_text(), known_names(EXAMPLE_FILE.read_text())) if env_file.exists() else {}
+    if not env_file.exists():
+        return {}
+    try:
+        text = env_file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise Problem(f".env, line {line}: this is not UTF-8", "save the file as UTF-8") from None
+    return parse_env(text, known_names(EXAMPLE_FILE.read_text()))
 
 
 def value_of(
-    name: Literal["COMPOSE_PROJECT_NAME", "HF_ENDPOINT", "HF_TOKEN_FILE"],
+    name: Literal["COMPOSE_PROJECT_NAME", "COMPOSE_FILE", "COMPOSE_PATH_SEPARATOR", "HF_ENDPOINT", "HF_TOKEN_FILE"],
     env_file: Path = ENV_FILE,
     environment: Mapping[str, str] = os.environ,
 ) -> str | None:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from stack.console import Problem
 
+# takes what a step is doing right now
+Say = Callable[[str], None]
+
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"
 LOG = CACHE / "up.log"
@@ -29,7 +32,7 @@ def ask(*args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
 
 def work(
     args: Sequence[str],
-    say: Callable[[str], None],
+    say: Say,
     *,
     fix: str,
     cwd: Path = ROOT,
@@ -86,7 +89,7 @@ def as_root(*args: str) -> list[str]:
     )
 
 
-def apt_install(packages: Sequence[str], say: Callable[[str], None]) -> None:
+def apt_install(packages: Sequence[str], say: Say) -> None:
     """Installs Debian or Ubuntu packages."""
     if not shutil.which("apt-get"):
         raise Problem(

@@ -189,7 +189,7 @@ def test_the_status_page_is_served_and_locked_down(client: httpx.Client) -> None
 
 @pytest.mark.parametrize(("settings", "status"), [
     ({"BIND_ADDRESS": "0.0.0.0"}, 401), ({"BIND_ADDRESS": "0.0.0.0", "GATEWAY_AUTH": "off"}, 200),
-    ({"BIND_ADDRESS": "127.0.0.1"}, 200),
+    ({"BIND_ADDRESS": "127.0.0.1"}, 200), ({"BIND_ADDRESS": "[::1]"}, 200), ({"BIND_ADDRESS": "[::]"}, 401),
 ])  # fmt: skip
 def test_beyond_loopback_nobody_is_let_in_without_keys_unless_told_so(settings: dict[str, str], status: int) -> None:
     with Replicas(1) as replicas, Gateway(replicas, env=settings) as gateway:

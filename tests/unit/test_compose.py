@@ -91,6 +91,7 @@ def test_only_the_gateway_is_published_beyond_loopback_and_only_when_asked() -> 
     loopback = {"gateway": {"127.0.0.1"}, "prometheus": {"127.0.0.1"}, "grafana": {"127.0.0.1"}}
     assert published(compose(BASE)) == loopback
     assert published(compose(BASE, settings={"BIND_ADDRESS": "0.0.0.0"})) == loopback | {"gateway": {"0.0.0.0"}}
+    assert published(compose(BASE, settings={"BIND_ADDRESS": "[::1]"})) == loopback | {"gateway": {"::1"}}
 
 
 def test_without_the_gpu_file_no_replica_is_on_gpus(services: dict[str, Any]) -> None:

@@ -104,3 +104,20 @@ def test_one_whose_stand_in_is_down_is_refused_in_its_turn(
     down_first = Fleet({"vllm-0": "chat", "vllm-1": "chat"}, down="vllm-0")
     assert run(monkeypatch, down_first) == 0
     assert down_first.drained == ["vllm-0", "vllm-1"]
+
+
+def test_a_replica_that_crashes_and_comes_back_for_ever_ends_the_roll(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = 0
+
+    def containers(_: Compose) -> dict[str, Container]:
+        nonlocal looks
+        looks += 1
+        fields = {"ID": "1", "Service": "vllm-0", "State": "running", "Health": "starting", "Status": "Up"}
+        return {"vllm-0": Container.model_validate(fields | {"restarts": looks})}
+
+    monkeypatch.setattr(Containers, "containers", containers)
+    monkeypatch.setattr(roll, "POLL_S", 0)
+    assert run(monkeypatch, Fleet({"vllm-0": "chat", "vllm-1": "chat"})) == 1
+    assert "vllm-0 did not come back" in heard(capsys)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import subprocess
+import time
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -10,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stack import checks
-from stack.console import Problem
+import up
+from stack import checks, engine
+from stack.console import Problem, one_line_for_mistakes
+from stack.shell import ROOT
 
 LOOPBACK = ip_address("127.0.0.1")
 
@@ -45,6 +51,57 @@ def test_no_rights_on_the_socket_are_told_from_an_engine_that_is_down() -> None:
         checks.engine_answers("permission denied while trying to connect to the Docker daemon socket")
 
 
+@pytest.mark.parametrize(("systemd", "where"), [(True, "`journalctl -u docker`"), (False, "the end of .*dockerd.log")])
+def test_an_engine_that_was_started_and_is_not_this_users_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systemd: bool, where: str
+) -> None:
+    monkeypatch.setattr(engine, "SYSTEMD", tmp_path / ("" if systemd else "none"))
+    monkeypatch.setattr(engine, "work", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "as_root", lambda *args: args)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "engine_version", lambda: (None, "permission denied while trying to connect"))
+    with pytest.raises(Problem, match="no rights on the Docker socket"):
+        engine.start(print)
+    monkeypatch.setattr(engine, "engine_version", lambda: (None, "Cannot connect to the Docker daemon"))
+    clock = itertools.count(step=61)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with pytest.raises(Problem, match=f"does not answer a minute after its start: see {where}"):
+        engine.start(print)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/x/up.lock"), "/x/up.lock: Permission denied\n.*chown"),
+        (OSError(28, "No space left on device", "/x"), "/x: No space left on device"),
+        (OSError("odd"), "odd"),
+    ],
+)
+def test_a_file_that_is_refused_is_a_mistake_in_two_lines(
+    capsys: pytest.CaptureFixture[str], error: OSError, said: str
+) -> None:
+    with pytest.raises(SystemExit) as end, one_line_for_mistakes():
+        raise error
+    assert end.value.code == 1
+    assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("euid", "whose", "given"), [(0, 0, True), (0, 1, False), (1000, 0, False)])
+def test_what_root_made_under_sudo_goes_back_to_the_user_whose_checkout_it_is(
+    monkeypatch: pytest.MonkeyPatch, euid: int, whose: int, given: bool
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    owner = ROOT.stat().st_uid
+    monkeypatch.setattr(up, "ask", lambda *args: asked.append(args))
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+    monkeypatch.setenv("SUDO_UID", str(owner + whose))
+    monkeypatch.setenv("SUDO_GID", "7")
+    up.give_back()
+    assert [(args[0], args[4], str(ROOT / "models") in args) for args in asked] == (
+        [("chown", f"{owner}:7", True)] if given else []
+    )
+
+
 def test_too_little_memory_says_how_much_is_needed_and_there() -> None:
     replicas = [3 * checks.GIB, 4 * checks.GIB]
     checks.memory_suffices(8 * checks.GIB, 8 * checks.GIB, replicas)
@@ -58,8 +115,8 @@ def test_meminfo_is_read_in_bytes() -> None:
 
 
 def test_too_little_disk_names_the_folder() -> None:
-    checks.disk_suffices(12 * checks.GIB, checks.DISK["cpu"], Path("/var/lib/docker"))
-    with pytest.raises(Problem, match=r"5\.0 GiB are free under /var/lib/docker, 12 GiB are needed"):
+    checks.disk_suffices(11 * checks.GIB, checks.DISK["cpu"], Path("/var/lib/docker"))
+    with pytest.raises(Problem, match=r"5\.0 GiB are free under /var/lib/docker, 11\.0 GiB are needed"):
         checks.disk_suffices(5 * checks.GIB, checks.DISK["cpu"], Path("/var/lib/docker"))
 
 
@@ -136,6 +193,32 @@ def test_gpus_that_were_asked_for_or_planned_and_cannot_be_had_are_a_problem(
 ) -> None:
     with pytest.raises(Problem, match=f"^{who}.*{words}"):
         checks.gpu_choice(wanted, gpus, override, toolkit=toolkit)
+
+
+ONE_GPU = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-a1)\n"
+TWO_SLICES = f"{ONE_GPU}  MIG 3g.40gb     Device  0: (UUID: MIG-b1)\n  MIG 3g.40gb     Device  1: (UUID: MIG-b2)\n"
+
+
+def test_slices_are_not_counted_as_gpus() -> None:
+    assert [checks.gpus_listed(text) for text in ("", ONE_GPU, TWO_SLICES)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("pinned", "listed", "words"),
+    [
+        (["0", "1"], ONE_GPU, "pinned to GPU 1, but this host has 1"),
+        (["0", "1"], TWO_SLICES, "pinned to GPU 1, but this host has 1"),
+        (["0"], TWO_SLICES, "MIG has cut"),
+    ],
+)
+def test_replicas_on_gpus_that_are_not_there_need_a_plan(pinned: list[str], listed: str, words: str) -> None:
+    with pytest.raises(Problem, match=rf"{words}.*: plan .*`make plan ARGS=a/b`.* GPU=off"):
+        checks.gpus_are_there(pinned, listed, "a/b")
+
+
+def test_gpus_that_are_there_and_slices_by_name_will_do() -> None:
+    checks.gpus_are_there(["0"], ONE_GPU, "a/b")
+    checks.gpus_are_there(["MIG-b1", "MIG-b2"], TWO_SLICES, "a/b")
 
 
 def test_a_plan_for_gpus_is_not_started_where_gpus_were_refused() -> None:

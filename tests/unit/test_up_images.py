@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from stack import images
-from stack.compose import Build
+from stack.compose import Build, Config, Service
 from stack.console import Problem
-from stack.shell import work
+from stack.shell import ROOT, Say, work
 
 NGINX = "docker.io/library/nginx:1"
 PROMETHEUS = "docker.io/prom/prometheus:v3"
@@ -42,11 +43,11 @@ class World:
     def present(self, image: str) -> bool:
         return image in self.here
 
-    def pull(self, image: str, _: images.Say) -> bool:
+    def pull(self, image: str, _: Say) -> bool:
         self.pulled.append(image)
         return image in self.registry
 
-    def build_stand_ins(self, stand_ins: Mapping[str, images.DebianBase], _: images.Say) -> dict[str, str]:
+    def build_stand_ins(self, stand_ins: Mapping[str, images.DebianBase], _: Say) -> dict[str, str]:
         return {image: f"packages:{base.name}" for image, base in stand_ins.items()}
 
 
@@ -90,7 +91,7 @@ def test_packages_can_be_asked_for_in_spite_of_a_registry(world: World) -> None:
 
 
 def test_a_registry_that_was_asked_for_and_does_not_answer_is_a_problem(world: World) -> None:
-    with pytest.raises(Problem, match=rf"{NGINX} is neither on this machine nor .* or set IMAGES=auto"):
+    with pytest.raises(Problem, match=rf"{NGINX} is not on this machine, and no registry gives it: .* IMAGES=auto"):
         images.choose_bases(BUILDS, "registry", print)
     assert world.pulled == [NGINX]
 
@@ -101,7 +102,7 @@ def test_on_gpus_the_replica_is_built_over_the_gpu_image(world: World) -> None:
 
 
 def test_the_gpu_image_has_no_stand_in(world: World) -> None:
-    with pytest.raises(Problem, match=rf"{GPU} is neither on this machine nor .* or set GPU=off"):
+    with pytest.raises(Problem, match=rf"{GPU} is not on this machine, and no registry gives it: .* GPU=off"):
         images.choose_bases(ON_GPUS, "auto", print)
     assert world.pulled == [GPU]
 
@@ -133,6 +134,92 @@ def test_the_gpu_image_stays_over_the_official_one_whatever_is_asked_for() -> No
     gpu = ON_GPUS["replica-gpu"]
     assert images.may_stay(GPU, gpu, "packages")
     assert not images.may_stay(CPU, gpu, "auto")
+
+
+@dataclass
+class Docker(World):
+    """A World whose images have labels; `built` are those that were built, with their base."""
+
+    labels: dict[str, dict[str, str]] = field(default_factory=dict)
+    built: dict[str, str] = field(default_factory=dict)
+
+    def present(self, image: str) -> bool:
+        return image in self.here or image in self.labels
+
+    def label_of(self, image: str, label: str) -> str | None:
+        return self.labels[image].get(label, "") if image in self.labels else None
+
+    def build_over(self, base: str, image: str, *_: object) -> bool:
+        self.built[image] = base
+        return True
+
+
+@pytest.fixture
+def docker(monkeypatch: pytest.MonkeyPatch) -> Docker:
+    docker = Docker()
+    for name in ("present", "pull", "build_stand_ins", "label_of", "build_over"):
+        monkeypatch.setattr(images, name, getattr(docker, name))
+    return docker
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Config:
+    """A stack of a gateway alone, whose Dockerfile lies in a folder of the test."""
+    (tmp_path / "Dockerfile").write_text("ARG BASE\nFROM ${BASE}\n")
+    (tmp_path / "code.py").write_text("one = 1\n")
+    service = Service(image="gateway", build=Build(context=tmp_path, args={"BASE": NGINX}))
+    return Config.model_validate({"services": {"gateway": service}, "x-pins": {}})
+
+
+def labels(config: Config, base: str = NGINX) -> dict[str, str]:
+    """Those of the gateway's image as it is built now."""
+    build = config.services["gateway"].build
+    assert build
+    return {images.BASE_LABEL: base, images.RECIPE_LABEL: images.recipe(build)}
+
+
+def test_an_image_of_this_checkout_stays_where_its_base_is_gone(docker: Docker, gateway: Config) -> None:
+    """As on a host that a bundle was carried to, whatever base it was built over; settings beside it may differ."""
+    for base in (NGINX, images.GATEWAY.tag):
+        docker.labels = {"gateway": labels(gateway, base)}
+        (context(gateway) / "default.conf").write_text("a setting")
+        assert images.bring(gateway, "auto", print) == "all there"
+    assert (docker.built, docker.pulled) == ({}, [])
+
+
+def context(config: Config) -> Path:
+    build = config.services["gateway"].build
+    assert build
+    return build.context
+
+
+@pytest.mark.parametrize("change", ["Dockerfile", "code.py"])
+def test_an_update_is_built_where_the_base_is_gone(docker: Docker, gateway: Config, change: str) -> None:
+    docker.labels = {"gateway": labels(gateway)}
+    with (context(gateway) / change).open("a") as file:
+        file.write("# changed\n")
+    docker.registry = {NGINX}
+    assert images.bring(gateway, "auto", print) == f"gateway built over {NGINX}"
+    assert docker.pulled == [NGINX]
+
+
+def test_an_update_that_cannot_be_built_is_a_problem_not_passed_over(docker: Docker, gateway: Config) -> None:
+    docker.labels = {"gateway": labels(gateway) | {images.RECIPE_LABEL: "old"}}
+    with pytest.raises(Problem, match=rf"gateway: out of date, and cannot be built anew: {NGINX} is not"):
+        images.bring(gateway, "registry", print)
+
+
+def test_an_image_of_unknown_origin_is_taken_as_it_is(docker: Docker, gateway: Config) -> None:
+    docker.labels = {"gateway": {}}
+    assert images.bring(gateway, "auto", print) == "all there"
+
+
+def test_all_that_an_image_copies_is_part_of_its_recipe_or_mounted_over_it() -> None:
+    mounted = (ROOT / "docker-compose.yml").read_text()
+    for folder in ("vllm", "nginx", "prometheus"):
+        lines = re.findall(r"^(?:COPY|ADD) (.*)", (ROOT / folder / "Dockerfile").read_text(), re.MULTILINE)
+        for name in (name for line in lines for name in line.split()[:-1]):
+            assert name.endswith(".py") or f"./{folder}/{name}:" in mounted
 
 
 def test_a_program_that_says_nothing_in_time_is_ended() -> None:

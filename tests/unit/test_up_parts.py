@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 import up
-from stack import checks, fleet, images, model, settings
-from stack.compose import Compose, Config, Container, Service, Volume
+from stack import checks, compose, fleet, images, model, settings
+from stack.compose import Build, Compose, Config, Container, Service, Volume
 from stack.console import Problem
 from stack.shell import ROOT
 
@@ -69,17 +69,25 @@ def test_the_model_is_that_of_the_environment_then_of_the_engine_file_then_the_d
 DEVICES = {"resources": {"reservations": {"devices": [{"driver": "nvidia", "device_ids": ["0"]}]}}}
 
 
-@pytest.mark.parametrize(("deploy", "needed"), [({}, 12), (DEVICES, 45)], ids=["on the CPU", "on GPUs"])
-def test_the_disk_that_is_needed_is_that_of_the_fleet_that_starts(
-    monkeypatch: pytest.MonkeyPatch, deploy: dict[str, Any], needed: int
+ONE = Build(context=Path(), args={"BASE": "nginx"})
+ON_CPU = Build(context=Path(), args={"BASE": "cpu", "GPU_BASE": "gpu", "DEVICE": "cpu"})
+ON_GPUS = Build(context=Path(), args={"BASE": "cpu", "GPU_BASE": "gpu", "DEVICE": "gpu"})
+
+
+@pytest.mark.parametrize(
+    ("missing", "needed"),
+    [([ONE], 0.5), ([ONE, ONE, ON_CPU], 12), ([ONE, ONE, ON_GPUS], 45)],
+    ids=["only the gateway", "all on the CPU", "all on GPUs"],
+)
+def test_the_disk_that_is_needed_is_that_of_the_images_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch, missing: list[Build], needed: float
 ) -> None:
-    config = stack_of(Service(image="replica", deploy=deploy))
     usage = types.SimpleNamespace(free=needed * checks.GIB)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    up.check_disk(config)
+    up.check_disk(missing)
     usage.free -= 1
-    with pytest.raises(Problem, match=f"{needed} GiB are needed"):
-        up.check_disk(config)
+    with pytest.raises(Problem, match=f"{needed:.1f} GiB are needed"):
+        up.check_disk(missing)
 
 
 def test_all_replicas_of_a_plan_are_counted_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +112,50 @@ def test_what_the_override_does_decides_not_that_it_is_there(
     else:
         with pytest.raises(Problem, match="puts the replicas on GPUs"):
             up.choose_gpus(wanted)
+
+
+def test_the_gpu_file_on_a_host_with_one_gpu_is_refused_with_the_model_to_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stack_of(replica(tmp_path, (ROOT / "vllm/engine.gpu.yaml").read_text()))
+    config.services["vllm-1"] = config.services["vllm-0"].model_copy()
+    for name, service in yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text())["services"].items():
+        config.services[name].deploy = service["deploy"]
+    monkeypatch.setattr(up, "listed_gpus", lambda: "GPU 0: NVIDIA L4 (UUID: GPU-1)\nGPU 1: NVIDIA L4 (UUID: GPU-2)\n")
+    up.check_pins(config)
+    monkeypatch.setattr(up, "listed_gpus", lambda: "GPU 0: NVIDIA L4 (UUID: GPU-1)\n")
+    with pytest.raises(Problem, match=r"GPU 1.*`make plan ARGS=deepseek-ai/DeepSeek-R1-Distill-Qwen-1\.5B`"):
+        up.check_pins(config)
+    up.check_pins(stack_of(Service(image="replica")))
+
+
+@pytest.mark.parametrize(
+    ("said", "files"),
+    [
+        ({}, ["docker-compose.yml", "docker-compose.gpu.yml"]),
+        (
+            {"COMPOSE_FILE": "docker-compose.yml:mine.yml"},
+            ["docker-compose.yml", "docker-compose.gpu.yml", "mine.yml"],
+        ),
+        (
+            {"COMPOSE_FILE": "docker-compose.yml;mine.yml;docker-compose.gpu.yml", "COMPOSE_PATH_SEPARATOR": ";"},
+            ["docker-compose.yml", "mine.yml", "docker-compose.gpu.yml"],
+        ),
+    ],
+)
+def test_the_users_compose_files_are_kept_beside_the_gpu_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, str], files: list[str]
+) -> None:
+    monkeypatch.setattr(settings, "value_of", said.get)
+    monkeypatch.setattr(compose, "OVERRIDE", tmp_path / "none.yml")
+    assert Compose(gpu=True).files == files
+    assert Compose().files == []
+
+
+def test_compose_files_without_that_of_the_stack_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compose, "ask", lambda *_: '{"name": "mine", "services": {}}')
+    with pytest.raises(Problem, match=r"x-pins: Field required: .*COMPOSE_FILE"):
+        Compose().config()
 
 
 def test_engine_settings_that_cannot_be_read_are_left_to_the_launcher(tmp_path: Path) -> None:
@@ -200,24 +252,24 @@ def test_the_default_model_is_of_the_pinned_revision(tmp_path: Path, asked: Path
     assert said == f"{model.PACKAGED}: revision abc1234 from the hub"
 
 
-def container(service: str, state: str = "running", health: str = "healthy") -> Container:
+def container(service: str, state: str = "running", health: str = "healthy", restarts: int = 0) -> Container:
     fields: dict[str, Any] = {"ID": "1", "Service": service, "State": state, "Health": health, "Status": "Up"}
-    return Container.model_validate(fields)
+    return Container.model_validate(fields | {"restarts": restarts})
 
 
 def test_the_stack_is_ready_when_all_are_healthy_and_the_gateway_has_every_replica() -> None:
     containers = {name: container(name) for name in ("gateway", "vllm-0")}
-    assert fleet.not_ready(["gateway", "vllm-0"], containers, {"vllm-0": "ready"}) == []
+    assert fleet.not_ready(["gateway", "vllm-0"], containers, {"vllm-0": "ready"}, {}) == []
 
 
 def test_a_replica_that_docker_calls_healthy_counts_only_once_the_gateway_sends_to_it() -> None:
     containers = {"vllm-0": container("vllm-0")}
-    assert fleet.not_ready(["vllm-0"], containers, {"vllm-0": "loading"}) == ["vllm-0 loading"]
+    assert fleet.not_ready(["vllm-0"], containers, {"vllm-0": "loading"}, {}) == ["vllm-0 loading"]
 
 
 def test_a_replica_that_the_gateway_does_not_name_is_not_ready() -> None:
     containers = {name: container(name) for name in ("vllm-0", "vllm-1")}
-    missing = fleet.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready"})
+    missing = fleet.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready"}, {})
     assert missing == ["vllm-1 not in the route yet"]
 
 
@@ -276,7 +328,7 @@ def test_a_new_plan_makes_the_gateway_read_its_fleet_again(tmp_path: Path, monke
 
 def test_a_service_that_still_starts_is_waited_for() -> None:
     containers = {"prometheus": container("prometheus", health="starting")}
-    assert fleet.not_ready(["prometheus"], containers, {}) == ["prometheus starting"]
+    assert fleet.not_ready(["prometheus"], containers, {}, {}) == ["prometheus starting"]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +342,60 @@ def test_a_service_that_still_starts_is_waited_for() -> None:
 )
 def test_a_service_that_waiting_will_not_bring_up_is_a_problem(containers: dict[str, Container], message: str) -> None:
     with pytest.raises(Problem, match=message):
-        fleet.not_ready(["vllm-0"], containers, {})
+        fleet.not_ready(["vllm-0"], containers, {}, {})
+
+
+def test_a_service_of_the_users_without_a_health_check_is_ready_when_it_runs() -> None:
+    assert fleet.not_ready(["mine"], {"mine": container("mine", health="")}, {}, {}) == []
+
+
+def test_a_service_of_the_users_that_is_built_is_left_to_compose(monkeypatch: pytest.MonkeyPatch) -> None:
+    services = {
+        "mine": {"build": {"context": "/mine"}},
+        "named": {"image": "named", "build": {"context": "/named", "args": {"X": "1"}}},
+    }
+    config = Config.model_validate({"name": "fleet", "services": services, "x-pins": {}})
+    assert [service.image for service in config.services.values()] == ["fleet-mine", "named"]
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(images, "ask", lambda *args: asked.append(args))
+    assert images.bring(config, "auto", print) == "all there"
+    assert asked == []
+
+
+def test_a_service_that_starts_again_and_again_is_a_problem_though_it_runs_whenever_one_looks() -> None:
+    began = {"vllm-0": container("vllm-0", health="starting", restarts=3)}
+    once = {"vllm-0": container("vllm-0", health="starting", restarts=4)}
+    assert fleet.not_ready(["vllm-0"], once, {}, began) == ["vllm-0 starting"]
+    again = {"vllm-0": container("vllm-0", health="starting", restarts=5)}
+    with pytest.raises(Problem, match="vllm-0 stops instead of starting"):
+        fleet.not_ready(["vllm-0"], again, {}, began)
+
+
+def test_a_crash_loop_ends_the_wait_with_the_last_words_of_its_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Crashing(Compose):
+        looks = 0
+
+        def containers(self) -> dict[str, Container]:
+            self.looks += 1
+            assert self.looks < 9
+            return {"vllm-0": container("vllm-0", health="starting", restarts=self.looks)}
+
+        def last_words(self, service: str) -> str:
+            return f"{service}: out of memory"
+
+    monkeypatch.setattr(fleet, "fleet_status", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(Problem, match="vllm-0 stops instead of starting: vllm-0: out of memory"):
+        fleet.wait_until_ready(Crashing(), ["vllm-0"], "", print)
+
+
+def test_docker_is_asked_how_often_it_started_each_container_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = '{"ID": "%s", "Service": "%s", "State": "running", "Health": "", "Status": "Up"}'
+    listed = "\n".join(shown % one for one in (("aa", "vllm-0"), ("bb", "vllm-1")))
+    monkeypatch.setattr(Compose, "ask", lambda *_: listed)
+    monkeypatch.setattr(compose, "ask", lambda *_: subprocess.CompletedProcess([], 0, "bb2 7\naa1 0\n", ""))
+    found = Compose().containers()
+    assert {name: one.restarts for name, one in found.items()} == {"vllm-0": 0, "vllm-1": 7}
 
 
 CHAT = {"choices": [{"message": {"content": " Paris. "}}]}
@@ -312,7 +417,7 @@ def gateway(models: Mapping[str, Mapping[str, tuple[int, object]]]) -> Iterator[
             self.wfile.write(body)
 
         def do_GET(self) -> None:
-            self.send(200, {"data": [{"id": name} for name in models]})
+            self.send(200, {"data": [{"id": name} for name in models], "replicas": []})
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -347,6 +452,17 @@ def test_the_question_is_put_the_way_a_model_of_the_fleet_can_answer(
 ) -> None:
     with gateway(models) as url:
         assert fleet.first_answer(url, "What is the capital of France?") == said
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_the_gateway_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with gateway({"a": {"/v1/chat/completions": (200, CHAT)}}) as url:
+        assert fleet.first_answer(url, "?") == "Paris."
+        assert fleet.fleet_status(url) is not None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from planner import hub
 from stack import settings
 from stack.console import Problem
+from stack.shell import ROOT
 
 EXAMPLE = "# The gateway's port\n#HTTP_PORT=80\nMODEL=\n# BIND_ADDRESS=127.0.0.1\n# a sentence with A=B in it\n"
 KNOWN = {"HTTP_PORT", "MODEL", "BIND_ADDRESS"}
@@ -76,6 +79,11 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         ({"HTTP_PORT": "eighty"}, "HTTP_PORT=eighty will not do"),
         ({"GRAFANA_PORT": "70000"}, "GRAFANA_PORT=70000 will not do"),
         ({"BIND_ADDRESS": "everywhere"}, "BIND_ADDRESS=everywhere will not do"),
+        ({"BIND_ADDRESS": "::1"}, r"BIND_ADDRESS=::1 will not do: an IPv6 address stands in brackets, \[::1\]"),
+        ({"BIND_ADDRESS": "[127.0.0.1]"}, r"BIND_ADDRESS=\[127\.0\.0\.1\] will not do"),
+        ({"MODEL": "models/tiny"}, r"MODEL=models/tiny will not do: .* MODEL=tiny: correct MODEL"),
+        ({"MODEL": "./models/a/b"}, r"will not do: .* MODEL=a/b: "),
+        ({"ROUTE_POLICY": "random"}, "ROUTE_POLICY=random will not do: .*'least_busy', 'round_robin' or 'session'"),
         ({"IMAGES": "docker"}, "IMAGES=docker will not do: .*'auto', 'registry' or 'packages'"),
         ({"GPU": "yes"}, "GPU=yes will not do"),
     ],
@@ -83,6 +91,12 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
 def test_a_value_out_of_range_is_named(values: dict[str, str], message: str) -> None:
     with pytest.raises(Problem, match=message):
         settings.check(values)
+
+
+def test_the_policies_are_those_of_the_gateway() -> None:
+    (listed,) = re.findall(r"POLICIES = (\[.*\]);", (ROOT / "nginx/njs/settings.js").read_text())
+    for policy in json.loads(listed.replace("'", '"')):
+        assert settings.check({"ROUTE_POLICY": policy}).route_policy == policy
 
 
 def test_a_gateway_open_to_others_has_to_be_wanted_in_so_many_words() -> None:
@@ -97,7 +111,8 @@ def test_a_gateway_open_to_others_has_to_be_wanted_in_so_many_words() -> None:
         ({}, "http://127.0.0.1"),
         ({"HTTP_PORT": "8080"}, "http://127.0.0.1:8080"),
         ({"BIND_ADDRESS": "192.0.2.7", "GATEWAY_AUTH": "off"}, "http://192.0.2.7"),
-        ({"BIND_ADDRESS": "::", "GATEWAY_AUTH": "off"}, "http://[::1]"),
+        ({"BIND_ADDRESS": "[::]", "GATEWAY_AUTH": "off"}, "http://[::1]"),
+        ({"BIND_ADDRESS": "[::1]", "HTTP_PORT": "8080"}, "http://[::1]:8080"),
     ],
 )
 def test_the_url_is_where_this_host_reaches_the_gateway(values: dict[str, str], url: str) -> None:
@@ -109,6 +124,13 @@ def test_the_environment_wins_over_the_file_and_unknown_names_in_it_are_not_ours
     file.write_text("HTTP_PORT=81\nGRAFANA_PORT=3001\n")
     loaded = settings.load(file, {"HTTP_PORT": "82", "PATH": "/bin"})
     assert (loaded.http_port, loaded.grafana_port) == (82, 3001)
+
+
+def test_a_file_that_is_not_utf_8_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_bytes("HTTP_PORT=81\n# größer\n".encode("latin-1"))
+    with pytest.raises(Problem, match=r"\.env, line 2: this is not UTF-8: save"):
+        settings.load(file, {})
 
 
 def test_no_file_means_the_defaults(tmp_path: Path) -> None:
