@@ -117,7 +117,8 @@ def _read_slices(handle: Any, whole: Gpu) -> list[Gpu]:
         slices.append(
             whole.model_copy(
                 update={
-                    "index": whole.index * 100 + position,
+                    # never the number of a whole GPU
+                    "index": (whole.index + 1) * 1000 + position,
                     "id": pynvml.nvmlDeviceGetUUID(part),
                     "name": name,
                     "total": total,

@@ -104,3 +104,19 @@ def test_a_gpu_that_does_not_tell_its_speeds_has_usual_ones(host: Callable[[Answ
 def test_a_gpu_that_does_not_tell_its_memory_is_refused_in_one_line(host: Callable[[Answers], Machine]) -> None:
     with pytest.raises(Problem, match=r"GPU 0 \(NVIDIA GeForce RTX 3090\) does not tell its memory"):
         host({"MemoryInfo": not_supported})
+
+
+def test_a_slice_never_has_the_number_of_another_gpu(host: Callable[[Answers], Machine]) -> None:
+    """Slices of GPU 0 beside GPU 1, which is whole."""
+    attributes = SimpleNamespace(memorySizeMB=12 * 1024, gpuInstanceSliceCount=3)
+    machine = host(
+        {
+            "MigMode": lambda handle: (int(handle == 0), 0),
+            "MaxMigDeviceCount": lambda _: 2,
+            "MigDeviceHandleByIndex": lambda _, position: f"slice {position}",
+            "Attributes_v2": lambda _: attributes,
+            "UUID": lambda handle: f"MIG-{handle}",
+        }
+    )
+    assert [(gpu.index, gpu.mig) for gpu in machine.gpus] == [(1000, True), (1001, True), (1, False)]
+    assert {gpu.index for gpu in machine.only([1]).gpus} == {1}
