@@ -14,7 +14,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from planner import choose, render
+from planner import choose, ours, render
 from planner.choose import Plan, Wish
 from planner.machine import Machine, load_machine
 from planner.model import Model, load_model
@@ -104,7 +104,14 @@ def main(
     )
     with one_line_for_mistakes():
         try:
-            host = load_machine(machine) if machine else read_machine()
+            replicas_up = [] if machine else ours.running_replicas()
+            pids = ours.processes(replicas_up)
+            if replicas_up and not pids:
+                print(
+                    "what the running replicas hold cannot be told and is left to them: make down first",
+                    file=sys.stderr,
+                )
+            host = load_machine(machine) if machine else read_machine(pids)
             if record:
                 record.write_text(host.model_dump_json(indent=2) + "\n")
             parts = plan_all(host, model, also or [], None if gpus is None else _numbers("--gpus", gpus), wish)
@@ -115,6 +122,8 @@ def main(
                     render.print_part(Console(width=None if sys.stdout.isatty() else 120), host, part)
             if not (dry_run or machine):
                 _write(parts, yes)
+                # a new replica would come to a GPU that an old one still holds
+                print("make down, then make up starts it" if replicas_up else "make up starts it", file=sys.stderr)
         except OSError as error:
             raise Problem(f"{error.filename}: {error.strerror}", "look at what is there, and who may write") from error
 
@@ -271,7 +280,6 @@ def _write(parts: list[render.Part], yes: bool) -> None:
         lost += [name] if all(differs) or (any(differs) and name not in OF_ONE_MODEL) else []
     if lost:
         print(f"the plan decides what .env says of {', '.join(lost)}", file=sys.stderr)
-    print("make up starts it", file=sys.stderr)
 
 
 def _said_in_env() -> dict[str, str]:

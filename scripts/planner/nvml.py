@@ -10,6 +10,7 @@ from typing import Any
 import pynvml
 
 from planner.machine import Gpu, Link, LinkKind, Machine
+from planner.ours import host_memory
 from stack.console import Problem
 
 # Dense bf16 FLOP per clock and SM with 32-bit sums, from NVIDIA's papers on A100, GA102, Ada, H100 and Blackwell.
@@ -25,8 +26,9 @@ USUAL_GB_S, USUAL_TFLOPS = 300.0, 50.0
 USUAL_PCIE, USUAL_LANES = 3, 16
 
 
-def read_machine() -> Machine:
-    """This host. Without an NVIDIA driver it simply has no GPUs; a driver that does not work is a Problem."""
+def read_machine(ours: frozenset[int] = frozenset()) -> Machine:
+    """This host, as if the processes `ours` had ended. Without an NVIDIA driver it simply has no GPUs; a driver that
+    does not work is a Problem."""
     memory = {
         key: int(value.split()[0]) * 1024
         for key, _, value in (line.partition(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -35,7 +37,7 @@ def read_machine() -> Machine:
         "name": platform.node(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory": memory["MemTotal"],
-        "memory_free": memory["MemAvailable"],
+        "memory_free": min(memory["MemTotal"], memory["MemAvailable"] + host_memory(ours)),
     }
     try:
         pynvml.nvmlInit()
@@ -45,7 +47,7 @@ def read_machine() -> Machine:
         raise _broken(error) from error
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        gpus = [gpu for index, handle in enumerate(handles) for gpu in _read_gpu(index, handle)]
+        gpus = [gpu for index, handle in enumerate(handles) for gpu in _read_gpu(index, handle, ours)]
         whole = {gpu.index for gpu in gpus if not gpu.mig}
         links = [_read_link(a, b, handles) for a, b in combinations(sorted(whole), 2)]
         return Machine(**host, driver=pynvml.nvmlSystemGetDriverVersion(), gpus=tuple(gpus), links=tuple(links))
@@ -70,7 +72,7 @@ def _told(ask: Callable[..., Any], *args: Any, otherwise: Any) -> Any:
         return otherwise
 
 
-def _read_gpu(index: int, handle: Any) -> list[Gpu]:
+def _read_gpu(index: int, handle: Any, ours: frozenset[int]) -> list[Gpu]:
     """The GPU, or its MIG slices where it is cut into some."""
     capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
     cores = _told(pynvml.nvmlDeviceGetNumGpuCores, handle, otherwise=0)
@@ -81,24 +83,25 @@ def _read_gpu(index: int, handle: Any) -> list[Gpu]:
     memory_clock = _told(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM, otherwise=0) * 1e6
     bandwidth = 2 * memory_clock * _told(pynvml.nvmlDeviceGetMemoryBusWidth, handle, otherwise=0) / 8 / 1e9
     name = pynvml.nvmlDeviceGetName(handle)
-    memory = _memory(handle, f"GPU {index} ({name})")
+    total, free = _memory(handle, f"GPU {index} ({name})")
+    held, programs = _programs(handle, ours)
     whole = Gpu(
         index=index,
         id=str(index),
         name=name,
-        total=memory[0],
-        free=memory[1],
+        total=total,
+        free=min(total, free + held),
         compute_capability=capability,
         bandwidth_gb_s=round(bandwidth, 1) or USUAL_GB_S,
         bf16_tflops=round(tflops, 1) or USUAL_TFLOPS,
         numa=_numa_node(handle),
-        programs=_programs(handle),
+        programs=programs,
     )
-    slices = _read_slices(handle, whole)
+    slices = _read_slices(handle, whole, ours)
     return slices or [whole]
 
 
-def _read_slices(handle: Any, whole: Gpu) -> list[Gpu]:
+def _read_slices(handle: Any, whole: Gpu, ours: frozenset[int]) -> list[Gpu]:
     try:
         if pynvml.nvmlDeviceGetMigMode(handle)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
             return []
@@ -112,6 +115,7 @@ def _read_slices(handle: Any, whole: Gpu) -> list[Gpu]:
             continue
         name = pynvml.nvmlDeviceGetName(part)
         total, free = _memory(part, name)
+        held, programs = _programs(part, ours)
         attributes = pynvml.nvmlDeviceGetAttributes_v2(part)
         share = attributes.memorySizeMB * (1 << 20) / whole.total
         slices.append(
@@ -122,11 +126,11 @@ def _read_slices(handle: Any, whole: Gpu) -> list[Gpu]:
                     "id": pynvml.nvmlDeviceGetUUID(part),
                     "name": name,
                     "total": total,
-                    "free": free,
+                    "free": min(total, free + held),
                     "bandwidth_gb_s": round(whole.bandwidth_gb_s * share, 1),
                     "bf16_tflops": round(whole.bf16_tflops * attributes.gpuInstanceSliceCount / 7, 1),
                     "mig": True,
-                    "programs": (),
+                    "programs": programs,
                 }
             )
         )
@@ -155,15 +159,21 @@ def _numa_node(handle: Any) -> int:
     return max(0, int(path.read_text())) if path.exists() else 0
 
 
-def _programs(handle: Any) -> tuple[str, ...]:
-    names = []
+def _programs(handle: Any, ours: frozenset[int]) -> tuple[int, tuple[str, ...]]:
+    """The bytes that `ours` hold, and what else runs there."""
+    held, names = 0, []
     for process in _told(pynvml.nvmlDeviceGetComputeRunningProcesses, handle, otherwise=[]):
+        if process.pid in ours:
+            if process.usedGpuMemory is None:
+                names.append("this project's replicas (make down)")
+            held += process.usedGpuMemory or 0
+            continue
         try:
             name = Path(pynvml.nvmlSystemGetProcessName(process.pid)).name
         except pynvml.NVMLError:
             name = "a program"
         names.append(f"{name} (pid {process.pid})")
-    return tuple(names)
+    return held, tuple(dict.fromkeys(names))
 
 
 def _read_link(a: int, b: int, handles: list[Any]) -> Link:

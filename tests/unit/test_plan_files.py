@@ -1,6 +1,7 @@
 """What `plan.py` prints and writes, as its users call it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -239,6 +240,23 @@ def test_the_plan_says_what_it_replaces_in_env(checkout: Path) -> None:
     run = plan("SmolLM2-135M-Instruct", "--context", "1024", "--also", "bge-m3", root=checkout)
     assert run.returncode == 1
     assert "SERVED_MODEL_NAME in .env" in run.stderr
+
+
+def test_a_plan_beside_the_running_fleet_says_what_comes_first(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Here the replica's process is not one of this host's, as where Docker runs in a virtual machine."""
+    docker = tmp_path_factory.mktemp("bin") / "docker"
+    docker.write_text("#!/bin/sh\ncase $1 in ps) echo aa vllm-0;; inspect) echo 0;; esac\n")
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", str(docker.parent), prepend=os.pathsep)
+    smol = ("SmolLM2-135M-Instruct", "--context", "1024", "--replicas", "1")
+    dry = plan(*smol, "--dry-run", root=checkout)
+    assert not dry.returncode, dry.stderr
+    assert "cannot be told" in dry.stderr
+    assert plan(*smol, root=checkout).stderr.splitlines()[-1] == "make down, then make up starts it"
+    docker.write_text("#!/bin/sh\n")
+    assert plan(*smol, root=checkout).stderr.splitlines()[-1] == "make up starts it"
 
 
 def test_a_gpu_without_bfloat16_gets_float16() -> None:

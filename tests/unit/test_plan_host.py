@@ -1,13 +1,15 @@
 """This host as the planner reads it: through an NVML that answers as some driver or GPU does."""
 
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pynvml
 import pytest
 
-from planner import nvml
+from planner import nvml, ours
 from planner.machine import GIB, Machine
 from stack.console import Problem
 
@@ -43,17 +45,17 @@ ANSWERS: Answers = {
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answers], Machine]:
+def host(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
     """This host with two RTX 3090, or other answers of NVML."""
 
-    def read(other: Answers) -> Machine:
+    def read(other: Answers, pids: frozenset[int] = frozenset()) -> Machine:
         for name, answer in (ANSWERS | other).items():
             monkeypatch.setattr(pynvml, f"nvmlDeviceGet{name}", answer)
         monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
         monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
         monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.159.04")
         monkeypatch.setattr(pynvml, "nvmlSystemGetProcessName", lambda _: "/usr/bin/python3")
-        return nvml.read_machine()
+        return nvml.read_machine(pids)
 
     return read
 
@@ -79,7 +81,7 @@ def test_a_driver_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch, er
         nvml.read_machine()
 
 
-def test_a_gpu_that_is_lost_is_told(host: Callable[[Answers], Machine]) -> None:
+def test_a_gpu_that_is_lost_is_told(host: Callable[..., Machine]) -> None:
     def lost(_: Any) -> Any:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
 
@@ -87,26 +89,26 @@ def test_a_gpu_that_is_lost_is_told(host: Callable[[Answers], Machine]) -> None:
         host({"HandleByIndex": lost})
 
 
-def test_what_a_gpu_tells_is_taken(host: Callable[[Answers], Machine]) -> None:
+def test_what_a_gpu_tells_is_taken(host: Callable[..., Machine]) -> None:
     machine = host({})
     assert [gpu.bandwidth_gb_s for gpu in machine.gpus] == [936.1, 936.1]
     assert (machine.links[0].kind, machine.links[0].gb_s) == ("phb", 31.5)
 
 
-def test_a_gpu_that_does_not_tell_its_speeds_has_usual_ones(host: Callable[[Answers], Machine]) -> None:
-    quiet = ("NumGpuCores", "MaxClockInfo", "MemoryBusWidth", "ComputeRunningProcesses", "TopologyCommonAncestor")
-    quiet += ("MaxPcieLinkGeneration", "MaxPcieLinkWidth")
+def test_a_gpu_that_does_not_tell_its_speeds_has_usual_ones(host: Callable[..., Machine]) -> None:
+    quiet = ["NumGpuCores", "MaxClockInfo", "MemoryBusWidth", "ComputeRunningProcesses", "TopologyCommonAncestor"]
+    quiet += ["MaxPcieLinkGeneration", "MaxPcieLinkWidth"]
     machine = host(dict.fromkeys(quiet, not_supported))
     assert {(gpu.bandwidth_gb_s, gpu.bf16_tflops) for gpu in machine.gpus} == {(300.0, 50.0)}
     assert (machine.links[0].kind, machine.links[0].gb_s) == ("sys", 15.8)
 
 
-def test_a_gpu_that_does_not_tell_its_memory_is_refused_in_one_line(host: Callable[[Answers], Machine]) -> None:
+def test_a_gpu_that_does_not_tell_its_memory_is_refused_in_one_line(host: Callable[..., Machine]) -> None:
     with pytest.raises(Problem, match=r"GPU 0 \(NVIDIA GeForce RTX 3090\) does not tell its memory"):
         host({"MemoryInfo": not_supported})
 
 
-def test_a_slice_never_has_the_number_of_another_gpu(host: Callable[[Answers], Machine]) -> None:
+def test_a_slice_never_has_the_number_of_another_gpu(host: Callable[..., Machine]) -> None:
     """Slices of GPU 0 beside GPU 1, which is whole."""
     attributes = SimpleNamespace(memorySizeMB=12 * 1024, gpuInstanceSliceCount=3)
     machine = host(
@@ -120,3 +122,62 @@ def test_a_slice_never_has_the_number_of_another_gpu(host: Callable[[Answers], M
     )
     assert [(gpu.index, gpu.mig) for gpu in machine.gpus] == [(1000, True), (1001, True), (1, False)]
     assert {gpu.index for gpu in machine.only([1]).gpus} == {1}
+
+
+# ---- while this project's replicas run
+
+
+def proc(folder: Path, pid: int, parent: int, command: str, anonymous_kib: int) -> None:
+    """One process, as Linux shows it in /proc."""
+    (folder / str(pid)).mkdir()
+    (folder / str(pid) / "stat").write_text(f"{pid} (a (name) x) S {parent} {pid} 0")
+    (folder / str(pid) / "cmdline").write_text(command.replace(" ", "\0"))
+    (folder / str(pid) / "status").write_text(f"Name:\tx\nRssAnon:\t{anonymous_kib:>8} kB\nRssFile:\t900 kB\n")
+
+
+@pytest.fixture
+def docker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Docker with a replica and a gateway; the replica's engine is process 13."""
+    answers = {"ps": "aa vllm-0\nbb gateway\n", "inspect": "10\n"}
+
+    def ask(*args: str) -> subprocess.CompletedProcess[str]:
+        assert args[1] == "ps" or args[-1] == "aa", "only replicas are looked into"
+        return subprocess.CompletedProcess(args, 0, answers[args[1]], "")
+
+    monkeypatch.setattr(ours, "ask", ask)
+    monkeypatch.setattr("stack.compose.ask", ask)
+    monkeypatch.setattr(ours, "PROC", tmp_path)
+    proc(tmp_path, 1, 0, "/sbin/init", 5000)
+    proc(tmp_path, 10, 1, "/sbin/docker-init -- python3 /opt/fleet/launch.py", 100)
+    proc(tmp_path, 13, 12, "VLLM::EngineCore", 3 * 1024 * 1024)
+    proc(tmp_path, 12, 10, "python3 api_server", 1024 * 1024)
+    proc(tmp_path, 99, 1, "python3 train.py", 7000)
+
+
+@pytest.mark.usefixtures("docker")
+def test_what_the_running_replicas_hold_of_the_host_counts_as_free() -> None:
+    pids = ours.processes(ours.running_replicas())
+    assert pids == {10, 12, 13}
+    assert ours.host_memory(pids) == 4 * GIB + 100 * 1024
+
+
+@pytest.mark.usefixtures("docker")
+def test_a_process_of_another_host_is_not_taken_for_a_replica(tmp_path: Path) -> None:
+    """Docker in a virtual machine tells numbers that belong to other processes here."""
+    (tmp_path / "10" / "cmdline").write_text("postgres")
+    assert not ours.processes(["aa"])
+
+
+@pytest.mark.usefixtures("docker")
+def test_what_the_running_replicas_hold_of_a_gpu_counts_as_free(host: Callable[..., Machine]) -> None:
+    running = [SimpleNamespace(pid=13, usedGpuMemory=3 * GIB), SimpleNamespace(pid=99, usedGpuMemory=GIB)]
+    answers = {"ComputeRunningProcesses": lambda handle: running if handle == 0 else []}
+    first, second = host(answers, ours.processes(ours.running_replicas())).gpus
+    assert (first.free, first.programs) == (23 * GIB, ("python3 (pid 99)",))
+    assert (second.free, second.programs) == (20 * GIB, ())
+
+
+def test_replicas_that_do_not_tell_what_they_hold_can_be_stopped(host: Callable[..., Machine]) -> None:
+    answers = {"ComputeRunningProcesses": lambda _: [SimpleNamespace(pid=pid, usedGpuMemory=None) for pid in (12, 13)]}
+    gpu = host(answers, frozenset({12, 13})).gpus[0]
+    assert (gpu.free, gpu.programs) == (20 * GIB, ("this project's replicas (make down)",))
