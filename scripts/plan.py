@@ -129,8 +129,8 @@ def main(
 
 
 def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | None, wish: Wish) -> list[render.Part]:
-    """The plans of `model` and of further models beside it. A further model that names no GPUs gets the fewest that
-    hold it, from the end; `model` gets what is left, or `gpus`."""
+    """The plans of `model` and of further models beside it. A further model that names no GPUs gets the fewest and
+    smallest that hold it, from the end; `model` gets what is left, or `gpus`."""
     allowed = {gpu.index for gpu in (machine if gpus is None else machine.only(gpus)).gpus}
     taken: dict[int, str] = {}
     free = machine
@@ -169,11 +169,15 @@ def _less(machine: Machine, plan: Plan) -> Machine:
 
 
 def _fewest(machine: Machine, model: Model, wish: Wish) -> Plan:
-    indices = [gpu.index for gpu in machine.gpus]
-    for count in range(1, len(indices)):
-        part = machine.only(indices[-count:])
-        if plan := choose.best(part, model, wish):
-            return plan
+    """The plan over the fewest and smallest GPUs, with the model's own weights if all GPUs but one hold them."""
+    own = replace(wish, quantization=wish.quantization or "none")
+    parts = [machine.only(group) for group in choose.fewest_first(machine)]
+    for wanted in (own, wish):
+        for part in parts:
+            # asked to quantize, it may still leave weights in host memory
+            if (plan := choose.best(part, model, wanted)) and not (wanted is own and plan.host_memory):
+                # with what it would be with fewer bits, among the runners-up
+                return choose.choose(part, model, wish)
     return choose.choose(machine, model, wish)
 
 

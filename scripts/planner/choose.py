@@ -264,6 +264,15 @@ def _groups(machine: Machine, gpus: list[Gpu], size: int) -> list[tuple[tuple[Gp
     return groups
 
 
+def fewest_first(machine: Machine) -> Iterator[list[int]]:
+    """Groups of GPUs for one replica that leave some for another model: few before many, small before large, and those
+    before others that are less well linked or at the end."""
+    small = sorted(_classes(machine), key=lambda gpus: gpus[0].total)
+    for count, gpus in product(range(1, len(machine.gpus)), small):
+        if count == 1 or not gpus[0].mig:
+            yield from ([gpu.index for gpu in group] for group, _ in reversed(_groups(machine, gpus, count)))
+
+
 def _layouts(gpus: list[Gpu], model: Model, wish: Wish) -> Iterator[tuple[int, int]]:
     """(tp, pp) that the model and the number of GPUs allow."""
     most = 1 if gpus[0].mig else len(gpus)

@@ -15,6 +15,7 @@ import plan as command
 from planner import render
 from planner.choose import Wish
 from planner.machine import load_machine
+from planner.render import Part
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINES = ROOT / "tests" / "machines"
@@ -72,6 +73,29 @@ def test_a_further_model_takes_the_fewest_gpus_from_the_end() -> None:
     )
     assert found["models"][1]["replicas"][0]["gpus"] == ["3"]
     assert "3" not in [gpu for one in found["models"][0]["replicas"] for gpu in one["gpus"]]
+
+
+def also(machine: str, model: str, *further: str) -> list[Part]:
+    host = load_machine(MACHINES / f"{machine}.json")
+    return command.plan_all(host, str(MODELS / model), [str(MODELS / one) for one in further], None, Wish())
+
+
+def test_a_further_model_keeps_its_own_weights_where_the_gpus_hold_them() -> None:
+    first, second = also("eight-h100", "Llama-3.1-8B-Instruct", "Llama-3.3-70B-Instruct")
+    assert (second.plan.layout, second.plan.quantization, second.plan.host_memory) == ("1 × tp 2", None, 0)
+    assert {gpu.index for one in first.plan.replicas for gpu in one.gpus} == set(range(6))
+    # where they do not, it is quantized as before
+    _, second = also("four-3090", "bge-m3", "Llama-3.3-70B-Instruct")
+    assert second.plan.quantization == "bitsandbytes"
+
+
+def test_a_further_model_takes_the_smallest_gpu_that_holds_it() -> None:
+    _, second = also("home-lab", "Llama-3.1-8B-Instruct", "bge-m3")
+    assert [gpu.name for gpu in second.plan.replicas[0].gpus] == ["NVIDIA GeForce RTX 3060"]
+    _, second = also("home-lab", "DeepSeek-R1-Distill-Qwen-1.5B", "Llama-3.1-8B-Instruct")
+    assert [gpu.index for gpu in second.plan.replicas[0].gpus] == [3], "the 3060 does not hold its 16 bits"
+    _, second = also("mig", "DeepSeek-R1-Distill-Qwen-1.5B", "bge-m3")
+    assert [gpu.index for gpu in second.plan.replicas[0].gpus] == [2]
 
 
 @pytest.mark.parametrize(
