@@ -19,6 +19,10 @@ SHORTEST = 4096  # tokens; a fleet that takes no longer requests is only planned
 # twice the tokens/s; twice the tokens a step, which prefill faster than is counted here, for a fortieth.
 CONTEXT, RATE, STEP = log2(1.1), log2(1.1), log2(1.025)
 NATIVE_FP8 = (8, 9)
+OLDEST = (7, 5)  # compute capability that vLLM's CUDA build has kernels for
+BFLOAT16 = (8, 0)
+# vLLM refuses them in float16, all that older GPUs have (`_FLOAT16_NOT_SUPPORTED_MODELS` in vllm/config/model.py).
+NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 # One vLLM on a CPU: its own memory without weights and KV cache, measured with 0.32; and for each further tp worker.
 CPU_PROCESS, CPU_WORKER = round(2.6 * GIB), round(1.6 * GIB)
 CPU_SHARE = 0.9  # of the free memory
@@ -136,13 +140,38 @@ def choose(machine: Machine, model: Model, wish: Wish) -> Plan:
             f"--quantization {wish.quantization}: vLLM applies only {known} while it loads",
             "take one of these, or a checkpoint that is quantized already",
         )
-    _check_split(machine, model, wish)
     if not machine.gpus:
+        _check_split(machine, model, wish)
         return _choose_cpu(machine, model, wish)
+    usable = _usable(machine, model)
+    if not usable.gpus:
+        newest = max(machine.gpus, key=lambda gpu: gpu.compute_capability)
+        raise Problem(
+            f"{model.name} cannot run on GPU {newest.index} ({newest.name}): {_too_old(newest, model)}",
+            "take a newer one",
+        )
+    _check_split(usable, model, wish)
     plan = best(machine, model, wish)
     if plan is None:
-        raise _what_is_missing(machine, model, wish)
+        raise _what_is_missing(usable, model, wish)
     return plan
+
+
+def _too_old(gpu: Gpu, model: Model) -> str | None:
+    """Why the GPU can do nothing for the model, however much memory it has."""
+    needed, why = OLDEST, "vLLM"
+    if model.quantization == "mxfp4":
+        needed, why = BFLOAT16, "a checkpoint in mxfp4"
+    elif model.kind in NO_FLOAT16:
+        needed, why = BFLOAT16, f"{model.kind}, which does not work in float16,"
+    if gpu.compute_capability >= needed:
+        return None
+    has, needs = (".".join(map(str, one)) for one in (gpu.compute_capability, needed))
+    return f"{why} needs compute capability {needs}, it has {has}"
+
+
+def _usable(machine: Machine, model: Model) -> Machine:
+    return machine.model_copy(update={"gpus": tuple(gpu for gpu in machine.gpus if not _too_old(gpu, model))})
 
 
 def _check_split(machine: Machine, model: Model, wish: Wish) -> None:
@@ -171,14 +200,13 @@ def _check_split(machine: Machine, model: Model, wish: Wish) -> None:
 def best(machine: Machine, model: Model, wish: Wish) -> Plan | None:
     """The best fleet on GPUs; None where nothing fits. The model's own weights are quantized only where they fit no
     other way, and stay in host memory only where nothing else fits."""
-    ways = [*([variant] for variant in _variants(machine, model, wish)), list(_offloading(machine, model, wish))]
+    usable = _usable(machine, model)
+    ways = [*([variant] for variant in _variants(usable, model, wish)), list(_offloading(usable, model, wish))]
     while ways:
-        if ranked := _ranked(machine, ways.pop(0), wish):
+        if ranked := _ranked(usable, ways.pop(0), wish):
             first, *others = ranked
             # fewer bits do not make the answers better, but a person may prefer what they give room for
-            smaller = [
-                plan for way in ways[:-1] for plan in _ranked(machine, way, wish)[:1] if plan.worth > first.worth
-            ]
+            smaller = [plan for way in ways[:-1] for plan in _ranked(usable, way, wish)[:1] if plan.worth > first.worth]
             kept = [_finished(machine, plan) for plan in (first, *_distinct(first, others)[:4], *smaller)]
             return replace(kept[0], runners_up=tuple(kept[1:]))
     return None
@@ -340,6 +368,8 @@ def route_weights(rates: list[float]) -> list[int]:
 
 def _why_idle(gpu: Gpu, plan: Plan) -> str:
     first, wish, model = plan.replicas[0], plan.wish, plan.model
+    if reason := _too_old(gpu, model):
+        return reason
     needed = wish.context or min(model.max_length, SHORTEST)
     if not _holds(model, gpu, first.tp, first.pp, needed, first.settings):
         programs = f", {', '.join(gpu.programs)} runs there" if gpu.programs else ""

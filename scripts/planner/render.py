@@ -16,14 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from planner import memory
-from planner.choose import Plan, Replica
+from planner.choose import BFLOAT16, Plan, Replica
 from planner.machine import GIB, Machine
 from planner.memory import Account
 from planner.speed import ANSWER, CONCURRENT, PROMPT
 from stack.replica_gpus import dump_compose, gpu_service
 
 MIB = 1 << 20
-BFLOAT16 = (8, 0)  # compute capability that it needs
 LINK_NAMES = {
     "nvlink": "NVLink",
     "pix": "one PCIe switch",

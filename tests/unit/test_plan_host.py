@@ -9,10 +9,13 @@ from typing import Any
 import pynvml
 import pytest
 
-from planner import nvml, ours
-from planner.machine import GIB, Machine
+from planner import choose, nvml, ours
+from planner.choose import Wish
+from planner.machine import GIB, Machine, load_machine
+from planner.model import Model, load_model
 from stack.console import Problem
 
+TESTS = Path(__file__).resolve().parents[1]
 Answers = dict[str, Any]
 
 
@@ -181,3 +184,46 @@ def test_replicas_that_do_not_tell_what_they_hold_can_be_stopped(host: Callable[
     answers = {"ComputeRunningProcesses": lambda _: [SimpleNamespace(pid=pid, usedGpuMemory=None) for pid in (12, 13)]}
     gpu = host(answers, frozenset({12, 13})).gpus[0]
     assert (gpu.free, gpu.programs) == (20 * GIB, ("this project's replicas (make down)",))
+
+
+# ---- GPUs that are too old
+
+
+def lab(*capabilities: tuple[int, int]) -> Machine:
+    """The GPU of 24 GB with other compute capabilities, one for each."""
+    machine = load_machine(TESTS / "machines" / "one-24gb.json")
+    gpus = (
+        machine.gpus[0].model_copy(update={"index": index, "name": f"sm {one}", "compute_capability": one})
+        for index, one in enumerate(capabilities)
+    )
+    return machine.model_copy(update={"gpus": tuple(gpus)})
+
+
+def model(name: str) -> Model:
+    return load_model(str(TESTS / "models" / name), TESTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "reason"),
+    [
+        ("Llama-3.1-8B-Instruct", (6, 1), "vLLM needs compute capability 7.5, it has 6.1"),
+        ("Llama-3.1-8B-Instruct", (7, 0), "vLLM needs compute capability 7.5, it has 7.0"),
+        ("gpt-oss-20b", (7, 5), "a checkpoint in mxfp4 needs compute capability 8.0, it has 7.5"),
+        ("gemma-3-27b-it", (7, 5), "gemma3, which does not work in float16, needs compute capability 8.0, it has 7.5"),
+    ],
+)
+def test_a_gpu_that_is_too_old_stays_idle(name: str, old: tuple[int, int], reason: str) -> None:
+    plan = choose.choose(lab(old, (8, 6)), model(name), Wish())
+    assert [(gpu.index, why) for gpu, why in plan.idle] == [(0, reason)]
+    assert plan.quantization == choose.choose(lab((8, 6)), model(name), Wish()).quantization
+    with pytest.raises(Problem, match=rf"cannot run on GPU 0 .*{reason}: take a newer one"):
+        choose.choose(lab(old, old), model(name), Wish())
+
+
+def test_a_gpu_of_7_5_runs_the_others() -> None:
+    assert len(choose.choose(lab((7, 5), (8, 6)), model("Qwen2.5-7B-Instruct-AWQ"), Wish()).replicas) == 2
+
+
+def test_a_gpu_that_is_too_old_does_not_keep_others_from_8_bits() -> None:
+    large = model("Qwen2.5-32B-Instruct")
+    assert choose.choose(lab((6, 1), (8, 9), (8, 9)), large, Wish(context=16384)).quantization == "fp8"
