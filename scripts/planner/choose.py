@@ -140,6 +140,11 @@ def choose(machine: Machine, model: Model, wish: Wish) -> Plan:
             f"--quantization {wish.quantization}: vLLM applies only {known} while it loads",
             "take one of these, or a checkpoint that is quantized already",
         )
+    if wish.quantization in ONLINE_BITS and model.quantization not in (None, wish.quantization):
+        raise Problem(
+            f"--quantization {wish.quantization}: {model.name} is quantized already, by {model.quantization}",
+            "leave it out, or take a checkpoint in 16 bits",
+        )
     if not machine.gpus:
         _check_split(machine, model, wish)
         return _choose_cpu(machine, model, wish)

@@ -227,3 +227,11 @@ def test_a_gpu_of_7_5_runs_the_others() -> None:
 def test_a_gpu_that_is_too_old_does_not_keep_others_from_8_bits() -> None:
     large = model("Qwen2.5-32B-Instruct")
     assert choose.choose(lab((6, 1), (8, 9), (8, 9)), large, Wish(context=16384)).quantization == "fp8"
+
+
+@pytest.mark.parametrize("machine", ["two-h200", "laptop"])
+@pytest.mark.parametrize(("name", "method"), [("Qwen2.5-7B-Instruct-AWQ", "awq"), ("gpt-oss-20b", "mxfp4")])
+def test_what_is_quantized_already_is_not_quantized_again(machine: str, name: str, method: str) -> None:
+    host = load_machine(TESTS / "machines" / f"{machine}.json")
+    with pytest.raises(Problem, match=f"--quantization fp8: .*{name} is quantized already, by {method}"):
+        choose.choose(host, model(name), Wish(quantization="fp8"))
