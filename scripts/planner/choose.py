@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import combinations, product
 from math import ceil, gcd, log2
 from typing import Literal
@@ -46,12 +47,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Replica:
-    """One vLLM on its GPUs; on none of them it runs on the CPU."""
+    """One vLLM on its GPUs, in the order of its ranks; on none of them it runs on the CPU."""
 
     gpus: tuple[Gpu, ...]
     tp: int
     pp: int
-    link: Link | None  # the slowest path inside it
+    link: Link | None  # the slowest path inside a stage, or between stages of one GPU
     settings: Settings
     longest: int  # request that it holds, in tokens
     account: Account
@@ -268,32 +269,52 @@ def _classes(machine: Machine) -> list[list[Gpu]]:
     return list(found.values())
 
 
-def _groups(machine: Machine, gpus: list[Gpu], size: int) -> list[tuple[tuple[Gpu, ...], Link | None]]:
-    """The GPUs in groups of `size`, best linked first; among equals those with more free memory."""
+def _groups(machine: Machine, gpus: list[Gpu], tp: int, pp: int) -> list[tuple[tuple[Gpu, ...], Link | None]]:
+    """The GPUs in groups for a replica each, best linked first; among equals those with more free memory. A group is in
+    the order of vLLM's ranks, one stage after the other, with the slowest path inside a stage: tensor parallelism works
+    over it. Where a stage is one GPU, it is the slowest path between stages."""
+    size = tp * pp
     if size == 1:
         return [((gpu,), None) for gpu in gpus]
-    links = {frozenset((a.index, b.index)): machine.link(a.index, b.index) for a, b in combinations(gpus, 2)}
+    links = {(a, b): machine.link(a, b) for a, b in combinations(sorted(gpu.index for gpu in gpus), 2)}
 
-    def slowest(group: tuple[Gpu, ...]) -> Link:
-        inside = (links[frozenset((a.index, b.index))] for a, b in combinations(group, 2))
-        return max(inside, key=lambda link: (LINK_ORDER.index(link.kind), -link.gb_s))
+    def rank(link: Link) -> tuple[int, float]:
+        return (LINK_ORDER.index(link.kind), -link.gb_s)
 
+    def slowest(group: tuple[int, ...]) -> Link:
+        return max((links[pair] for pair in combinations(group, 2)), key=rank)
+
+    def inside(order: tuple[int, ...]) -> Link:
+        width = tp if tp > 1 else size
+        return max((slowest(order[at : at + width]) for at in range(0, len(order), width)), key=rank)
+
+    @cache
+    def ordered(group: tuple[int, ...]) -> tuple[int, ...]:
+        """The group with the best linked GPUs in one stage, in the order of the numbers where that is as good."""
+        if tp == 1 or len(group) <= tp:
+            return group
+        orders = []
+        for others in combinations(group[1:], tp - 1):
+            stage = (group[0], *others)
+            orders.append((*stage, *ordered(tuple(index for index in group if index not in stage))))
+        return min(orders, key=lambda order: rank(inside(order)))
+
+    by_index = {gpu.index: gpu for gpu in gpus}
     groups: list[tuple[tuple[Gpu, ...], Link | None]] = []
-    left = sorted(gpus, key=lambda gpu: (-gpu.free, gpu.index))
-    if len({(link.kind, link.gb_s) for link in links.values()}) == 1:
+    left = sorted(by_index, key=lambda index: (-by_index[index].free, index))
+    if len({rank(link) for link in links.values()}) == 1:
         # any grouping is as good
-        chunks = (tuple(left[at : at + size]) for at in range(0, len(left) - size + 1, size))
-        return [(tuple(sorted(chunk, key=lambda gpu: gpu.index)), slowest(chunk)) for chunk in chunks]
+        chunks = (tuple(sorted(left[at : at + size])) for at in range(0, len(left) - size + 1, size))
+        return [(tuple(by_index[index] for index in chunk), slowest(chunk)) for chunk in chunks]
+
+    def worse(group: tuple[int, ...]) -> tuple[object, ...]:
+        least = min(by_index[index].free for index in group)
+        return (rank(inside(ordered(group))), rank(slowest(group)), -least, group)
+
     while len(left) >= size:
-        closest: tuple[tuple[float, ...], tuple[Gpu, ...], Link] | None = None
-        for group in combinations(left, size):
-            link = slowest(group)
-            key = (LINK_ORDER.index(link.kind), -link.gb_s, -min(gpu.free for gpu in group), *[g.index for g in group])
-            if closest is None or key < closest[0]:
-                closest = (key, group, link)
-        assert closest
-        groups.append((closest[1], closest[2]))
-        left = [gpu for gpu in left if gpu not in closest[1]]
+        order = ordered(min(combinations(sorted(left), size), key=worse))
+        groups.append((tuple(by_index[index] for index in order), inside(order)))
+        left = [index for index in left if index not in order]
     return groups
 
 
@@ -303,7 +324,7 @@ def fewest_first(machine: Machine) -> Iterator[list[int]]:
     small = sorted(_classes(machine), key=lambda gpus: gpus[0].total)
     for count, gpus in product(range(1, len(machine.gpus)), small):
         if count == 1 or not gpus[0].mig:
-            yield from ([gpu.index for gpu in group] for group, _ in reversed(_groups(machine, gpus, count)))
+            yield from ([gpu.index for gpu in group] for group, _ in reversed(_groups(machine, gpus, count, 1)))
 
 
 def _layouts(gpus: list[Gpu], model: Model, wish: Wish) -> Iterator[tuple[int, int]]:
@@ -325,7 +346,7 @@ def _options(machine: Machine, gpus: list[Gpu], variant: _Variant, wish: Wish) -
         able = [gpu for gpu in gpus if _holds(model, gpu, tp, pp, needed, settings)]
         for least in sorted({gpu.free // GIB for gpu in able}):
             replicas = []
-            for group, link in _groups(machine, [gpu for gpu in able if gpu.free // GIB >= least], tp * pp):
+            for group, link in _groups(machine, [gpu for gpu in able if gpu.free // GIB >= least], tp, pp):
                 tightest = min(group, key=lambda gpu: gpu.free)
                 length = wish.context or memory.longest(model, tightest, tp, pp, settings)
                 account = memory.account(model, tightest, tp, pp, length, settings)

@@ -1,7 +1,9 @@
 """This host as the planner reads it: through an NVML that answers as some driver or GPU does."""
 
+import re
 import subprocess
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +11,9 @@ from typing import Any
 import pynvml
 import pytest
 
-from planner import choose, nvml, ours
+from planner import choose, nvml, ours, render
 from planner.choose import Wish
-from planner.machine import GIB, Machine, load_machine
+from planner.machine import GIB, Link, Machine, load_machine
 from planner.model import Model, load_model
 from stack.console import Problem
 
@@ -235,3 +237,42 @@ def test_what_is_quantized_already_is_not_quantized_again(machine: str, name: st
     host = load_machine(TESTS / "machines" / f"{machine}.json")
     with pytest.raises(Problem, match=f"--quantization fp8: .*{name} is quantized already, by {method}"):
         choose.choose(host, model(name), Wish(quantization="fp8"))
+
+
+# ---- which GPUs work together
+
+
+def linked(count: int, nvlinks: dict[tuple[int, int], float]) -> Machine:
+    """So many GPUs of 24 GB on one PCIe host bridge, some of them with NVLink between them (GB/s)."""
+    machine = load_machine(TESTS / "machines" / "one-24gb.json")
+    gpus = (machine.gpus[0].model_copy(update={"index": index, "id": str(index)}) for index in range(count))
+    pairs = combinations(range(count), 2)
+    links = (
+        Link(a=a, b=b, kind="nvlink" if (a, b) in nvlinks else "phb", gb_s=nvlinks.get((a, b), 15.8)) for a, b in pairs
+    )
+    return machine.model_copy(update={"gpus": tuple(gpus), "links": tuple(links)})
+
+
+@pytest.mark.parametrize(
+    ("count", "nvlinks", "orders", "visible"),
+    [
+        (4, {(0, 1): 50.0, (2, 3): 50.0}, [[0, 1, 2, 3]], [None]),
+        (4, {(0, 2): 50.0, (1, 3): 50.0}, [[0, 2, 1, 3]], ["0,2,1,3"]),
+        # the fastest pair of all would leave a slow one
+        (4, {(0, 1): 99.0, (0, 2): 50.0, (1, 3): 50.0}, [[0, 2, 1, 3]], ["0,2,1,3"]),
+        # in its container the second replica's GPUs are 0 to 3 too
+        (8, {(n, n + 4): 50.0 for n in range(4)}, [[0, 4, 1, 5], [2, 6, 3, 7]], ["0,2,1,3", "0,2,1,3"]),
+    ],
+)
+def test_tensor_parallelism_works_over_the_best_links(
+    count: int, nvlinks: dict[tuple[int, int], float], orders: list[list[int]], visible: list[str | None]
+) -> None:
+    plan = choose.choose(linked(count, nvlinks), model("Llama-3.1-8B-Instruct"), Wish(tp=2, pp=2))
+    assert [[gpu.index for gpu in one.gpus] for one in plan.replicas] == orders
+    assert {one.link.kind for one in plan.replicas if one.link} == {"nvlink"}
+    slow = choose.choose(linked(count, {}), model("Llama-3.1-8B-Instruct"), Wish(tp=2, pp=2))
+    assert plan.latency < slow.latency
+    text = render.override_file([render.Part(plan, "x", {})], TESTS.parent / "docker-compose.yml")
+    found = re.findall(r"  (vllm-\d+):|CUDA_DEVICE_ORDER: (PCI_BUS_ID)|CUDA_VISIBLE_DEVICES: '?([\d,]+)'?", text)
+    assert [three for _, _, three in found if three] == [one for one in visible if one]
+    assert sum(bool(two) for _, two, _ in found) == sum(bool(one) for one in visible)
