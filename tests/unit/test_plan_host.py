@@ -10,10 +10,13 @@ from typing import Any
 
 import pynvml
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import plan as command
 from planner import choose, nvml, ours, render
 from planner.choose import Wish
-from planner.machine import GIB, Link, Machine, load_machine
+from planner.machine import GIB, Gpu, Link, Machine, load_machine
 from planner.model import Model, load_model
 from stack.console import Problem
 
@@ -276,3 +279,47 @@ def test_tensor_parallelism_works_over_the_best_links(
     found = re.findall(r"  (vllm-\d+):|CUDA_DEVICE_ORDER: (PCI_BUS_ID)|CUDA_VISIBLE_DEVICES: '?([\d,]+)'?", text)
     assert [three for _, _, three in found if three] == [one for one in visible if one]
     assert sum(bool(two) for _, two, _ in found) == sum(bool(one) for one in visible)
+
+
+GPUS = {gpu.name: gpu for name in ("mig", "home-lab") for gpu in load_machine(TESTS / "machines" / f"{name}.json").gpus}
+
+
+@st.composite
+def cut_machines(draw: st.DrawFn) -> Machine:
+    """Whole GPUs beside such that are cut into MIG slices."""
+    gpus: list[Gpu] = []
+    for number in range(draw(st.integers(1, 4))):
+        kind = GPUS[draw(st.sampled_from(sorted(GPUS)))]
+        for position in range(draw(st.integers(1, 3)) if kind.mig else 1):
+            index = (number + 1) * 1000 + position if kind.mig else number
+            free = kind.total - draw(st.integers(0, kind.total // GIB - 1)) * GIB
+            gpus.append(kind.model_copy(update={"index": index, "id": f"{kind.mig}-{index}", "free": free}))
+    return Machine(name="any", cpu_cores=16, memory=128 * GIB, memory_free=100 * GIB, gpus=tuple(gpus))
+
+
+NAMES = ["bge-m3", "DeepSeek-R1-Distill-Qwen-1.5B", "Llama-3.1-8B-Instruct"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    machine=cut_machines(),
+    name=st.sampled_from(NAMES),
+    also=st.lists(st.sampled_from(NAMES), max_size=2),
+    goal=st.sampled_from(["throughput", "latency"]),
+)
+def test_a_mig_slice_works_alone_beside_whole_gpus(
+    machine: Machine, name: str, also: list[str], goal: choose.Goal
+) -> None:
+    paths = [str(TESTS / "models" / one) for one in (name, *also)]
+    try:
+        parts = command.plan_all(machine, paths[0], paths[1:], None, Wish(goal=goal))
+    except Problem:
+        return
+    replicas = [one for part in parts for one in part.plan.replicas]
+    used = [gpu.index for one in replicas for gpu in one.gpus]
+    assert len(used) == len(set(used)), "a GPU is in two replicas"
+    for one in replicas:
+        assert len({gpu.name for gpu in one.gpus}) == 1
+        assert len(one.gpus) == one.tp * one.pp
+        assert len(one.gpus) == 1 or not any(gpu.mig for gpu in one.gpus)
+        assert all(one.account.used <= gpu.free for gpu in one.gpus)
