@@ -20,7 +20,7 @@ from planner.machine import Machine, load_machine
 from planner.model import Model, load_model
 from planner.nvml import read_machine
 from stack.console import Problem, one_line_for_mistakes
-from stack.settings import known_names, parse_env
+from stack.settings import ENV_FILE, read
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "presets"
@@ -125,7 +125,9 @@ def main(
                 # a new replica would come to a GPU that an old one still holds
                 print("make down, then make up starts it" if replicas_up else "make up starts it", file=sys.stderr)
         except OSError as error:
-            raise Problem(f"{error.filename}: {error.strerror}", "look at what is there, and who may write") from error
+            raise Problem(
+                f"{error.filename}: {error.strerror}", "check that the path exists and that you may write there"
+            ) from error
 
 
 def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | None, wish: Wish) -> list[render.Part]:
@@ -254,7 +256,7 @@ def _write(parts: list[render.Part], yes: bool) -> None:
                 f"{part.model} lies outside models/, where replicas do not see it",
                 "copy it there with scripts/download_model.py",
             )
-    said = _said_in_env()
+    said = {name: value for name, value in read(ENV_FILE).items() if value}
     if len(parts) > 1 and said.get("SERVED_MODEL_NAME"):
         raise Problem(
             "SERVED_MODEL_NAME in .env would give several models one name", "remove it there: each has its own"
@@ -274,8 +276,12 @@ def _write(parts: list[render.Part], yes: bool) -> None:
             if not typer.confirm(question, err=True):
                 raise Problem("nothing was written", "move the file away, or answer y")
     for path, body in files.items():
-        path.parent.mkdir(exist_ok=True)
+        if path.parent != ROOT:
+            path.parent.mkdir(exist_ok=True)
+            path.parent.chmod(0o755)
         path.write_text(render.signed(body, what))
+        # the gateway reads them as a user of its own, whatever the umask here
+        path.chmod(0o644)
         print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
     decided = [render.environment(part, replica) for part in parts for replica in part.plan.replicas]
     lost = []
@@ -284,15 +290,6 @@ def _write(parts: list[render.Part], yes: bool) -> None:
         lost += [name] if all(differs) or (any(differs) and name not in OF_ONE_MODEL) else []
     if lost:
         print(f"the plan decides what .env says of {', '.join(lost)}", file=sys.stderr)
-
-
-def _said_in_env() -> dict[str, str]:
-    """The settings that .env gives a value."""
-    path = ROOT / ".env"
-    if not path.exists():
-        return {}
-    values = parse_env(path.read_text(), known_names((ROOT / ".env.example").read_text()))
-    return {name: value for name, value in values.items() if value}
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def test_a_further_model_takes_the_smallest_gpu_that_holds_it() -> None:
             "GPU 0 has",
         ),
         ([MODELS / "Llama-3.1-8B-Instruct", "--record", "/nowhere/at/all.json"], "/nowhere/at/all.json: No such file"),
+        ([MODELS / "Llama-3.1-8B-Instruct", "--record", "/nowhere/at/all.json"], "check that the path exists and that"),
         ([MODELS / "mamba-2.8b"], "recurrent state"),
         ([MODELS / "DeepSeek-V3"], "does not fit"),
     ],
@@ -201,6 +202,19 @@ def test_it_writes_the_fleet_and_asks_before_it_writes_over_a_changed_file(check
     assert override.read_text() == before
     assert not plan(*smol, "--yes", root=checkout).returncode
     assert override.read_text() != before
+
+
+def test_the_gateway_may_read_the_fleet_whatever_the_umask(checkout: Path) -> None:
+    """It runs as a user of its own."""
+    smol = ("SmolLM2-135M-Instruct", "--context", "1024", "--replicas", "1")
+    old = os.umask(0o077)
+    try:
+        run = plan(*smol, root=checkout)
+    finally:
+        os.umask(old)
+    assert not run.returncode, run.stderr
+    modes = [path.stat().st_mode & 0o777 for path in (checkout / "fleet", checkout / "fleet" / "default.conf")]
+    assert modes == [0o755, 0o644]
 
 
 def test_a_model_outside_models_is_not_written(checkout: Path) -> None:
