@@ -277,43 +277,41 @@ def _groups(machine: Machine, gpus: list[Gpu], tp: int, pp: int) -> list[tuple[t
     if size == 1:
         return [((gpu,), None) for gpu in gpus]
     links = {(a, b): machine.link(a, b) for a, b in combinations(sorted(gpu.index for gpu in gpus), 2)}
+    kinds = {(LINK_ORDER.index(link.kind), -link.gb_s): link for link in links.values()}
+    paths = [kinds[kind] for kind in sorted(kinds)]  # the best first; a place in it is a path's grade
+    grades = {pair: sorted(kinds).index((LINK_ORDER.index(link.kind), -link.gb_s)) for pair, link in links.items()}
 
-    def rank(link: Link) -> tuple[int, float]:
-        return (LINK_ORDER.index(link.kind), -link.gb_s)
-
-    def slowest(group: tuple[int, ...]) -> Link:
-        return max((links[pair] for pair in combinations(group, 2)), key=rank)
-
-    def inside(order: tuple[int, ...]) -> Link:
-        width = tp if tp > 1 else size
-        return max((slowest(order[at : at + width]) for at in range(0, len(order), width)), key=rank)
+    def slowest(group: tuple[int, ...]) -> int:
+        return max(grades[pair] for pair in combinations(group, 2))
 
     @cache
-    def ordered(group: tuple[int, ...]) -> tuple[int, ...]:
-        """The group with the best linked GPUs in one stage, in the order of the numbers where that is as good."""
+    def ordered(group: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        """The grade of the slowest path inside a stage, and the order that makes it the best; of equal ones that of the
+        numbers."""
         if tp == 1 or len(group) <= tp:
-            return group
-        orders = []
+            return slowest(group), group
+        found = []
         for others in combinations(group[1:], tp - 1):
             stage = (group[0], *others)
-            orders.append((*stage, *ordered(tuple(index for index in group if index not in stage))))
-        return min(orders, key=lambda order: rank(inside(order)))
+            grade, rest = ordered(tuple(index for index in group if index not in stage))
+            found.append((max(slowest(stage), grade), (*stage, *rest)))
+        return min(found)
 
     by_index = {gpu.index: gpu for gpu in gpus}
-    groups: list[tuple[tuple[Gpu, ...], Link | None]] = []
     left = sorted(by_index, key=lambda index: (-by_index[index].free, index))
-    if len({rank(link) for link in links.values()}) == 1:
+    if len(paths) == 1:
         # any grouping is as good
-        chunks = (tuple(sorted(left[at : at + size])) for at in range(0, len(left) - size + 1, size))
-        return [(tuple(by_index[index] for index in chunk), slowest(chunk)) for chunk in chunks]
+        chunks = (sorted(left[at : at + size]) for at in range(0, len(left) - size + 1, size))
+        return [(tuple(by_index[index] for index in chunk), paths[0]) for chunk in chunks]
 
-    def worse(group: tuple[int, ...]) -> tuple[object, ...]:
-        least = min(by_index[index].free for index in group)
-        return (rank(inside(ordered(group))), rank(slowest(group)), -least, group)
+    def key(group: tuple[int, ...]) -> tuple[int, int, int, tuple[int, ...]]:
+        grade, _ = ordered(group)
+        return grade, grade if pp == 1 else slowest(group), -min(by_index[index].free for index in group), group
 
+    groups: list[tuple[tuple[Gpu, ...], Link | None]] = []
     while len(left) >= size:
-        order = ordered(min(combinations(sorted(left), size), key=worse))
-        groups.append((tuple(by_index[index] for index in order), inside(order)))
+        grade, order = ordered(min(combinations(sorted(left), size), key=key))
+        groups.append((tuple(by_index[index] for index in order), paths[grade]))
         left = [index for index in left if index not in order]
     return groups
 
