@@ -144,6 +144,8 @@ def _memory(handle: Any, name: str) -> tuple[int, int]:
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     except pynvml.NVMLError as error:
+        if error.value != pynvml.NVML_ERROR_NOT_SUPPORTED:
+            raise
         raise Problem(
             f"{name} does not tell its memory: {error}",
             "pin GPUs that share the host's memory in docker-compose.gpu.yml, the planner cannot size them",

@@ -90,11 +90,12 @@ def test_a_driver_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch, er
 
 
 def test_a_gpu_that_is_lost_is_told(host: Callable[..., Machine]) -> None:
-    def lost(_: Any) -> Any:
+    def lost(*_: Any) -> Any:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
 
-    with pytest.raises(Problem, match="GPU is lost"):
-        host({"HandleByIndex": lost})
+    for query in ("HandleByIndex", "MemoryInfo"):
+        with pytest.raises(Problem, match=r"driver cannot be asked.*GPU is lost"):
+            host({query: lost})
 
 
 def test_what_a_gpu_tells_is_taken(host: Callable[..., Machine]) -> None:
