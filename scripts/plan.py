@@ -137,6 +137,7 @@ def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | No
     taken: dict[int, str] = {}
     free = machine
     others = []
+    wide = []  # those that were given several GPUs
     # those that name their GPUs first, so that the others are not put there
     for text in sorted(also, key=lambda one: "@" not in one):
         name, at, where = text.partition("@")
@@ -146,6 +147,7 @@ def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | No
         left = free.only(pinned, "--also") if at else free.only(sorted(allowed - set(taken)))
         found, extra, wanted = _model_and_wish(name, Wish(goal=wish.goal, replicas=1), left)
         plan = choose.choose(left, found, wanted) if at else _fewest(left, found, wanted)
+        wide += [text] if not at and len(plan.replicas[0].gpus) > 1 else []
         taken |= {gpu.index: found.name for replica in plan.replicas for gpu in replica.gpus}
         if machine.gpus and not allowed - set(taken):
             raise Problem(f"--also {text}: leaves no GPU for {model}", "pin it to fewer: --also MODEL@GPU")
@@ -154,7 +156,16 @@ def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | No
         others.append(render.Part(replace(plan, idle=()), _name_in_container(found.name), unset | extra))
     left = free.only(sorted(allowed - set(taken)))
     found, extra, wanted = _model_and_wish(model, wish, left)
-    return [render.Part(choose.choose(left, found, wanted), _name_in_container(found.name), extra), *others]
+    try:
+        plan = choose.choose(left, found, wanted)
+    except choose.DoesNotFitError as error:
+        if wide:
+            raise choose.DoesNotFitError(
+                f"{error.what}, beside {' and '.join(wide)}",
+                f"{error.fix}; or give {wide[0]} fewer GPUs: --also {wide[0]}@GPU",
+            ) from error
+        raise
+    return [render.Part(plan, _name_in_container(found.name), extra), *others]
 
 
 def _less(machine: Machine, plan: Plan) -> Machine:

@@ -16,6 +16,7 @@ from planner import render
 from planner.choose import Wish
 from planner.machine import load_machine
 from planner.render import Part
+from stack.console import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINES = ROOT / "tests" / "machines"
@@ -87,6 +88,11 @@ def test_a_further_model_keeps_its_own_weights_where_the_gpus_hold_them() -> Non
     # where they do not, it is quantized as before
     _, second = also("four-3090", "bge-m3", "Llama-3.3-70B-Instruct")
     assert second.plan.quantization == "bitsandbytes"
+
+
+def test_a_further_model_that_leaves_too_little_can_be_given_less() -> None:
+    with pytest.raises(Problem, match=r"beside .*Qwen3-30B-A3B: .*; or give .* fewer GPUs: --also .*@GPU"):
+        also("four-3090", "Llama-3.3-70B-Instruct", "Qwen3-30B-A3B")
 
 
 def test_a_further_model_takes_the_smallest_gpu_that_holds_it() -> None:
