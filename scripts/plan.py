@@ -14,13 +14,13 @@ import typer
 import yaml
 from rich.console import Console
 
-from planner import choose, render
+from planner import choose, ours, render
 from planner.choose import Plan, Wish
 from planner.machine import Machine, load_machine
 from planner.model import Model, load_model
 from planner.nvml import read_machine
 from stack.console import Problem, one_line_for_mistakes
-from stack.settings import known_names, parse_env
+from stack.settings import ENV_FILE, read
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "presets"
@@ -104,7 +104,14 @@ def main(
     )
     with one_line_for_mistakes():
         try:
-            host = load_machine(machine) if machine else read_machine()
+            replicas_up = [] if machine else ours.running_replicas()
+            pids = ours.processes(replicas_up)
+            if replicas_up and not pids:
+                print(
+                    "what the running replicas hold cannot be told and is left to them: make down first",
+                    file=sys.stderr,
+                )
+            host = load_machine(machine) if machine else read_machine(pids)
             if record:
                 record.write_text(host.model_dump_json(indent=2) + "\n")
             parts = plan_all(host, model, also or [], None if gpus is None else _numbers("--gpus", gpus), wish)
@@ -115,17 +122,22 @@ def main(
                     render.print_part(Console(width=None if sys.stdout.isatty() else 120), host, part)
             if not (dry_run or machine):
                 _write(parts, yes)
+                # a new replica would come to a GPU that an old one still holds
+                print("make down, then make up starts it" if replicas_up else "make up starts it", file=sys.stderr)
         except OSError as error:
-            raise Problem(f"{error.filename}: {error.strerror}", "look at what is there, and who may write") from error
+            raise Problem(
+                f"{error.filename}: {error.strerror}", "check that the path exists and that you may write there"
+            ) from error
 
 
 def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | None, wish: Wish) -> list[render.Part]:
-    """The plans of `model` and of further models beside it. A further model that names no GPUs gets the fewest that
-    hold it, from the end; `model` gets what is left, or `gpus`."""
+    """The plans of `model` and of further models beside it. A further model that names no GPUs gets the fewest and
+    smallest that hold it, from the end; `model` gets what is left, or `gpus`."""
     allowed = {gpu.index for gpu in (machine if gpus is None else machine.only(gpus)).gpus}
     taken: dict[int, str] = {}
     free = machine
     others = []
+    wide = []  # those that were given several GPUs
     # those that name their GPUs first, so that the others are not put there
     for text in sorted(also, key=lambda one: "@" not in one):
         name, at, where = text.partition("@")
@@ -135,6 +147,7 @@ def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | No
         left = free.only(pinned, "--also") if at else free.only(sorted(allowed - set(taken)))
         found, extra, wanted = _model_and_wish(name, Wish(goal=wish.goal, replicas=1), left)
         plan = choose.choose(left, found, wanted) if at else _fewest(left, found, wanted)
+        wide += [text] if not at and len(plan.replicas[0].gpus) > 1 else []
         taken |= {gpu.index: found.name for replica in plan.replicas for gpu in replica.gpus}
         if machine.gpus and not allowed - set(taken):
             raise Problem(f"--also {text}: leaves no GPU for {model}", "pin it to fewer: --also MODEL@GPU")
@@ -143,7 +156,16 @@ def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | No
         others.append(render.Part(replace(plan, idle=()), _name_in_container(found.name), unset | extra))
     left = free.only(sorted(allowed - set(taken)))
     found, extra, wanted = _model_and_wish(model, wish, left)
-    return [render.Part(choose.choose(left, found, wanted), _name_in_container(found.name), extra), *others]
+    try:
+        plan = choose.choose(left, found, wanted)
+    except choose.DoesNotFitError as error:
+        if wide:
+            raise choose.DoesNotFitError(
+                f"{error.what}, beside {' and '.join(wide)}",
+                f"{error.fix}; or give {wide[0]} fewer GPUs: --also {wide[0]}@GPU",
+            ) from error
+        raise
+    return [render.Part(plan, _name_in_container(found.name), extra), *others]
 
 
 def _less(machine: Machine, plan: Plan) -> Machine:
@@ -160,11 +182,15 @@ def _less(machine: Machine, plan: Plan) -> Machine:
 
 
 def _fewest(machine: Machine, model: Model, wish: Wish) -> Plan:
-    indices = [gpu.index for gpu in machine.gpus]
-    for count in range(1, len(indices)):
-        part = machine.only(indices[-count:])
-        if plan := choose.best(part, model, wish):
-            return plan
+    """The plan over the fewest and smallest GPUs, with the model's own weights if all GPUs but one hold them."""
+    own = replace(wish, quantization=wish.quantization or "none")
+    parts = [machine.only(group) for group in choose.fewest_first(machine)]
+    for wanted in (own, wish):
+        for part in parts:
+            # asked to quantize, it may still leave weights in host memory
+            if (plan := choose.best(part, model, wanted)) and not (wanted is own and plan.host_memory):
+                # with what it would be with fewer bits, among the runners-up
+                return choose.choose(part, model, wish)
     return choose.choose(machine, model, wish)
 
 
@@ -241,7 +267,7 @@ def _write(parts: list[render.Part], yes: bool) -> None:
                 f"{part.model} lies outside models/, where replicas do not see it",
                 "copy it there with scripts/download_model.py",
             )
-    said = _said_in_env()
+    said = {name: value for name, value in read(ENV_FILE).items() if value}
     if len(parts) > 1 and said.get("SERVED_MODEL_NAME"):
         raise Problem(
             "SERVED_MODEL_NAME in .env would give several models one name", "remove it there: each has its own"
@@ -261,8 +287,12 @@ def _write(parts: list[render.Part], yes: bool) -> None:
             if not typer.confirm(question, err=True):
                 raise Problem("nothing was written", "move the file away, or answer y")
     for path, body in files.items():
-        path.parent.mkdir(exist_ok=True)
+        if path.parent != ROOT:
+            path.parent.mkdir(exist_ok=True)
+            path.parent.chmod(0o755)
         path.write_text(render.signed(body, what))
+        # the gateway reads them as a user of its own, whatever the umask here
+        path.chmod(0o644)
         print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
     decided = [render.environment(part, replica) for part in parts for replica in part.plan.replicas]
     lost = []
@@ -271,16 +301,6 @@ def _write(parts: list[render.Part], yes: bool) -> None:
         lost += [name] if all(differs) or (any(differs) and name not in OF_ONE_MODEL) else []
     if lost:
         print(f"the plan decides what .env says of {', '.join(lost)}", file=sys.stderr)
-    print("make up starts it", file=sys.stderr)
-
-
-def _said_in_env() -> dict[str, str]:
-    """The settings that .env gives a value."""
-    path = ROOT / ".env"
-    if not path.exists():
-        return {}
-    values = parse_env(path.read_text(), known_names((ROOT / ".env.example").read_text()))
-    return {name: value for name, value in values.items() if value}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import combinations, product
 from math import ceil, gcd, log2
 from typing import Literal
@@ -19,6 +20,10 @@ SHORTEST = 4096  # tokens; a fleet that takes no longer requests is only planned
 # twice the tokens/s; twice the tokens a step, which prefill faster than is counted here, for a fortieth.
 CONTEXT, RATE, STEP = log2(1.1), log2(1.1), log2(1.025)
 NATIVE_FP8 = (8, 9)
+OLDEST = (7, 5)  # compute capability that vLLM's CUDA build has kernels for
+BFLOAT16 = (8, 0)
+# vLLM refuses them in float16, all that older GPUs have (`_FLOAT16_NOT_SUPPORTED_MODELS` in vllm/config/model.py).
+NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 # One vLLM on a CPU: its own memory without weights and KV cache, measured with 0.32; and for each further tp worker.
 CPU_PROCESS, CPU_WORKER = round(2.6 * GIB), round(1.6 * GIB)
 CPU_SHARE = 0.9  # of the free memory
@@ -42,12 +47,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Replica:
-    """One vLLM on its GPUs; on none of them it runs on the CPU."""
+    """One vLLM on its GPUs, in the order of its ranks; on none of them it runs on the CPU."""
 
     gpus: tuple[Gpu, ...]
     tp: int
     pp: int
-    link: Link | None  # the slowest path inside it
+    link: Link | None  # the slowest path inside a stage, or between stages of one GPU
     settings: Settings
     longest: int  # request that it holds, in tokens
     account: Account
@@ -136,13 +141,43 @@ def choose(machine: Machine, model: Model, wish: Wish) -> Plan:
             f"--quantization {wish.quantization}: vLLM applies only {known} while it loads",
             "take one of these, or a checkpoint that is quantized already",
         )
-    _check_split(machine, model, wish)
+    if wish.quantization in ONLINE_BITS and model.quantization not in (None, wish.quantization):
+        raise Problem(
+            f"--quantization {wish.quantization}: {model.name} is quantized already, by {model.quantization}",
+            "leave it out, or take a checkpoint in 16 bits",
+        )
     if not machine.gpus:
+        _check_split(machine, model, wish)
         return _choose_cpu(machine, model, wish)
+    usable = _usable(machine, model)
+    if not usable.gpus:
+        newest = max(machine.gpus, key=lambda gpu: gpu.compute_capability)
+        raise Problem(
+            f"{model.name} cannot run on GPU {newest.index} ({newest.name}): {_too_old(newest, model)}",
+            "take a newer one",
+        )
+    _check_split(usable, model, wish)
     plan = best(machine, model, wish)
     if plan is None:
-        raise _what_is_missing(machine, model, wish)
+        raise _what_is_missing(usable, model, wish)
     return plan
+
+
+def _too_old(gpu: Gpu, model: Model) -> str | None:
+    """Why the GPU can do nothing for the model, however much memory it has."""
+    needed, why = OLDEST, "vLLM"
+    if model.quantization == "mxfp4":
+        needed, why = BFLOAT16, "a checkpoint in mxfp4"
+    elif model.kind in NO_FLOAT16:
+        needed, why = BFLOAT16, f"{model.kind}, which does not work in float16,"
+    if gpu.compute_capability >= needed:
+        return None
+    has, needs = (".".join(map(str, one)) for one in (gpu.compute_capability, needed))
+    return f"{why} needs compute capability {needs}, it has {has}"
+
+
+def _usable(machine: Machine, model: Model) -> Machine:
+    return machine.model_copy(update={"gpus": tuple(gpu for gpu in machine.gpus if not _too_old(gpu, model))})
 
 
 def _check_split(machine: Machine, model: Model, wish: Wish) -> None:
@@ -171,14 +206,13 @@ def _check_split(machine: Machine, model: Model, wish: Wish) -> None:
 def best(machine: Machine, model: Model, wish: Wish) -> Plan | None:
     """The best fleet on GPUs; None where nothing fits. The model's own weights are quantized only where they fit no
     other way, and stay in host memory only where nothing else fits."""
-    ways = [*([variant] for variant in _variants(machine, model, wish)), list(_offloading(machine, model, wish))]
+    usable = _usable(machine, model)
+    ways = [*([variant] for variant in _variants(usable, model, wish)), list(_offloading(usable, model, wish))]
     while ways:
-        if ranked := _ranked(machine, ways.pop(0), wish):
+        if ranked := _ranked(usable, ways.pop(0), wish):
             first, *others = ranked
             # fewer bits do not make the answers better, but a person may prefer what they give room for
-            smaller = [
-                plan for way in ways[:-1] for plan in _ranked(machine, way, wish)[:1] if plan.worth > first.worth
-            ]
+            smaller = [plan for way in ways[:-1] for plan in _ranked(usable, way, wish)[:1] if plan.worth > first.worth]
             kept = [_finished(machine, plan) for plan in (first, *_distinct(first, others)[:4], *smaller)]
             return replace(kept[0], runners_up=tuple(kept[1:]))
     return None
@@ -235,33 +269,60 @@ def _classes(machine: Machine) -> list[list[Gpu]]:
     return list(found.values())
 
 
-def _groups(machine: Machine, gpus: list[Gpu], size: int) -> list[tuple[tuple[Gpu, ...], Link | None]]:
-    """The GPUs in groups of `size`, best linked first; among equals those with more free memory."""
+def _groups(machine: Machine, gpus: list[Gpu], tp: int, pp: int) -> list[tuple[tuple[Gpu, ...], Link | None]]:
+    """The GPUs in groups for a replica each, best linked first; among equals those with more free memory. A group is in
+    the order of vLLM's ranks, one stage after the other, with the slowest path inside a stage: tensor parallelism works
+    over it. Where a stage is one GPU, it is the slowest path between stages."""
+    size = tp * pp
     if size == 1:
         return [((gpu,), None) for gpu in gpus]
-    links = {frozenset((a.index, b.index)): machine.link(a.index, b.index) for a, b in combinations(gpus, 2)}
+    links = {(a, b): machine.link(a, b) for a, b in combinations(sorted(gpu.index for gpu in gpus), 2)}
+    kinds = {(LINK_ORDER.index(link.kind), -link.gb_s): link for link in links.values()}
+    paths = [kinds[kind] for kind in sorted(kinds)]  # the best first; a place in it is a path's grade
+    grades = {pair: sorted(kinds).index((LINK_ORDER.index(link.kind), -link.gb_s)) for pair, link in links.items()}
 
-    def slowest(group: tuple[Gpu, ...]) -> Link:
-        inside = (links[frozenset((a.index, b.index))] for a, b in combinations(group, 2))
-        return max(inside, key=lambda link: (LINK_ORDER.index(link.kind), -link.gb_s))
+    def slowest(group: tuple[int, ...]) -> int:
+        return max(grades[pair] for pair in combinations(group, 2))
+
+    @cache
+    def ordered(group: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        """The grade of the slowest path inside a stage, and the order that makes it the best; of equal ones that of the
+        numbers."""
+        if tp == 1 or len(group) <= tp:
+            return slowest(group), group
+        found = []
+        for others in combinations(group[1:], tp - 1):
+            stage = (group[0], *others)
+            grade, rest = ordered(tuple(index for index in group if index not in stage))
+            found.append((max(slowest(stage), grade), (*stage, *rest)))
+        return min(found)
+
+    by_index = {gpu.index: gpu for gpu in gpus}
+    left = sorted(by_index, key=lambda index: (-by_index[index].free, index))
+    if len(paths) == 1:
+        # any grouping is as good
+        chunks = (sorted(left[at : at + size]) for at in range(0, len(left) - size + 1, size))
+        return [(tuple(by_index[index] for index in chunk), paths[0]) for chunk in chunks]
+
+    def key(group: tuple[int, ...]) -> tuple[int, int, int, tuple[int, ...]]:
+        grade, _ = ordered(group)
+        return grade, grade if pp == 1 else slowest(group), -min(by_index[index].free for index in group), group
 
     groups: list[tuple[tuple[Gpu, ...], Link | None]] = []
-    left = sorted(gpus, key=lambda gpu: (-gpu.free, gpu.index))
-    if len({(link.kind, link.gb_s) for link in links.values()}) == 1:
-        # any grouping is as good
-        chunks = (tuple(left[at : at + size]) for at in range(0, len(left) - size + 1, size))
-        return [(tuple(sorted(chunk, key=lambda gpu: gpu.index)), slowest(chunk)) for chunk in chunks]
     while len(left) >= size:
-        closest: tuple[tuple[float, ...], tuple[Gpu, ...], Link] | None = None
-        for group in combinations(left, size):
-            link = slowest(group)
-            key = (LINK_ORDER.index(link.kind), -link.gb_s, -min(gpu.free for gpu in group), *[g.index for g in group])
-            if closest is None or key < closest[0]:
-                closest = (key, group, link)
-        assert closest
-        groups.append((closest[1], closest[2]))
-        left = [gpu for gpu in left if gpu not in closest[1]]
+        grade, order = ordered(min(combinations(sorted(left), size), key=key))
+        groups.append((tuple(by_index[index] for index in order), paths[grade]))
+        left = [index for index in left if index not in order]
     return groups
+
+
+def fewest_first(machine: Machine) -> Iterator[list[int]]:
+    """Groups of GPUs for one replica that leave some for another model: few before many, small before large, and those
+    before others that are less well linked or at the end."""
+    small = sorted(_classes(machine), key=lambda gpus: gpus[0].total)
+    for count, gpus in product(range(1, len(machine.gpus)), small):
+        if count == 1 or not gpus[0].mig:
+            yield from ([gpu.index for gpu in group] for group, _ in reversed(_groups(machine, gpus, count, 1)))
 
 
 def _layouts(gpus: list[Gpu], model: Model, wish: Wish) -> Iterator[tuple[int, int]]:
@@ -283,7 +344,7 @@ def _options(machine: Machine, gpus: list[Gpu], variant: _Variant, wish: Wish) -
         able = [gpu for gpu in gpus if _holds(model, gpu, tp, pp, needed, settings)]
         for least in sorted({gpu.free // GIB for gpu in able}):
             replicas = []
-            for group, link in _groups(machine, [gpu for gpu in able if gpu.free // GIB >= least], tp * pp):
+            for group, link in _groups(machine, [gpu for gpu in able if gpu.free // GIB >= least], tp, pp):
                 tightest = min(group, key=lambda gpu: gpu.free)
                 length = wish.context or memory.longest(model, tightest, tp, pp, settings)
                 account = memory.account(model, tightest, tp, pp, length, settings)
@@ -331,6 +392,8 @@ def route_weights(rates: list[float]) -> list[int]:
 
 def _why_idle(gpu: Gpu, plan: Plan) -> str:
     first, wish, model = plan.replicas[0], plan.wish, plan.model
+    if reason := _too_old(gpu, model):
+        return reason
     needed = wish.context or min(model.max_length, SHORTEST)
     if not _holds(model, gpu, first.tp, first.pp, needed, first.settings):
         programs = f", {', '.join(gpu.programs)} runs there" if gpu.programs else ""

@@ -87,6 +87,7 @@ class Model:
     group_size: int = 0
     disk_bytes: int | None = None  # of the weights, where the files are at hand
     pooling: bool = False
+    kind: str = ""  # the config's model_type
     dense_intermediate: int = 0  # one MLP's or one expert's width, which tp has to divide
     quantized_online: bool = False  # while it loads, from 16 bits
     draft: "Model | None" = None  # the model or head that guesses its next tokens, on the same GPUs
@@ -222,6 +223,7 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
         group_size=group,
         disk_bytes=disk_bytes,
         pooling=pooling,
+        kind=str(config.get("model_type", "")),
         dense_intermediate=mlp.width,
     )
 

@@ -16,14 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from planner import memory
-from planner.choose import Plan, Replica
+from planner.choose import BFLOAT16, Plan, Replica
 from planner.machine import GIB, Machine
 from planner.memory import Account
 from planner.speed import ANSWER, CONCURRENT, PROMPT
 from stack.replica_gpus import dump_compose, gpu_service
 
 MIB = 1 << 20
-BFLOAT16 = (8, 0)  # compute capability that it needs
 LINK_NAMES = {
     "nvlink": "NVLink",
     "pix": "one PCIe switch",
@@ -201,6 +200,7 @@ def print_part(console: Console, machine: Machine, part: Part) -> None:
     for number, one in enumerate(plan.replicas):
         gpus = ", ".join(str(gpu.index) for gpu in one.gpus) or "CPU"
         path = f"{LINK_NAMES[one.link.kind]}, {one.link.gb_s:g} GB/s" if one.link else "–"
+        path += " in a stage" if one.tp > 1 and one.pp > 1 else ""
         replicas.add_row(
             str(number), gpus, f"{one.tp} × {one.pp}", path, f"{one.account.kv_tokens:,}",
             _requests(one.account), f"{one.speed.tokens_per_s:,.0f}", str(one.weight),
@@ -342,6 +342,7 @@ def override_file(parts: list[Part], base: Path) -> str:
             service |= {"extends": {"file": base.name, "service": in_base[0]}, "hostname": f"{name}.fleet"}
         settings = environment(part, replica)
         if replica.gpus:
+            settings |= _order(replica)
             service |= gpu_service([gpu.id for gpu in replica.gpus], replica.tp, replica.pp, settings)
             if offload := replica.settings.offload:
                 service["mem_limit"] = f"{32 + offload * len(replica.gpus) // GIB}g"
@@ -350,6 +351,16 @@ def override_file(parts: list[Part], base: Path) -> str:
         services[name] = service
     text = dump_compose({"services": services})
     return text + "".join(f"  {name}: !reset null\n" for name in in_base if name not in services)
+
+
+def _order(replica: Replica) -> dict[str, str]:
+    """Puts the replica's GPUs in the order of its ranks. CUDA numbers those of a container by their place on the bus,
+    whatever the order that Docker got them in."""
+    order = [gpu.index for gpu in replica.gpus]
+    if order == sorted(order):
+        return {}
+    numbers = ",".join(str(sorted(order).index(index)) for index in order)
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": numbers}
 
 
 def fleet_file(parts: list[Part]) -> str:

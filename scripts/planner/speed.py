@@ -48,7 +48,8 @@ class Speed:
 def estimate(
     model: Model, gpu: Gpu, link: Link | None, tp: int, pp: int, account: Account, settings: Settings
 ) -> Speed:
-    """Figures of a replica of tp × pp GPUs like `gpu`, whose slowest inner path is `link` (None for a single GPU)."""
+    """Figures of a replica of tp × pp GPUs like `gpu`, where tensor parallelism works over paths no slower than
+    `link` (None for a single GPU)."""
     bandwidth = gpu.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
     flops = gpu.bf16_tflops * 1e12 * FLOPS_SHARE
     # Quantizing while loading is taken to save memory alone: 4 bits ran at 0.6 to 0.8 of 16 bits' speed when measured.

@@ -1,6 +1,7 @@
 """What `plan.py` prints and writes, as its users call it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import plan as command
 from planner import render
 from planner.choose import Wish
 from planner.machine import load_machine
+from planner.render import Part
+from stack.console import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINES = ROOT / "tests" / "machines"
@@ -73,6 +76,34 @@ def test_a_further_model_takes_the_fewest_gpus_from_the_end() -> None:
     assert "3" not in [gpu for one in found["models"][0]["replicas"] for gpu in one["gpus"]]
 
 
+def also(machine: str, model: str, *further: str) -> list[Part]:
+    host = load_machine(MACHINES / f"{machine}.json")
+    return command.plan_all(host, str(MODELS / model), [str(MODELS / one) for one in further], None, Wish())
+
+
+def test_a_further_model_keeps_its_own_weights_where_the_gpus_hold_them() -> None:
+    first, second = also("eight-h100", "Llama-3.1-8B-Instruct", "Llama-3.3-70B-Instruct")
+    assert (second.plan.layout, second.plan.quantization, second.plan.host_memory) == ("1 × tp 2", None, 0)
+    assert {gpu.index for one in first.plan.replicas for gpu in one.gpus} == set(range(6))
+    # where they do not, it is quantized as before
+    _, second = also("four-3090", "bge-m3", "Llama-3.3-70B-Instruct")
+    assert second.plan.quantization == "bitsandbytes"
+
+
+def test_a_further_model_that_leaves_too_little_can_be_given_less() -> None:
+    with pytest.raises(Problem, match=r"beside .*Qwen3-30B-A3B: .*; or give .* fewer GPUs: --also .*@GPU"):
+        also("four-3090", "Llama-3.3-70B-Instruct", "Qwen3-30B-A3B")
+
+
+def test_a_further_model_takes_the_smallest_gpu_that_holds_it() -> None:
+    _, second = also("home-lab", "Llama-3.1-8B-Instruct", "bge-m3")
+    assert [gpu.name for gpu in second.plan.replicas[0].gpus] == ["NVIDIA GeForce RTX 3060"]
+    _, second = also("home-lab", "DeepSeek-R1-Distill-Qwen-1.5B", "Llama-3.1-8B-Instruct")
+    assert [gpu.index for gpu in second.plan.replicas[0].gpus] == [3], "the 3060 does not hold its 16 bits"
+    _, second = also("mig", "DeepSeek-R1-Distill-Qwen-1.5B", "bge-m3")
+    assert [gpu.index for gpu in second.plan.replicas[0].gpus] == [2]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -95,6 +126,7 @@ def test_a_further_model_takes_the_fewest_gpus_from_the_end() -> None:
             "GPU 0 has",
         ),
         ([MODELS / "Llama-3.1-8B-Instruct", "--record", "/nowhere/at/all.json"], "/nowhere/at/all.json: No such file"),
+        ([MODELS / "Llama-3.1-8B-Instruct", "--record", "/nowhere/at/all.json"], "check that the path exists and that"),
         ([MODELS / "mamba-2.8b"], "recurrent state"),
         ([MODELS / "DeepSeek-V3"], "does not fit"),
     ],
@@ -178,6 +210,19 @@ def test_it_writes_the_fleet_and_asks_before_it_writes_over_a_changed_file(check
     assert override.read_text() != before
 
 
+def test_the_gateway_may_read_the_fleet_whatever_the_umask(checkout: Path) -> None:
+    """It runs as a user of its own."""
+    smol = ("SmolLM2-135M-Instruct", "--context", "1024", "--replicas", "1")
+    old = os.umask(0o077)
+    try:
+        run = plan(*smol, root=checkout)
+    finally:
+        os.umask(old)
+    assert not run.returncode, run.stderr
+    modes = [path.stat().st_mode & 0o777 for path in (checkout / "fleet", checkout / "fleet" / "default.conf")]
+    assert modes == [0o755, 0o644]
+
+
 def test_a_model_outside_models_is_not_written(checkout: Path) -> None:
     run = plan(MODELS / "SmolLM2-135M-Instruct", "--context", "1024", root=checkout)
     assert run.returncode == 1
@@ -239,6 +284,23 @@ def test_the_plan_says_what_it_replaces_in_env(checkout: Path) -> None:
     run = plan("SmolLM2-135M-Instruct", "--context", "1024", "--also", "bge-m3", root=checkout)
     assert run.returncode == 1
     assert "SERVED_MODEL_NAME in .env" in run.stderr
+
+
+def test_a_plan_beside_the_running_fleet_says_what_comes_first(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Here the replica's process is not one of this host's, as where Docker runs in a virtual machine."""
+    docker = tmp_path_factory.mktemp("bin") / "docker"
+    docker.write_text("#!/bin/sh\ncase $1 in ps) echo aa vllm-0;; inspect) echo 0;; esac\n")
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", str(docker.parent), prepend=os.pathsep)
+    smol = ("SmolLM2-135M-Instruct", "--context", "1024", "--replicas", "1")
+    dry = plan(*smol, "--dry-run", root=checkout)
+    assert not dry.returncode, dry.stderr
+    assert "cannot be told" in dry.stderr
+    assert plan(*smol, root=checkout).stderr.splitlines()[-1] == "make down, then make up starts it"
+    docker.write_text("#!/bin/sh\n")
+    assert plan(*smol, root=checkout).stderr.splitlines()[-1] == "make up starts it"
 
 
 def test_a_gpu_without_bfloat16_gets_float16() -> None:
