@@ -22,6 +22,7 @@ from planner import hub
 from planner.hub import NAME
 from planner.sources import SUMS, File, Source, for_vllm, open_source
 from stack.console import Problem, console, one_line_for_mistakes
+from stack.model import let_replicas_read
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
@@ -93,6 +94,7 @@ def _bring(found: Source, files: list[File], models: Path, name: str, source: st
     place = models / name
     if place.exists():
         _check_whole(place, found.revision, files)
+        let_replicas_read(place, models)
         console.print(f"{place} is there already, revision {found.revision[:12]}", markup=False, soft_wrap=True)
         return
     part = models / PARTIAL / f"{name}@{found.revision}"
@@ -104,6 +106,7 @@ def _bring(found: Source, files: list[File], models: Path, name: str, source: st
     (part / ABOUT).write_text(json.dumps({"source": source, "revision": found.revision}, indent=1) + "\n")
     place.parent.mkdir(parents=True, exist_ok=True)
     part.rename(place)
+    let_replicas_read(place, models)
     for other in part.parent.glob(f"{place.name}@*"):
         shutil.rmtree(other)
     done = f"{place} is complete, revision {found.revision[:12]}. MODEL={name} serves it."

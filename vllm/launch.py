@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -172,6 +173,7 @@ def find_model(model: str, models: Path) -> tuple[str, dict[str, Any]]:
     Raises SettingsError where there is no such model, or its folder is not complete.
     """
     folder = models / model
+    _check_readable(model, models)
     if folder.is_dir():
         config = folder / "config.json"
         if not config.is_file():
@@ -191,6 +193,19 @@ def find_model(model: str, models: Path) -> tuple[str, dict[str, Any]]:
             f"MODEL is {model!r}: neither a folder below models/ nor a hub name like org/name; check the spelling"
         )
     return model, _hub_config(model)
+
+
+def _check_readable(model: str, models: Path) -> None:
+    """Raises SettingsError where this user may not read a model's folder, one above it, or a file in it."""
+    folder = models / model
+    above = [path for path in reversed(folder.parents) if path.is_relative_to(models)]
+    for path in chain(above, [folder], folder.rglob("*")):
+        if not os.path.lexists(path) or path.is_symlink():
+            continue
+        if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0), effective_ids=True):
+            raise SettingsError(
+                f"{path}: the replica (user {os.geteuid()}) may not read it: run chmod -R a+rX models on the host"
+            )
 
 
 def find_draft(speculative: dict[str, Any], models: Path) -> dict[str, Any]:

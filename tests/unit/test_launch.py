@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import stat
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -219,6 +220,36 @@ def test_a_folder_without_a_whole_config_is_a_mistake(models: Path, content: str
         config.write_text(content)
     with pytest.raises(launch.SettingsError, match=r"config\.json.*fetch the model again"):
         launch.find_model("org/small", models)
+
+
+@pytest.mark.parametrize("closed", ["", "org", "org/small", "org/small/config.json", "org/small/model.safetensors"])
+def test_a_model_that_the_replica_may_not_read_is_a_mistake(closed: str) -> None:
+    # not tmp_path, which other users cannot enter
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        models = Path(folder, "models")
+        (models / "org" / "small").mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (models / "org" / "small" / name).write_text("{}")
+        launch.find_model("org/small", models)
+        mode = (models / closed).stat().st_mode
+        (models / closed).chmod(0)
+        is_root = os.geteuid() == 0
+        try:
+            if is_root:
+                os.seteuid(10001)
+            with pytest.raises(launch.SettingsError, match=f"{models / closed}: .*chmod -R a.rX models"):
+                launch.find_model("org/small", models)
+        finally:
+            if is_root:
+                os.seteuid(0)
+            (models / closed).chmod(mode)
+
+
+def test_the_image_has_the_launcher_readable_whatever_the_umask_of_the_clone() -> None:
+    copied = [line for line in (ROOT / "vllm" / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")]
+    assert copied
+    assert all(line.startswith("COPY --chmod=0644 ") for line in copied)
 
 
 @pytest.mark.parametrize(

@@ -180,8 +180,8 @@ def arrived(place: Path, files: dict[str, bytes] = FILES) -> bool:
 
 
 def put(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
     return folder
 
@@ -549,6 +549,27 @@ def test_weights_have_to_be_there_from_every_source(server: Server, tmp_path: Pa
         run = download(source, "--endpoint", server.url, "--models", tmp_path / "models", **keys)
         assert run.exit_code == 1, source
         assert "no weights" in run.output, source
+
+
+def test_replicas_can_read_a_model_whatever_the_umask(tmp_path: Path) -> None:
+    files = FILES | {"1_Pooling/config.json": b"{}"}
+    stick = put(tmp_path / "stick", files)
+    models = tmp_path / "models"
+
+    def closed() -> list[Path]:
+        every = [models, *(path for path in models.rglob("*") if ".partial" not in path.parts)]
+        return [path for path in every if path.stat().st_mode & 0o777 != (0o755 if path.is_dir() else 0o644)]
+
+    before = os.umask(0o077)
+    try:
+        for _ in range(2):
+            assert not download(stick, "--name", "me/tiny", "--models", models).exit_code
+            assert arrived(models / "me" / "tiny", files)
+            assert not closed()
+            # as one that was brought before this was seen to
+            (models / "me" / "tiny" / "config.json").chmod(0o600)
+    finally:
+        os.umask(before)
 
 
 def test_a_shard_that_the_index_names_has_to_be_there(tmp_path: Path) -> None:
