@@ -85,14 +85,26 @@ def wanted(path: str) -> bool:
 
 
 def for_vllm(files: list[File], source: str) -> list[File]:
-    """The files without the same weights in a second format. A Problem where they are no model that vLLM can load."""
+    """The files without the same weights a second time: in PyTorch's format, or as their maker has them (original/ of
+    Llama and gpt-oss, consolidated* of Mistral). A Problem where they are no model that vLLM can load."""
     at_top = {file.path for file in files if "/" not in file.path}
     if "config.json" not in at_top:
         raise Problem(f"{source} has no config.json", "is it a model's folder?")
     if not any(fnmatch(path, pattern) for path in at_top for pattern in WEIGHTS):
         raise Problem(f"{source} has no weights that vLLM loads ({', '.join(WEIGHTS)})", "choose a model that has")
     safe = {PurePosixPath(file.path).parent for file in files if file.path.endswith(".safetensors")}
-    return [file for file in files if not (file.path.endswith(".bin") and PurePosixPath(file.path).parent in safe)]
+    twice = ["original/*"]
+    # vLLM takes Mistral's format where it is there; some models have no tokenizer in another
+    if at_top & {"tokenizer.json", "tokenizer.model"}:
+        twice += ["consolidated*.safetensors", "consolidated*.json"]
+    if not any(path.endswith(".safetensors") and not fnmatch(path, "consolidated*") for path in at_top):
+        twice = []
+    return [
+        file
+        for file in files
+        if not (file.path.endswith(".bin") and PurePosixPath(file.path).parent in safe)
+        and not any(fnmatch(file.path, pattern) for pattern in twice)
+    ]
 
 
 def parse_sums(content: bytes, where: str) -> dict[str, str]:

@@ -590,6 +590,27 @@ def test_a_shard_that_the_index_names_has_to_be_there(tmp_path: Path) -> None:
     assert not download(stick, "--models", tmp_path / "models").exit_code
 
 
+MAKERS = {"original/model.safetensors": b"1", "original/config.json": b"{}", "consolidated.safetensors": b"2"}
+
+
+@pytest.mark.parametrize(
+    ("files", "left_out"),
+    [
+        (FILES | MAKERS, set(MAKERS)),
+        # vLLM has to take Mistral's format where there is no other tokenizer
+        ((FILES | MAKERS).keys() - {"tokenizer.json"}, set(MAKERS) - {"consolidated.safetensors"}),
+        ((FILES | MAKERS).keys() - {"model.safetensors"}, set()),
+    ],
+    ids=["both", "no other tokenizer", "no other weights"],
+)
+def test_weights_are_taken_once(files: Iterable[str], left_out: set[str], tmp_path: Path) -> None:
+    every = {path: (FILES | MAKERS).get(path, b"{}") for path in files}
+    assert not download(put(tmp_path / "tiny", every), "--models", tmp_path / "models").exit_code
+    place = tmp_path / "models" / "tiny"
+    found = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+    assert every.keys() - found == left_out
+
+
 def test_weights_in_pytorchs_format_are_taken_where_there_are_no_others(server: Server, tmp_path: Path) -> None:
     files = {"config.json": CONFIG, "pytorch_model.bin": bytes(20_000), "training_args.bin": b"no weights"}
     publish_on_hub(server, files=files)
