@@ -3,7 +3,7 @@
 
 On that host, which has Docker with Compose and Buildx, and Python 3.11 to 3.14:
 
-    tar xf vllm-fleet-DATE.tar && vllm-fleet/install.sh && cd vllm-fleet && make up"""
+    tar xpf vllm-fleet-DATE.tar && vllm-fleet/install.sh && cd vllm-fleet && make up"""
 
 import gzip
 import hashlib
@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
@@ -30,6 +30,8 @@ INSTALL = """\
 #!/bin/sh
 # Installs the stack from this bundle: checks it, loads the images, makes .venv. Needs no network. Can be run again.
 set -eu
+# containers read what is here as users of their own
+umask 022
 cd "$(dirname "$0")"
 for needed in "docker info" "docker compose version" "docker buildx version"; do
   $needed >/dev/null || { echo "'$needed' fails, see above: mend that and run this again." >&2; exit 1; }
@@ -65,7 +67,7 @@ def main(
                 f"the bundle cannot be written: {error}", "mend that, or name another folder with --out"
             ) from None
         size = f"{archive.stat().st_size / 2**30:.1f} GiB"
-        console.print(f"{archive}: {size}. There: tar xf it, then {NAME}/install.sh", soft_wrap=True)
+        console.print(f"{archive}: {size}. There: tar xpf it, then {NAME}/install.sh", soft_wrap=True)
 
 
 def _images() -> list[str]:
@@ -143,11 +145,25 @@ def _write(archive: Path, scratch: Path, files: Mapping[str, Path]) -> None:
                 now.say(name)
                 lines.write(f"{_sha256(path)}  {name}\n")
         unfinished = scratch / archive.name
-        with tarfile.open(unfinished, "w") as tar:
-            for name, path in [*files.items(), ("SHA256SUMS", sums)]:
+        # what a link leads to, as that is not there
+        with tarfile.open(unfinished, "w", dereference=True) as tar:
+            every = {**files, "SHA256SUMS": sums}
+            for folder in sorted({str(parent) for name in every for parent in PurePath(NAME, name).parents} - {"."}):
+                entry = tarfile.TarInfo(folder)
+                entry.type = tarfile.DIRTYPE
+                tar.addfile(_readable(entry))
+            for name, path in every.items():
                 now.say(name)
-                tar.add(path, f"{NAME}/{name}", recursive=False)
+                tar.add(path, f"{NAME}/{name}", recursive=False, filter=_readable)
         unfinished.rename(archive)
+
+
+def _readable(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """The entry as one that every user there can read, whatever the umask was here."""
+    entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    return entry
 
 
 def _checkout() -> list[str]:

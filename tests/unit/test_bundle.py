@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -109,4 +110,23 @@ def test_an_archive_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     assert not archive.exists()
     bundle._write(archive, scratch, {"good": good})
     with tarfile.open(archive) as tar:
-        assert tar.getnames() == ["vllm-fleet/good", "vllm-fleet/SHA256SUMS"]
+        assert tar.getnames() == ["vllm-fleet", "vllm-fleet/good", "vllm-fleet/SHA256SUMS"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_every_user_can_read_what_a_bundle_leaves(checkout: Path, tmp_path: Path, umask: int) -> None:
+    (checkout / "scripts" / "run.sh").write_text("#!/bin/sh")
+    for path in checkout.rglob("*"):
+        path.chmod(0o700 if path.is_dir() or path.name == "run.sh" else 0o600)
+    scratch, archive = tmp_path / "scratch", tmp_path / "fleet.tar"
+    scratch.mkdir()
+    bundle._write(
+        archive, scratch, {name: checkout / name for name in ("scripts/run.sh", "models/org/small/config.json")}
+    )
+    with tarfile.open(archive) as tar:
+        assert {(entry.uid, entry.gid, entry.uname, entry.gname) for entry in tar} == {(0, 0, "", "")}
+    subprocess.run(["tar", "xpf", archive], cwd=tmp_path, check=True, preexec_fn=lambda: os.umask(umask))
+    there = tmp_path / "vllm-fleet"
+    executable = {path for path in (there, *there.rglob("*")) if path.is_dir()} | {there / "scripts" / "run.sh"}
+    for path in (there, *there.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path in executable else 0o644), path
