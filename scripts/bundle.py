@@ -7,24 +7,31 @@ On that host, which has Docker with Compose and Buildx, and Python 3.11 to 3.14:
 
 import gzip
 import hashlib
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from stack.compose import Compose, running_gpu_file
+from stack.compose import Compose, Config, running_gpu_file
 from stack.console import Problem, console, one_line_for_mistakes, step
 from stack.images import present
+from stack.model import of_fleet
+from stack.settings import value_of
 from stack.shell import ROOT, ask
 
 NAME = "vllm-fleet"
+# words in the names of settings that stay on this host
+SECRET = {"TOKEN", "KEY", "SECRET", "PASSWORD"}
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 INSTALL = """\
 #!/bin/sh
@@ -54,8 +61,10 @@ def main(
 ) -> None:
     """Pack images, models, pins and docs in one archive for a host without a network."""
     with one_line_for_mistakes():
-        images = _images()
+        config = Compose(gpu=running_gpu_file()).config()
+        images = _images(config)
         folders = [_model(name) for name in model] if model else [ROOT / "models"]
+        _check_served(of_fleet(config), folders, chosen=bool(model))
         archive = out / f"{NAME}-{datetime.now(UTC):%Y-%m-%d}.tar"
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -70,9 +79,9 @@ def main(
         console.print(f"{archive}: {size}. There: tar xpf it, then {NAME}/install.sh", soft_wrap=True)
 
 
-def _images() -> list[str]:
+def _images(config: Config) -> list[str]:
     """The images of the stack as it runs. A Problem where one is missing that `make up` does not do without either."""
-    services = Compose(gpu=running_gpu_file()).config().services.values()
+    services = config.services.values()
     missing = {service.image: service.build for service in services if not present(service.image)}
     for image, build in missing.items():
         if build:
@@ -85,14 +94,35 @@ def _model(name: str) -> Path:
     """The folder of a model below models/, or of several."""
     folder = ROOT / "models" / name
     inside = Path(name).parts and not Path(name).is_absolute() and ".." not in Path(name).parts
-    if not inside or not any(folder.rglob("config.json")):
+    if not inside or not any(path.name == "config.json" for path in _files(folder)):
         raise Problem(f"--model {name}: there is no such model in models/", "bring it with scripts/download_model.py")
     return folder
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """The files of models, those of linked folders too, without downloads that are not complete."""
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted({*folders} - {".partial", ".cache"})
+        yield from (Path(where, name) for name in sorted(names) if Path(where, name).is_file())
+
+
+def _check_served(models: list[str], folders: list[Path], *, chosen: bool) -> None:
+    """Names the models that the stack serves and `folders` lack; a Problem unless the user chose so."""
+    for name in models:
+        folder = ROOT / "models" / name.removeprefix("/models/")
+        packed = (folder / "config.json").is_file() and any(folder.is_relative_to(one) for one in folders)
+        if not packed and not chosen:
+            raise Problem(
+                f"the stack serves {name}, which is not in models/",
+                f"bring it with scripts/download_model.py {name}, or choose what to pack with --model",
+            )
+        if not packed:
+            console.print(f"[yellow]{escape(name)}, which the stack serves, is left out[/]", soft_wrap=True)
+
+
 def _check_disk(out: Path, images: list[str], folders: list[Path]) -> None:
     sizes = ask("docker", "image", "inspect", "--format", "{{.Size}}", *images).stdout.split()
-    models = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    models = sum(path.stat().st_size for folder in folders for path in _files(folder))
     # the images lie there twice while they are packed
     needed = 2 * sum(map(int, sizes)) + models
     free = shutil.disk_usage(out).free
@@ -106,7 +136,13 @@ def _check_disk(out: Path, images: list[str], folders: list[Path]) -> None:
 def _pack(archive: Path, scratch: Path, images: list[str], folders: list[Path]) -> None:
     files = {name: ROOT / name for name in _checkout()}
     for folder in folders:
-        files |= {str(path.relative_to(ROOT)): path for path in sorted(folder.rglob("*")) if _belongs(path)}
+        files |= {str(path.relative_to(ROOT)): path for path in _files(folder)}
+    if named := value_of("HF_TOKEN_FILE", ROOT / ".env"):
+        token = (ROOT / Path(named).expanduser()).resolve()
+        files = {name: path for name, path in files.items() if path.resolve() != token}
+    if (ROOT / ".env").is_file():
+        files[".env"] = scratch / ".env"
+        files[".env"].write_text(_settings((ROOT / ".env").read_text()))
     with step(f"Saving {len(images)} images") as now:
         files["images.tar.gz"] = scratch / "images.tar.gz"
         with subprocess.Popen(["docker", "save", *images], stdout=subprocess.PIPE) as save:
@@ -143,7 +179,9 @@ def _write(archive: Path, scratch: Path, files: Mapping[str, Path]) -> None:
         with sums.open("w") as lines:
             for name, path in files.items():
                 now.say(name)
-                lines.write(f"{_sha256(path)}  {name}\n")
+                # that one is there to be changed
+                if name != ".env":
+                    lines.write(f"{_sha256(path)}  {name}\n")
         unfinished = scratch / archive.name
         # what a link leads to, as that is not there
         with tarfile.open(unfinished, "w", dereference=True) as tar:
@@ -168,13 +206,16 @@ def _readable(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 def _checkout() -> list[str]:
     """The files of this checkout that belong to the stack, and the plan for its replicas if there is one."""
-    list_files = ("ls-files", "--cached", "--others", "--exclude-standard", "-z")
-    listed = ask("git", "-C", str(ROOT), *list_files).stdout.split("\0")
-    if "docker-compose.yml" not in listed:
+    others = ("ls-files", "--others", "--exclude-standard", "-z")
+    listed = ask("git", "-C", str(ROOT), "ls-files", "-z").stdout.split("\0")
+    if "docker-compose.yml" in listed:
+        for name in filter(None, ask("git", "-C", str(ROOT), *others).stdout.split("\0")):
+            console.print(f"[yellow]{escape(name)} is left out: git does not track it[/]", soft_wrap=True)
+    else:
         # no repository, or one that is not ours to read: an empty one lists what .gitignore leaves
         with tempfile.TemporaryDirectory() as empty:
             ask("git", "init", "--quiet", "--bare", empty)
-            done = ask("git", "-C", str(ROOT), f"--git-dir={empty}", f"--work-tree={ROOT}", *list_files)
+            done = ask("git", "-C", str(ROOT), f"--git-dir={empty}", f"--work-tree={ROOT}", *others)
         listed = done.stdout.split("\0")
         if "docker-compose.yml" not in listed:
             raise Problem(
@@ -185,8 +226,17 @@ def _checkout() -> list[str]:
     return [name for name in [*listed, *planned] if (ROOT / name).is_file() and not name.startswith("models/")]
 
 
-def _belongs(path: Path) -> bool:
-    return path.is_file() and ".partial" not in path.parts and ".cache" not in path.parts
+def _settings(text: str) -> str:
+    """The lines of a .env that set something, without tokens, passwords and the like."""
+    kept = []
+    for line in text.splitlines():
+        if setting := re.match(r"\s*(?:export\s+)?(\w+)\s*=", line):
+            if SECRET & {*setting[1].upper().split("_")}:
+                console.print(f"[yellow]{setting[1]} in .env is left out: it is yours[/]")
+            else:
+                # what stands before an @ in an address: a name and a password
+                kept.append(re.sub(r"""(?<=://)[^/\s"']*@""", "", line) + "\n")
+    return "".join(kept)
 
 
 def _sha256(path: Path) -> str:
