@@ -399,6 +399,11 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+def test_the_settings_for_gpus_start_on_one_without_bfloat16() -> None:
+    """A Turing has none, and vLLM refuses it there; by itself it takes float16."""
+    assert launch.read_settings(ROOT / "vllm" / "engine.gpu.yaml", {}).dtype == "auto"
+
+
 @any_time
 @given(values=st.fixed_dictionaries({}, optional=VALUES))
 def test_a_value_means_the_same_in_the_file_and_in_the_environment(
