@@ -24,7 +24,7 @@ from planner.hub import gated, is_repository, not_the_hub, read_token
 from stack.console import Problem
 
 SUMS = "SHA256SUMS"
-WRITE_SUMS = f"write it with: sha256sum * > {SUMS}"
+WRITE_SUMS = f"write it with: find . -type f ! -name {SUMS} -exec sha256sum {{}} + > {SUMS}"
 CHUNK = 1 << 20
 # What vLLM loads; of weights in both formats, the first.
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -272,12 +273,16 @@ def test_too_little_disk_is_told_before_anything_is_fetched(server: Server, tmp_
 
 
 def test_from_a_web_mirror(server: Server, tmp_path: Path) -> None:
-    server.content = {f"/mirror/tiny/{path}": data for path, data in FILES.items()}
+    files = FILES | {"1_Pooling/config.json": b"{}"}
+    server.content = {f"/mirror/tiny/{path}": data for path, data in files.items()}
     refused = download(f"{server.url}/mirror/tiny", "--models", tmp_path)
-    assert "sha256sum * > SHA256SUMS" in refused.output
-    server.content["/mirror/tiny/SHA256SUMS"] = SUMS
+    told = re.search(r"find .* SHA256SUMS$", refused.output, re.MULTILINE)
+    assert told
+    mirror = put(tmp_path / "mirror", files)
+    subprocess.run(["sh", "-c", told[0]], cwd=mirror, check=True)
+    server.content["/mirror/tiny/SHA256SUMS"] = (mirror / "SHA256SUMS").read_bytes()
     assert not download(f"{server.url}/mirror/tiny", "--name", "me/tiny", "--models", tmp_path).exit_code
-    assert arrived(tmp_path / "me" / "tiny")
+    assert arrived(tmp_path / "me" / "tiny", files)
 
 
 def test_from_s3(server: Server, tmp_path: Path) -> None:
