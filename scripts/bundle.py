@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from planner.hub import without_password
 from stack.compose import Compose, Config, running_gpu_file
 from stack.console import Problem, console, one_line_for_mistakes, step
 from stack.images import present
@@ -234,8 +235,7 @@ def _settings(text: str) -> str:
             if SECRET & {*setting[1].upper().split("_")}:
                 console.print(f"[yellow]{setting[1]} in .env is left out: it is yours[/]")
             else:
-                # what stands before an @ in an address: a name and a password
-                kept.append(re.sub(r"""(?<=://)[^/\s"']*@""", "", line) + "\n")
+                kept.append(without_password(line) + "\n")
     return "".join(kept)
 
 

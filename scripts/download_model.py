@@ -19,7 +19,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from planner import hub
-from planner.hub import NAME
+from planner.hub import NAME, without_password
 from planner.sources import SUMS, File, Source, for_vllm, open_source
 from stack.console import Problem, console, one_line_for_mistakes
 from stack.model import let_replicas_read
@@ -103,7 +103,9 @@ def _bring(found: Source, files: list[File], models: Path, name: str, source: st
     sums = _fetch(found, files, part)
     _check_shards(part, source)
     (part / SUMS).write_text("".join(f"{digest}  {path}\n" for path, digest in sums.items()))
-    (part / ABOUT).write_text(json.dumps({"source": source, "revision": found.revision}, indent=1) + "\n")
+    (part / ABOUT).write_text(
+        json.dumps({"source": without_password(source), "revision": found.revision}, indent=1) + "\n"
+    )
     place.parent.mkdir(parents=True, exist_ok=True)
     part.rename(place)
     let_replicas_read(place, models)

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
-from planner.hub import gated, is_repository, not_the_hub, read_token
+from planner.hub import client, gated, is_repository, not_the_hub, read_token
 from stack.console import Problem
 
 SUMS = "SHA256SUMS"
@@ -133,7 +133,7 @@ def _sum_of(files: list[File]) -> str:
 
 def _client(token: str | None) -> httpx.Client:
     headers = PLAIN | ({"Authorization": f"Bearer {token}"} if token else {})
-    return httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
+    return client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
 
 
 def _stream(
@@ -308,7 +308,7 @@ class S3:
         # an endpoint of one's own rarely has a name for each bucket
         amazon = f"https://{self.bucket}.s3.{self._region}.amazonaws.com"
         self._base = f"{endpoint.rstrip('/')}/{self.bucket}" if endpoint else amazon
-        self._client = httpx.Client(headers=PLAIN, timeout=TIMEOUT)
+        self._client = client(headers=PLAIN, timeout=TIMEOUT)
 
     def files(self) -> list[File]:
         found: list[File] = []

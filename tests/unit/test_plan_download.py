@@ -285,6 +285,27 @@ def test_from_a_web_mirror(server: Server, tmp_path: Path) -> None:
     assert arrived(tmp_path / "me" / "tiny", files)
 
 
+def test_a_password_in_a_mirrors_address_is_not_noted(server: Server, tmp_path: Path) -> None:
+    server.content = {f"/tiny/{path}": data for path, data in {**FILES, "SHA256SUMS": SUMS}.items()}
+    address = server.url.replace("://", "://me:pass@word@")
+    assert not download(f"{address}/tiny", "--models", tmp_path).exit_code
+    assert json.loads((tmp_path / "tiny" / ".source.json").read_text())["source"] == f"{server.url}/tiny"
+
+
+@pytest.mark.parametrize(("proxy", "words"), [("socks5", "needs the package socksio"), ("socks4", "socks4://")])
+@pytest.mark.parametrize("source", ["me/tiny", "https://mirror.invalid/tiny", "s3://bucket/tiny"])
+def test_a_proxy_that_cannot_be_used_is_told(source: str, proxy: str, words: str, tmp_path: Path) -> None:
+    env = {"ALL_PROXY": f"{proxy}://127.0.0.1:1", "PATH": "/usr/bin:/bin"}
+    run = download(source, "--models", tmp_path, **env)
+    assert run.exit_code == 1
+    assert words in run.output
+    assert "What to do:" in run.output
+    if source == "me/tiny":
+        machine = ROOT / "tests" / "machines" / "one-24gb.json"
+        command = [sys.executable, str(ROOT / "scripts" / "plan.py"), source, "--machine", str(machine)]
+        assert words in refused_plan(command, env)
+
+
 def test_from_s3(server: Server, tmp_path: Path) -> None:
     server.s3 = True
     server.content = {f"/bucket/models/tiny/{path}": data for path, data in {**FILES, "SHA256SUMS": SUMS}.items()}
