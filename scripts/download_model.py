@@ -72,7 +72,7 @@ def main(
         except OSError as error:
             raise Problem(
                 f"{error.filename or models}: {error.strerror}",
-                f"see to it (a full disk, no right to write there: --models names another folder), then {AGAIN}",
+                f"free disk space or correct the permissions (or name another folder with --models), then {AGAIN}",
             ) from error
 
 

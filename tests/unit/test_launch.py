@@ -142,13 +142,13 @@ MISTAKES = [
         "unknown setting",
         "model: org/small\nmax_model_length: 1",
         {},
-        ["engine.yaml", "max_model_length", "max_model_len?"],
+        ["launch: vllm/engine.yaml: ", "max_model_length", "max_model_len?"],
     ),
     (
         "wrong type in the file",
         "model: org/small\nmax_num_seqs: many",
         {},
-        ["engine.yaml: max_num_seqs", "'many'", "whole"],
+        ["launch: vllm/engine.yaml: max_num_seqs", "'many'", "whole"],
     ),
     (
         "wrong type in .env",
@@ -168,8 +168,8 @@ MISTAKES = [
     ("no chat template", "model: org/small", {"CHAT_TEMPLATE": "x.jinja"}, ["CHAT_TEMPLATE", "x.jinja", "models/"]),
     ("heads do not divide", "model: org/small", {"TENSOR_PARALLEL_SIZE": "2"}, ["9 attention heads", "1, 3, 9"]),
     ("stages on a CPU", "model: org/small", {"PIPELINE_PARALLEL_SIZE": "2"}, ["PIPELINE_PARALLEL_SIZE", "on a CPU"]),
-    ("broken YAML", "model: [org", {}, ["engine.yaml", "line"]),
-    ("no mapping", "- model", {}, ["engine.yaml", "name: value"]),
+    ("broken YAML", "model: [org", {"FLEET_DEVICE": "gpu"}, ["launch: vllm/engine.gpu.yaml: ", "line"]),
+    ("no mapping", "- model", {}, ["launch: vllm/engine.yaml: ", "name: value"]),
     (
         "GPU image, no GPU",
         "model: org/small",
@@ -208,7 +208,7 @@ def test_each_mistake_is_told(start: Start) -> None:
 
 
 def test_a_missing_engine_file_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(launch.SettingsError, match="cannot be read"):
+    with pytest.raises(launch.SettingsError, match=r"^vllm/engine\.yaml: cannot be read"):
         launch.read_settings(tmp_path / "none.yaml", {})
 
 
@@ -255,7 +255,7 @@ def test_the_image_has_the_launcher_readable_whatever_the_umask_of_the_clone() -
 @pytest.mark.parametrize(
     ("failure", "says"),
     [
-        ("GatedRepoError", "gated.*licence"),
+        ("GatedRepoError", "gated.*licence.*HF_TOKEN_FILE in .env.*make up"),
         ("RepositoryNotFoundError", "not on the hub.*spelling"),
         ("LocalEntryNotFoundError", r"cannot be reached; put it into models/org/far"),
         ("EntryNotFoundError", r"no config\.json"),

@@ -517,6 +517,7 @@ def test_a_full_disk_is_told_and_the_download_goes_on(server: Server, tmp_path: 
     args = ("me/tiny", "--endpoint", server.url, "--models", tmp_path)
     said = download_with_room(1_024_000, *args)
     assert "File too large" in said
+    assert "free disk space" in said
     assert "goes on" in said
     assert not download(*args).exit_code
     assert arrived(tmp_path / "me" / "tiny")
