@@ -3,33 +3,42 @@
 
 On that host, which has Docker with Compose and Buildx, and Python 3.11 to 3.14:
 
-    tar xf vllm-fleet-DATE.tar && vllm-fleet/install.sh && cd vllm-fleet && make up"""
+    tar xpf vllm-fleet-DATE.tar && vllm-fleet/install.sh && cd vllm-fleet && make up"""
 
-import gzip
 import hashlib
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from stack.compose import Compose, running_gpu_file
+from planner.hub import without_password
+from stack.compose import Compose, Config, running_gpu_file
 from stack.console import Problem, console, one_line_for_mistakes, step
 from stack.images import present
+from stack.model import of_fleet
+from stack.settings import value_of
 from stack.shell import ROOT, ask
 
 NAME = "vllm-fleet"
+# words in the names of settings that stay on this host
+SECRET = {"TOKEN", "KEY", "SECRET", "PASSWORD"}
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 INSTALL = """\
 #!/bin/sh
 # Installs the stack from this bundle: checks it, loads the images, makes .venv. Needs no network. Can be run again.
 set -eu
+# containers read what is here as users of their own
+umask 022
 cd "$(dirname "$0")"
 for needed in "docker info" "docker compose version" "docker buildx version"; do
   $needed >/dev/null || { echo "'$needed' fails, see above: mend that and run this again." >&2; exit 1; }
@@ -37,7 +46,7 @@ done
 echo "Checking the files ..."
 sha256sum --check --quiet SHA256SUMS
 echo "Loading the images ..."
-docker load --quiet --input images.tar.gz
+docker load --quiet --input images.tar
 echo "Making .venv ..."
 PIP_NO_INDEX=1 PIP_FIND_LINKS="$PWD/wheels" scripts/bootstrap.sh
 echo "Done. Start it with: make up"
@@ -52,8 +61,10 @@ def main(
 ) -> None:
     """Pack images, models, pins and docs in one archive for a host without a network."""
     with one_line_for_mistakes():
-        images = _images()
+        config = Compose(gpu=running_gpu_file()).config()
+        images = _images(config)
         folders = [_model(name) for name in model] if model else [ROOT / "models"]
+        _check_served(of_fleet(config), folders, chosen=bool(model))
         archive = out / f"{NAME}-{datetime.now(UTC):%Y-%m-%d}.tar"
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -65,12 +76,12 @@ def main(
                 f"the bundle cannot be written: {error}", "mend that, or name another folder with --out"
             ) from None
         size = f"{archive.stat().st_size / 2**30:.1f} GiB"
-        console.print(f"{archive}: {size}. There: tar xf it, then {NAME}/install.sh", soft_wrap=True)
+        console.print(f"{archive}: {size}. There: tar xpf it, then {NAME}/install.sh", soft_wrap=True)
 
 
-def _images() -> list[str]:
+def _images(config: Config) -> list[str]:
     """The images of the stack as it runs. A Problem where one is missing that `make up` does not do without either."""
-    services = Compose(gpu=running_gpu_file()).config().services.values()
+    services = config.services.values()
     missing = {service.image: service.build for service in services if not present(service.image)}
     for image, build in missing.items():
         if build:
@@ -83,14 +94,35 @@ def _model(name: str) -> Path:
     """The folder of a model below models/, or of several."""
     folder = ROOT / "models" / name
     inside = Path(name).parts and not Path(name).is_absolute() and ".." not in Path(name).parts
-    if not inside or not any(folder.rglob("config.json")):
+    if not inside or not any(path.name == "config.json" for path in _files(folder)):
         raise Problem(f"--model {name}: there is no such model in models/", "bring it with scripts/download_model.py")
     return folder
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """The files of models, those of linked folders too, without downloads that are not complete."""
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted({*folders} - {".partial", ".cache"})
+        yield from (Path(where, name) for name in sorted(names) if Path(where, name).is_file())
+
+
+def _check_served(models: list[str], folders: list[Path], *, chosen: bool) -> None:
+    """Names the models that the stack serves and `folders` lack; a Problem unless the user chose so."""
+    for name in models:
+        folder = ROOT / "models" / name.removeprefix("/models/")
+        packed = (folder / "config.json").is_file() and any(folder.is_relative_to(one) for one in folders)
+        if not packed and not chosen:
+            raise Problem(
+                f"the stack serves {name}, which is not in models/",
+                f"bring it with scripts/download_model.py {name}, or choose what to pack with --model",
+            )
+        if not packed:
+            console.print(f"[yellow]{escape(name)}, which the stack serves, is left out[/]", soft_wrap=True)
+
+
 def _check_disk(out: Path, images: list[str], folders: list[Path]) -> None:
     sizes = ask("docker", "image", "inspect", "--format", "{{.Size}}", *images).stdout.split()
-    models = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    models = sum(path.stat().st_size for folder in folders for path in _files(folder))
     # the images lie there twice while they are packed
     needed = 2 * sum(map(int, sizes)) + models
     free = shutil.disk_usage(out).free
@@ -104,15 +136,17 @@ def _check_disk(out: Path, images: list[str], folders: list[Path]) -> None:
 def _pack(archive: Path, scratch: Path, images: list[str], folders: list[Path]) -> None:
     files = {name: ROOT / name for name in _checkout()}
     for folder in folders:
-        files |= {str(path.relative_to(ROOT)): path for path in sorted(folder.rglob("*")) if _belongs(path)}
+        files |= {str(path.relative_to(ROOT)): path for path in _files(folder)}
+    if named := value_of("HF_TOKEN_FILE", ROOT / ".env"):
+        token = (ROOT / Path(named).expanduser()).resolve()
+        files = {name: path for name, path in files.items() if path.resolve() != token}
+    if (ROOT / ".env").is_file():
+        files[".env"] = scratch / ".env"
+        files[".env"].write_text(_settings((ROOT / ".env").read_text()))
     with step(f"Saving {len(images)} images") as now:
-        files["images.tar.gz"] = scratch / "images.tar.gz"
-        with subprocess.Popen(["docker", "save", *images], stdout=subprocess.PIPE) as save:
-            assert save.stdout
-            # level 1: layers hardly shrink further
-            with gzip.open(files["images.tar.gz"], "wb", compresslevel=1) as packed:
-                shutil.copyfileobj(save.stdout, packed, 1 << 20)
-        if save.returncode:
+        # not compressed: that takes five times as long for a third of the size
+        files["images.tar"] = scratch / "images.tar"
+        if subprocess.run(["docker", "save", "--output", files["images.tar"], *images]).returncode:
             raise Problem("docker save failed", "see what it says above")
         now.result = ", ".join(images)
     with step("Gathering Python packages") as now:
@@ -141,24 +175,43 @@ def _write(archive: Path, scratch: Path, files: Mapping[str, Path]) -> None:
         with sums.open("w") as lines:
             for name, path in files.items():
                 now.say(name)
-                lines.write(f"{_sha256(path)}  {name}\n")
+                # that one is there to be changed
+                if name != ".env":
+                    lines.write(f"{_sha256(path)}  {name}\n")
         unfinished = scratch / archive.name
-        with tarfile.open(unfinished, "w") as tar:
-            for name, path in [*files.items(), ("SHA256SUMS", sums)]:
+        # what a link leads to, as that is not there
+        with tarfile.open(unfinished, "w", dereference=True) as tar:
+            every = {**files, "SHA256SUMS": sums}
+            for folder in sorted({str(parent) for name in every for parent in PurePath(NAME, name).parents} - {"."}):
+                entry = tarfile.TarInfo(folder)
+                entry.type = tarfile.DIRTYPE
+                tar.addfile(_readable(entry))
+            for name, path in every.items():
                 now.say(name)
-                tar.add(path, f"{NAME}/{name}", recursive=False)
+                tar.add(path, f"{NAME}/{name}", recursive=False, filter=_readable)
         unfinished.rename(archive)
+
+
+def _readable(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """The entry as one that every user there can read, whatever the umask was here."""
+    entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    return entry
 
 
 def _checkout() -> list[str]:
     """The files of this checkout that belong to the stack, and the plan for its replicas if there is one."""
-    list_files = ("ls-files", "--cached", "--others", "--exclude-standard", "-z")
-    listed = ask("git", "-C", str(ROOT), *list_files).stdout.split("\0")
-    if "docker-compose.yml" not in listed:
+    others = ("ls-files", "--others", "--exclude-standard", "-z")
+    listed = ask("git", "-C", str(ROOT), "ls-files", "-z").stdout.split("\0")
+    if "docker-compose.yml" in listed:
+        for name in filter(None, ask("git", "-C", str(ROOT), *others).stdout.split("\0")):
+            console.print(f"[yellow]{escape(name)} is left out: git does not track it[/]", soft_wrap=True)
+    else:
         # no repository, or one that is not ours to read: an empty one lists what .gitignore leaves
         with tempfile.TemporaryDirectory() as empty:
             ask("git", "init", "--quiet", "--bare", empty)
-            done = ask("git", "-C", str(ROOT), f"--git-dir={empty}", f"--work-tree={ROOT}", *list_files)
+            done = ask("git", "-C", str(ROOT), f"--git-dir={empty}", f"--work-tree={ROOT}", *others)
         listed = done.stdout.split("\0")
         if "docker-compose.yml" not in listed:
             raise Problem(
@@ -169,8 +222,16 @@ def _checkout() -> list[str]:
     return [name for name in [*listed, *planned] if (ROOT / name).is_file() and not name.startswith("models/")]
 
 
-def _belongs(path: Path) -> bool:
-    return path.is_file() and ".partial" not in path.parts and ".cache" not in path.parts
+def _settings(text: str) -> str:
+    """The lines of a .env that set something, without tokens, passwords and the like."""
+    kept = []
+    for line in text.splitlines():
+        if setting := re.match(r"\s*(?:export\s+)?(\w+)\s*=", line):
+            if SECRET & {*setting[1].upper().split("_")}:
+                console.print(f"[yellow]{setting[1]} in .env is left out: it is yours[/]")
+            else:
+                kept.append(without_password(line) + "\n")
+    return "".join(kept)
 
 
 def _sha256(path: Path) -> str:

@@ -19,9 +19,10 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from planner import hub
-from planner.hub import NAME
+from planner.hub import NAME, without_password
 from planner.sources import SUMS, File, Source, for_vllm, open_source
 from stack.console import Problem, console, one_line_for_mistakes
+from stack.model import let_replicas_read
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
@@ -71,7 +72,7 @@ def main(
         except OSError as error:
             raise Problem(
                 f"{error.filename or models}: {error.strerror}",
-                f"see to it (a full disk, no right to write there: --models names another folder), then {AGAIN}",
+                f"free disk space or correct the permissions (or name another folder with --models), then {AGAIN}",
             ) from error
 
 
@@ -93,6 +94,7 @@ def _bring(found: Source, files: list[File], models: Path, name: str, source: st
     place = models / name
     if place.exists():
         _check_whole(place, found.revision, files)
+        let_replicas_read(place, models)
         console.print(f"{place} is there already, revision {found.revision[:12]}", markup=False, soft_wrap=True)
         return
     part = models / PARTIAL / f"{name}@{found.revision}"
@@ -101,9 +103,12 @@ def _bring(found: Source, files: list[File], models: Path, name: str, source: st
     sums = _fetch(found, files, part)
     _check_shards(part, source)
     (part / SUMS).write_text("".join(f"{digest}  {path}\n" for path, digest in sums.items()))
-    (part / ABOUT).write_text(json.dumps({"source": source, "revision": found.revision}, indent=1) + "\n")
+    (part / ABOUT).write_text(
+        json.dumps({"source": without_password(source), "revision": found.revision}, indent=1) + "\n"
+    )
     place.parent.mkdir(parents=True, exist_ok=True)
     part.rename(place)
+    let_replicas_read(place, models)
     for other in part.parent.glob(f"{place.name}@*"):
         shutil.rmtree(other)
     done = f"{place} is complete, revision {found.revision[:12]}. MODEL={name} serves it."

@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -121,7 +122,9 @@ SAME_NAME = (
 
 def read_settings(engine_file: Path, environment: dict[str, str]) -> Settings:
     """The settings of the file, overridden by those of the environment. Raises SettingsError where they are wrong."""
-    values = _read_file(engine_file)
+    # by its name in the checkout, which is the user's
+    file = "vllm/engine.gpu.yaml" if environment.get("FLEET_DEVICE") == "gpu" else "vllm/engine.yaml"
+    values = _read_file(engine_file, file)
     from_environment = {name for name in Settings.model_fields if environment.get(name.upper(), "").strip()}
     values |= {name: environment[name.upper()].strip() for name in from_environment}
     try:
@@ -131,7 +134,7 @@ def read_settings(engine_file: Path, environment: dict[str, str]) -> Settings:
         for error in errors.errors():
             name = str(error["loc"][0])
             description = Settings.model_fields[name].description
-            place, shown = (".env", name.upper()) if name in from_environment else (str(engine_file), name)
+            place, shown = (".env", name.upper()) if name in from_environment else (file, name)
             if error["type"] == "missing":
                 lines.append(f"{place}: {shown} is not set; it must be {description}")
             else:
@@ -140,27 +143,29 @@ def read_settings(engine_file: Path, environment: dict[str, str]) -> Settings:
         raise SettingsError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path, shown: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror}); restore vllm/engine.yaml") from None
+        raise SettingsError(
+            f"{shown}: cannot be read ({error.strerror}); restore it, or run chmod a+r {shown}"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "unreadable text"
-        raise SettingsError(f"{path}: not valid YAML{line} ({problem}); write one `name: value` a line") from None
+        raise SettingsError(f"{shown}: not valid YAML{line} ({problem}); write one `name: value` a line") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise SettingsError(f"{path}: holds a {type(content).__name__}; write one `name: value` a line")
+        raise SettingsError(f"{shown}: holds a {type(content).__name__}; write one `name: value` a line")
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_").lower()
         if name not in Settings.model_fields:
             near = difflib.get_close_matches(name, Settings.model_fields, n=1)
             hint = f"did you mean {near[0]}?" if near else "pass an argument that has no setting through extra_args"
-            raise SettingsError(f"{path}: unknown setting {key}; {hint}")
+            raise SettingsError(f"{shown}: unknown setting {key}; {hint}")
         if value is not None and value != "":
             values[name] = value
     return values
@@ -172,6 +177,7 @@ def find_model(model: str, models: Path) -> tuple[str, dict[str, Any]]:
     Raises SettingsError where there is no such model, or its folder is not complete.
     """
     folder = models / model
+    _check_readable(model, models)
     if folder.is_dir():
         config = folder / "config.json"
         if not config.is_file():
@@ -193,6 +199,19 @@ def find_model(model: str, models: Path) -> tuple[str, dict[str, Any]]:
     return model, _hub_config(model)
 
 
+def _check_readable(model: str, models: Path) -> None:
+    """Raises SettingsError where this user may not read a model's folder, one above it, or a file in it."""
+    folder = models / model
+    above = [path for path in reversed(folder.parents) if path.is_relative_to(models)]
+    for path in chain(above, [folder], folder.rglob("*")):
+        if not os.path.lexists(path) or path.is_symlink():
+            continue
+        if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0), effective_ids=True):
+            raise SettingsError(
+                f"{path}: the replica (user {os.geteuid()}) may not read it: run chmod -R a+rX models on the host"
+            )
+
+
 def find_draft(speculative: dict[str, Any], models: Path) -> dict[str, Any]:
     """Speculative decoding's settings with the path of a draft model or head that is a folder below models/.
 
@@ -211,7 +230,9 @@ def _hub_config(model: str) -> dict[str, Any]:
     try:
         path = hub.hf_hub_download(model, "config.json")
     except errors.GatedRepoError:
-        problem = f"is gated; accept its licence on the hub and fetch it into models/{model} with your token"
+        problem = (
+            "is gated; accept its licence on the hub, name your token's file in HF_TOKEN_FILE in .env, run `make up`"
+        )
     except errors.RepositoryNotFoundError:
         problem = "is not on the hub, or is private; check the spelling"
     except errors.LocalEntryNotFoundError:

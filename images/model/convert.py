@@ -16,6 +16,3 @@ model = AutoModelForCausalLM.from_pretrained(
 )
 model.save_pretrained(target)
 tokenizer.save_pretrained(target)
-# the replicas run as another user
-for file in target.iterdir():
-    file.chmod(0o644)

@@ -25,6 +25,28 @@ def endpoint() -> str:
     return (settings.value_of("HF_ENDPOINT") or HUB).rstrip("/")
 
 
+def without_password(text: str) -> str:
+    """The text without what stands before an @ in its addresses: a name and a password."""
+    return re.sub(r"""(?<=://)[^/\s"']*@""", "", text)
+
+
+def client(**options: Any) -> httpx.Client:
+    """An HTTP client. A Problem where it cannot take the proxy that the environment names."""
+    try:
+        return httpx.Client(**options)
+    except (ImportError, ValueError) as error:
+        # httpx needs a package for one kind, and does not know others
+        why = (
+            "a socks proxy needs the package socksio"
+            if isinstance(error, ImportError)
+            else without_password(str(error))
+        )
+        raise Problem(
+            f"the proxy that ALL_PROXY, HTTPS_PROXY or HTTP_PROXY names cannot be used: {why}",
+            "name an http:// proxy, unset it, or for socks5:// run .venv/bin/pip install 'httpx[socks]'",
+        ) from error
+
+
 def read_token(file: Path | None = None) -> str | None:
     """The access token in a file: the one named, or HF_TOKEN_FILE's. None without one; never from the command line."""
     path = file or (Path(named).expanduser() if (named := settings.value_of("HF_TOKEN_FILE")) else None)
@@ -66,7 +88,8 @@ def fetch_config(repository: str) -> Mapping[str, Any]:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     url = f"{endpoint()}/{repository}/resolve/main/config.json"
     try:
-        answer = httpx.get(url, headers=headers, timeout=20, follow_redirects=True)
+        with client(timeout=20, follow_redirects=True) as asking:
+            answer = asking.get(url, headers=headers)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise Problem(
             f"cannot reach {url}: {error}",

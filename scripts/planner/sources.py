@@ -20,11 +20,11 @@ from xml.etree import ElementTree
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
-from planner.hub import gated, is_repository, not_the_hub, read_token
+from planner.hub import client, gated, is_repository, not_the_hub, read_token
 from stack.console import Problem
 
 SUMS = "SHA256SUMS"
-WRITE_SUMS = f"write it with: sha256sum * > {SUMS}"
+WRITE_SUMS = f"write it with: find . -type f ! -name {SUMS} -exec sha256sum {{}} + > {SUMS}"
 CHUNK = 1 << 20
 # What vLLM loads; of weights in both formats, the first.
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -85,14 +85,26 @@ def wanted(path: str) -> bool:
 
 
 def for_vllm(files: list[File], source: str) -> list[File]:
-    """The files without the same weights in a second format. A Problem where they are no model that vLLM can load."""
+    """The files without the same weights a second time: in PyTorch's format, or as their maker has them (original/ of
+    Llama and gpt-oss, consolidated* of Mistral). A Problem where they are no model that vLLM can load."""
     at_top = {file.path for file in files if "/" not in file.path}
     if "config.json" not in at_top:
         raise Problem(f"{source} has no config.json", "is it a model's folder?")
     if not any(fnmatch(path, pattern) for path in at_top for pattern in WEIGHTS):
         raise Problem(f"{source} has no weights that vLLM loads ({', '.join(WEIGHTS)})", "choose a model that has")
     safe = {PurePosixPath(file.path).parent for file in files if file.path.endswith(".safetensors")}
-    return [file for file in files if not (file.path.endswith(".bin") and PurePosixPath(file.path).parent in safe)]
+    twice = ["original/*"]
+    # vLLM takes Mistral's format where it is there; some models have no tokenizer in another
+    if at_top & {"tokenizer.json", "tokenizer.model"}:
+        twice += ["consolidated*.safetensors", "consolidated*.json"]
+    if not any(path.endswith(".safetensors") and not fnmatch(path, "consolidated*") for path in at_top):
+        twice = []
+    return [
+        file
+        for file in files
+        if not (file.path.endswith(".bin") and PurePosixPath(file.path).parent in safe)
+        and not any(fnmatch(file.path, pattern) for pattern in twice)
+    ]
 
 
 def parse_sums(content: bytes, where: str) -> dict[str, str]:
@@ -121,7 +133,7 @@ def _sum_of(files: list[File]) -> str:
 
 def _client(token: str | None) -> httpx.Client:
     headers = PLAIN | ({"Authorization": f"Bearer {token}"} if token else {})
-    return httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
+    return client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
 
 
 def _stream(
@@ -296,7 +308,7 @@ class S3:
         # an endpoint of one's own rarely has a name for each bucket
         amazon = f"https://{self.bucket}.s3.{self._region}.amazonaws.com"
         self._base = f"{endpoint.rstrip('/')}/{self.bucket}" if endpoint else amazon
-        self._client = httpx.Client(headers=PLAIN, timeout=TIMEOUT)
+        self._client = client(headers=PLAIN, timeout=TIMEOUT)
 
     def files(self) -> list[File]:
         found: list[File] = []

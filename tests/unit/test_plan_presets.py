@@ -1,6 +1,7 @@
 """Presets: data that the launcher takes as it is, and that the planner adds a host's sizes to."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,12 @@ EAGLE = {
     "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "draft_vocab_size": 32000,
     "max_position_embeddings": 2048,
 }  # fmt: skip
+# as RedHatAI's and Qwen's checkpoints have it
+FP8 = {
+    "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}},
+}  # fmt: skip
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
 
 @pytest.fixture
@@ -69,9 +76,16 @@ def checkout(tmp_path: Path) -> Path:
         "Qwen/Qwen3-0.6B": QWEN3_06B,
         "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B": EAGLE,
     }
-    for name in ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "meta-llama/Llama-3.1-8B-Instruct"):
+    for name in (
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "Qwen/Qwen2.5-7B-Instruct-AWQ",
+    ):
         path = ROOT / "tests" / "models" / Path(name).name / "config.json"
         configs[name] = json.loads(path.read_text())
+    llama, qwen = configs["meta-llama/Llama-3.1-8B-Instruct"], configs["Qwen/Qwen2.5-7B-Instruct-AWQ"]
+    configs["RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8"] = llama | {"quantization_config": FP8}
+    configs["Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4"] = qwen | {"quantization_config": GPTQ}
     for name, config in configs.items():
         (tmp_path / "models" / name).mkdir(parents=True)
         (tmp_path / "models" / name / "config.json").write_text(json.dumps(config))
@@ -152,11 +166,31 @@ def test_what_a_preset_needs_is_checked(path: Path) -> None:
     assert needs == "nothing" or command.NEEDS.fullmatch(needs)
 
 
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_fits_a_gpu_of_the_size_that_it_needs(
+    path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what a desktop takes of it, the checkpoint's own weights or the preset's quantization, all on the GPU."""
+    preset = yaml.safe_load(path.read_text())
+    needs = re.fullmatch(r"a GPU of compute capability (\d+)\.(\d+) with (\d+) GiB", preset["needs"])
+    if not needs:
+        return
+    monkeypatch.setattr(command, "ROOT", checkout)
+    host = load_machine(ROOT / "tests" / "machines" / "one-24gb.json")
+    size = int(needs[3]) << 30
+    about = {"total": size, "free": size - (300 << 20), "compute_capability": (int(needs[1]), int(needs[2]))}
+    host = host.model_copy(update={"gpus": (host.gpus[0].model_copy(update=about),)})
+    chosen = command.plan_all(host, path.stem, [], None, Wish())[0].plan
+    assert chosen.quantization == preset["settings"].get("QUANTIZATION")
+    assert [replica.settings.offload for replica in chosen.replicas] == [0]
+    assert chosen.max_length >= preset["settings"].get("MAX_MODEL_LEN", 0)
+
+
 @pytest.mark.parametrize(
     ("preset", "machine", "words"),
     [
-        ("long-context", "four-3090", "needs a GPU of compute capability 8.9 with 40 GiB; GPU 0"),
-        ("deepseek-r1-1.5b-4bit", "laptop", "needs a GPU of compute capability 7.5 with 4 GiB, and there is none here"),
+        ("long-context", "four-3090", "needs a GPU of compute capability 8.9 with 32 GiB; GPU 0"),
+        ("deepseek-r1-1.5b-4bit", "laptop", "needs a GPU of compute capability 7.5 with 6 GiB, and there is none here"),
     ],
 )
 def test_a_preset_is_refused_where_its_gpu_is_missing(checkout: Path, preset: str, machine: str, words: str) -> None:
