@@ -24,7 +24,7 @@ from rich.markup import escape
 from planner.hub import without_password
 from stack.compose import Compose, Config, running_gpu_file
 from stack.console import Problem, console, one_line_for_mistakes, step
-from stack.images import present
+from stack.images import RECIPE_LABEL, builds_of, label_of, present, recipe
 from stack.model import of_fleet
 from stack.settings import value_of
 from stack.shell import ROOT, ask
@@ -82,6 +82,9 @@ def main(
 def _images(config: Config) -> list[str]:
     """The images of the stack as it runs. A Problem where one is missing that `make up` does not do without either."""
     services = config.services.values()
+    for image, ours in builds_of(config).items():
+        if label_of(image, RECIPE_LABEL) not in (None, "", recipe(ours)):
+            raise Problem(f"{image} is older than this checkout", "bring the stack up, then pack it: make up")
     missing = {service.image: service.build for service in services if not present(service.image)}
     for image, build in missing.items():
         if build:

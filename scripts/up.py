@@ -17,7 +17,7 @@ from pathlib import Path
 from stack import checks, engine, fleet, images, model, settings
 from stack.compose import OVERRIDE, Build, Compose, Config, running
 from stack.console import console, one_line_for_mistakes, step
-from stack.shell import CACHE, LOG, ROOT, ask, work
+from stack.shell import CACHE, LOG, ROOT, ask, let_all_read, work
 
 QUESTION = "What is the capital of France?"
 
@@ -82,6 +82,14 @@ def check_pins(config: Config) -> None:
         checks.gpus_are_there(pinned, listed_gpus(), model.of_replica(replicas[0])[0])
 
 
+def open_mounts(config: Config) -> None:
+    """Lets containers read what they mount of this checkout: a clone under a strict umask keeps it to its owner."""
+    sources = {Path(volume.source) for service in config.services.values() for volume in service.volumes}
+    for source in sources - {model.MODELS}:
+        if source.is_relative_to(ROOT):
+            let_all_read([source, *source.rglob("*")])
+
+
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Waits for another `make up` of this checkout to end."""
@@ -144,6 +152,7 @@ def up() -> None:
     with step("Model") as shown:
         shown.result = model.bring(config, shown.say)
     with step("Containers") as shown:
+        open_mounts(config)
         start = ("--progress", "plain", "up", "--detach", "--remove-orphans", *services)
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)

@@ -18,7 +18,7 @@ from planner.hub import is_repository
 from stack import checks
 from stack.compose import Config, Service
 from stack.console import Problem
-from stack.shell import CACHE, ROOT, Say, work
+from stack.shell import CACHE, ROOT, Say, let_all_read, work
 
 MODELS = ROOT / "models"
 PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -74,14 +74,9 @@ def is_here(model: str) -> bool:
 
 
 def let_replicas_read(folder: Path, models: Path) -> None:
-    """Opens a model to the replicas' user, whatever the umask was while it was written."""
-    above = [path for path in (models, *folder.parents) if path.is_relative_to(models)]
-    for path in (*above, folder, *folder.rglob("*")):
-        now = path.stat().st_mode
-        wanted = now | (0o555 if path.is_dir() else 0o444)
-        # not more often than needed: what is another user's cannot be changed
-        if now != wanted:
-            path.chmod(wanted)
+    """Opens a model, and the folders above it in `models`, to the replicas' user."""
+    above = [path for path in folder.parents if path.is_relative_to(models)]
+    let_all_read([*above, folder, *folder.rglob("*")])
 
 
 def download(model: str, *options: str) -> list[str]:

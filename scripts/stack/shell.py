@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from stack.console import Problem
@@ -87,6 +87,16 @@ def as_root(*args: str) -> list[str]:
         f"`{args[0]}` needs root, and there is no sudo",
         "run `make up` as root once; later runs need only rights on Docker",
     )
+
+
+def let_all_read(paths: Iterable[Path]) -> None:
+    """Opens files and folders to the users that containers run as, whatever the umask was while they were written."""
+    for path in paths:
+        now = path.stat().st_mode
+        wanted = now | (0o555 if path.is_dir() else 0o444)
+        # not more often than needed: what is another user's cannot be changed
+        if now != wanted:
+            path.chmod(wanted)
 
 
 def apt_install(packages: Sequence[str], say: Say) -> None:

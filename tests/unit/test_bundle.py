@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import bundle
+from stack import images
 from stack.compose import Compose, Config
 from stack.console import Problem
 
@@ -69,6 +70,21 @@ def test_an_image_that_the_stack_cannot_do_without_must_be_there(here: set[str])
     here.remove("fleet/replica:1-gpu")
     with pytest.raises(Problem, match=r"fleet/replica:1-gpu is not on this machine: .*make up"):
         bundle._images(STACK)
+
+
+def test_an_image_of_another_checkout_is_not_packed(
+    here: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be refused where the bundle is installed, and there is no base there to build it anew."""
+    (tmp_path / "Dockerfile").write_text("FROM base")
+    service = {"image": "fleet/gateway:1", "build": {"context": str(tmp_path), "args": {"BASE": "base"}}}
+    config = Config.model_validate({"services": {"gateway": service}, "x-pins": {}})
+    label = images.recipe(images.builds_of(config)["fleet/gateway:1"])
+    monkeypatch.setattr(bundle, "label_of", lambda *_: label)
+    assert bundle._images(config) == ["fleet/gateway:1"]
+    (tmp_path / "Dockerfile").write_text("FROM base\nUSER 1")
+    with pytest.raises(Problem, match="fleet/gateway:1 is older than this checkout"):
+        bundle._images(config)
 
 
 @pytest.mark.parametrize("how", ["git", "no git", "within another checkout"])

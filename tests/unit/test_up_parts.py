@@ -158,6 +158,28 @@ def test_compose_files_without_that_of_the_stack_are_refused_in_a_line(monkeypat
         Compose().config()
 
 
+def test_what_containers_mount_of_a_clone_under_a_strict_umask_is_opened_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run as users of their own. Nothing else is opened, nor what is mounted from elsewhere."""
+    monkeypatch.setattr(up, "ROOT", tmp_path / "clone")
+    made = ["clone/nginx/njs/route.js", "clone/vllm/engine.yaml", "clone/.env", "elsewhere/own.conf"]
+    for name in made:
+        for folder in (tmp_path / name).parent, (tmp_path / name).parent.parent:
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
+        (tmp_path / name).touch(0o600)
+    sources = [tmp_path / "clone/nginx", tmp_path / "clone/vllm/engine.yaml", tmp_path / "elsewhere", Path("hub")]
+    volumes = [Volume(source=str(source), target="/there") for source in sources]
+    up.open_mounts(Config.model_validate({"services": {"one": Service(image="one", volumes=volumes)}, "x-pins": {}}))
+    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {name: oct(modes[name]) for name in made} == dict(
+        zip(made, ["0o644", "0o644", "0o600", "0o600"], strict=True)
+    )
+    assert oct(modes["clone/nginx/njs"]) == oct(modes["clone/nginx"]) == "0o755"
+    assert oct(modes["elsewhere"]) == "0o700"
+
+
 def test_engine_settings_that_cannot_be_read_are_left_to_the_launcher(tmp_path: Path) -> None:
     for text in ("model: [a\n", "- model\n", "\ud800"):
         assert model.of_replica(replica(tmp_path, text.encode("utf-8", "surrogatepass"))) == [model.PACKAGED]
