@@ -1,8 +1,8 @@
 """How vLLM spends a GPU's memory, and what is left for the KV cache.
 
-The account is vLLM's own (`determine_available_memory` in vllm/v1/worker/gpu_worker.py, 0.26 to 0.32):
+The account is vLLM's own (`determine_available_memory` in vllm/v1/worker/gpu_worker.py, 0.32):
 
-    KV cache = utilization x total - weights - peak activations - what is not torch's - CUDA graphs, where profiled
+    KV cache = utilization x total - weights - peak activations - what is not torch's - CUDA graphs
 
 Sizes are bytes a GPU, lengths are tokens. The constants were fitted on two H200 (docs/benchmarks/gpu.md)."""
 
@@ -14,6 +14,9 @@ from planner.model import Model
 
 BLOCK = 16  # tokens; vLLM's KV block
 DEFAULT_UTILIZATION = 0.92  # vLLM's own default
+# KV cache that a request of full length has to leave free, as vLLM refuses to start with less than the request takes:
+# the predictions are trusted to 5 %.
+MARGIN = 1.05
 NOT_TORCH = 256 << 20  # attention workspaces and the like, inside what vLLM asks for
 # What a replica takes besides what it asks for: CUDA context, library handles; with several GPUs NCCL's buffers too.
 CONTEXT, CONTEXT_NCCL = 900 << 20, 1800 << 20
@@ -67,22 +70,15 @@ class Account:
         return self.weights + self.activations + self.graphs + self.other + self.outside + max(0, self.kv)
 
 
-def outside(model: Model, tp: int, pp: int, settings: Settings) -> int:
-    """What a GPU needs besides what vLLM asks for: CUDA's context, and the graphs where vLLM does not profile them."""
-    graphs = 0 if _profiles_graphs(model) else graph_bytes(model, ceil(model.layers / pp), settings)
-    return graphs + (CONTEXT_NCCL if tp * pp > 1 else CONTEXT)
+def outside(tp: int, pp: int) -> int:
+    """What a GPU needs besides what vLLM asks for: CUDA's context and the libraries of several GPUs."""
+    return CONTEXT_NCCL if tp * pp > 1 else CONTEXT
 
 
 def utilization(gpu: Gpu, needed_outside: int) -> float:
     """`--gpu-memory-utilization`, in hundredths: vLLM's default, or less where other programs or a small GPU leave
     less: vLLM refuses to start where utilization x total is more than what is free."""
     return max(0.0, min(DEFAULT_UTILIZATION, floor(100 * (gpu.free - needed_outside) / gpu.total) / 100))
-
-
-def _profiles_graphs(model: Model) -> bool:
-    """Dense models run on vLLM's second model runner, which captures CUDA graphs after the KV cache is laid out
-    (`_is_default_v2_model_runner_model` in vllm/config/vllm.py)."""
-    return model.weights.experts > 0
 
 
 def stage_layers(layers: int, pp: int) -> list[int]:
@@ -171,7 +167,8 @@ def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings
 
 
 def graph_bytes(model: Model, layers: int, settings: Settings) -> int:
-    """CUDA graphs of up to 51 batch sizes, captured twice: mostly per layer and size."""
+    """CUDA graphs of up to 51 batch sizes, captured twice: mostly per layer and size. vLLM measures them before it lays
+    out the KV cache (`profile_cudagraph_memory` in vllm/v1/worker/gpu/cudagraph_utils.py)."""
     if settings.eager or model.pooling:
         return 0
     sizes = min(51, 3 + settings.max_num_seqs // 6)
@@ -181,14 +178,14 @@ def graph_bytes(model: Model, layers: int, settings: Settings) -> int:
 
 def account(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Settings) -> Account:
     """The tightest GPU of a replica of tp x pp GPUs like `gpu`, for requests of up to `length` tokens."""
-    needed_outside = outside(model, tp, pp, settings)
+    needed_outside = outside(tp, pp)
     share = utilization(gpu, needed_outside)
     requested = ceil(gpu.total * share)
     accounts = []
     for stage, layers in enumerate(stage_layers(model.layers, pp)):
         weights = max(0, weight_bytes(model, tp, pp, stage) - settings.offload)
         activations = activation_bytes(model, tp, stage == pp - 1, settings)
-        graphs = graph_bytes(model, layers, settings) if _profiles_graphs(model) else 0
+        graphs = graph_bytes(model, layers, settings)
         kv = requested - weights - activations - graphs - NOT_TORCH
         one = request_bytes(model, tp, layers, length, settings)
         requests = max(0.0, kv / one) if one else float(settings.max_num_seqs if kv > 0 else 0)
@@ -202,14 +199,19 @@ def account(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Set
     return min(accounts, key=lambda one: (one.kv_tokens, one.kv))
 
 
+def holds(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Settings) -> bool:
+    """Whether a replica takes a request of `length` tokens, even where the account errs by MARGIN."""
+    return account(model, gpu, tp, pp, length, settings).max_requests >= MARGIN
+
+
 def longest(model: Model, gpu: Gpu, tp: int, pp: int, settings: Settings) -> int:
     """The longest request that fits, in tokens: the model's own limit, or as many thousands as one request can have."""
-    if account(model, gpu, tp, pp, model.max_length, settings).max_requests >= 1:
+    if holds(model, gpu, tp, pp, model.max_length, settings):
         return model.max_length
     low, high = 0, model.max_length // 1024
     while low < high:
         middle = (low + high + 1) // 2
-        if account(model, gpu, tp, pp, middle * 1024, settings).max_requests >= 1:
+        if holds(model, gpu, tp, pp, middle * 1024, settings):
             low = middle
         else:
             high = middle - 1

@@ -81,9 +81,7 @@ def _replica_reasons(plan: Plan, replica: Replica) -> list[tuple[str, str, str]]
     share_reason = "vLLM's default"
     if account.utilization < memory.DEFAULT_UTILIZATION:
         who = f"{', '.join(tight.programs) or 'other programs'} hold {_gib(others)} of GPU {tight.index}"
-        share_reason = (
-            who if others > GIB else "a small GPU"
-        ) + f"; CUDA and its graphs need {_gib(account.outside)} besides"
+        share_reason = (who if others > GIB else "a small GPU") + f"; CUDA needs {_gib(account.outside)} besides"
     reserve = _gib(account.activations + account.graphs + account.other)
     rows = [("CPU offload", _gib(settings.offload), plan.reasons[-1])] if settings.offload else []
     rows += [
