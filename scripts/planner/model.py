@@ -28,6 +28,17 @@ UNGATED = (
     "roberta",
     "xlm-roberta",
 )
+# Where configs state the longest input, and the kinds of RoPE scaling that it has in it already.
+LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope")
 NOT_A_MODEL = "give the folder or the hub's name of a language model"
 ENCODERS = (
     "BertModel",
@@ -212,7 +223,7 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
         vocabulary=shape.vocabulary,
         attention=attention,
         weights=weights,
-        max_length=_max_length(text, architecture),
+        max_length=_max_length(text, shape.name) - (2 if "Roberta" in architecture else 0),
         sliding_layers=sliding,
         window=window,
         checkpoint_dtype_bytes=DTYPE_BYTES.get(dtype, 2),
@@ -301,16 +312,22 @@ def _sliding(text: Mapping[str, Any], layers: int) -> tuple[int, int]:
     return window, layers
 
 
-def _max_length(text: Mapping[str, Any], architecture: str) -> int:
-    """The longest input: RoPE scaling multiplies it where the config states the unscaled one."""
-    length = text.get("max_position_embeddings") or text.get("n_positions") or text.get("seq_length") or 2048
-    if "Roberta" in architecture:
-        length -= 2  # its positions begin after the padding index
-    scaling = text.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    original = scaling.get("original_max_position_embeddings")
-    if kind == "yarn" and original and length == original:
-        length = int(original * scaling.get("factor", 1))
+def _max_length(text: Mapping[str, Any], name: str) -> int:
+    """The longest input in tokens, as vLLM derives it (`derive_max_model_len_and_key` in
+    vllm/transformers_utils/model_arch_config_convertor.py, `_get_and_verify_max_len` in vllm/config/model.py): RoPE
+    scaling multiplies it but for the kinds whose configs state the scaled one. It refuses a longer one."""
+    stated = [value for key in LENGTHS if isinstance(value := text.get(key), int)]
+    length: float = text.get("model_max_length") or min(stated, default=2048)
+    found = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if "gemma3" not in str(text.get("model_type", "")):
+        # one for all layers, or one for each kind of layer, which share the factor
+        factor = None
+        for scaling in [one for one in found.values() if isinstance(one, Mapping)] or [found]:
+            if scaling.get("rope_type", scaling.get("type")) not in SCALED_ALREADY:
+                factor = scaling.get("factor", factor)
+        length *= factor or 1
+    if length < 1:
+        raise Problem(f"{name}: config.json says that it takes no token", NOT_A_MODEL)
     return int(length)
 
 
