@@ -356,9 +356,18 @@ def _quantization(config: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[f
 
 
 def weight_files_bytes(folder: Path) -> int | None:
-    """Bytes of the weights in a model folder, None where they are not there."""
-    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    return sum(sizes) or None
+    """Bytes of the weights that vLLM loads from a model folder, None where they are not all there. It loads what the
+    index names (`filter_duplicate_safetensors_files` in vllm/model_executor/model_loader/weight_utils.py):
+    `consolidated.safetensors` holds the same weights again for other programs."""
+    there = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    names = {name for name in there if not name.startswith("consolidated")} or set(there)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise Problem(f"{index} is not an index of weights", "fetch the model again") from error
+    return sum(there[name] for name in names) or None if names <= set(there) else None
 
 
 def load_model(name: str, models: Path) -> Model:

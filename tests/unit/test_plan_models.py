@@ -1,11 +1,12 @@
 """What the planner reads in a model's files, as vLLM 0.32 reads it."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from planner.model import Model, read_model
+from planner.model import Model, read_model, weight_files_bytes
 from stack.console import Problem
 from tests.conftest import ROOT
 
@@ -46,3 +47,22 @@ def test_the_longest_input_is_that_which_vllm_takes(changed: dict[str, Any], len
 def test_a_model_that_takes_no_token_is_refused_in_one_line() -> None:
     with pytest.raises(Problem, match="takes no token"):
         llama(rope_scaling={"type": "linear", "factor": 1e-6})
+
+
+def test_the_same_weights_for_another_program_are_counted_once(tmp_path: Path) -> None:
+    """Mistral's repositories have consolidated.safetensors beside the shards."""
+    for name, size in {"consolidated": 300, "model-00001-of-00002": 100, "model-00002-of-00002": 200}.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(size))
+    assert weight_files_bytes(tmp_path) == 300
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    assert weight_files_bytes(tmp_path) == 100
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "gone.safetensors"}}))
+    assert weight_files_bytes(tmp_path) is None, "not all of them are there"
+    index.write_text("[]")
+    with pytest.raises(Problem, match="not an index"):
+        weight_files_bytes(tmp_path)
+    index.unlink()
+    for path in tmp_path.glob("model*.safetensors"):
+        path.unlink()
+    assert weight_files_bytes(tmp_path) == 300, "nothing else is there"
