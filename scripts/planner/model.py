@@ -1,13 +1,15 @@
 """A model as the planner sees it: what its config.json says about weights and KV cache."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from planner.hub import fetch_config
+from planner.hub import fetch_config, fetch_further
+from planner.quantization import NF4, Quantization, read_quantization
 from stack.console import Problem
 
 DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
@@ -39,6 +41,8 @@ LENGTHS = (
     "seq_len",
 )
 SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope")
+# Methods whose groups do not keep experts from being split further.
+FINER = ("fp8", "mxfp4", "gpt_oss_mxfp4")
 NOT_A_MODEL = "give the folder or the hub's name of a language model"
 ENCODERS = (
     "BertModel",
@@ -135,13 +139,18 @@ class Model:
         return replace(self, bits=ONLINE_BITS[method], quantization=method, quantized_online=True, disk_bytes=None)
 
 
-# Bits a weight with its scales, of the methods that vLLM can apply to an unquantized checkpoint while it loads:
-# bitsandbytes NF4 keeps a 32-bit scale for every 64 weights; fp8 one for a whole matrix.
-ONLINE_BITS = {"fp8": 8.0, "bitsandbytes": 4.5}
+# Bits a weight with its scales, of the methods that vLLM can apply to an unquantized checkpoint while it loads.
+ONLINE_BITS = {"fp8": 8.0, "bitsandbytes": NF4}
 
 
-def read_model(config: object, name: str, disk_bytes: int | None = None) -> Model:
-    """The shape in a config.json. Raises Problem where it is not one whose arithmetic is known."""
+Further = Callable[[str], Mapping[str, Any] | None]
+NO_FILES: dict[str, Mapping[str, Any]] = {}
+
+
+def read_model(config: object, name: str, disk_bytes: int | None = None, further: Further = NO_FILES.get) -> Model:
+    """The shape in a config.json. `further` gives another JSON file of the model, None where it has none.
+
+    Raises Problem where its arithmetic is not known."""
     if not isinstance(config, Mapping):
         raise Problem(f"{name}: config.json is not an object", NOT_A_MODEL)
     text = config.get("text_config") or config.get("llm_config") or config
@@ -149,7 +158,7 @@ def read_model(config: object, name: str, disk_bytes: int | None = None) -> Mode
         raise Problem(f"{name}: text_config in config.json is not an object", NOT_A_MODEL)
     try:
         _refuse_recurrent(text, name)
-        return _read_shape(config, _Shape(text, name), disk_bytes)
+        return _read_shape(config, _Shape(text, name), disk_bytes, further)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # any of its values may be of another type than everybody's
         raise Problem(f"{name}: config.json is not one of a language model: {error}", NOT_A_MODEL) from error
@@ -192,7 +201,7 @@ class _Shape:
         return default
 
 
-def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None) -> Model:
+def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None, further: Further) -> Model:
     text, hidden, layers = shape.text, shape.hidden, shape.layers
     architecture = str((config.get("architectures") or [""])[0])
     pooling = architecture in ENCODERS
@@ -213,9 +222,13 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
         seen = 3 * hidden * hidden + hidden * (attention.heads + 2 * attention.kv_heads) * attention.head_dim
         weights = replace(weights, embedding=0, head=words * hidden, split=weights.split + seen // layers)
     window, sliding = _sliding(text, layers)
-    bits, method, group, experts_only = _quantization(config, text)
+    found = config.get("quantization_config") or text.get("quantization_config") or config.get("compression_config")
+    found = found or further("hf_quant_config.json")
+    quantization = read_quantization(found) if found else None
     dtype = str(text.get("torch_dtype") or text.get("dtype") or config.get("torch_dtype"))
-    return Model(
+    # vLLM cuts the scales of experts to what a GPU holds of them, and pads MXFP4
+    grouped = quantization and not (mlp.experts and quantization.method in FINER)
+    model = Model(
         name=shape.name,
         layers=layers,
         hidden=hidden,
@@ -227,14 +240,16 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
         sliding_layers=sliding,
         window=window,
         checkpoint_dtype_bytes=DTYPE_BYTES.get(dtype, 2),
-        bits=bits,
-        quantization=method,
-        quantized_experts_only=experts_only,
-        group_size=group,
+        quantization=quantization.method if quantization else None,
+        quantized_experts_only=bool(
+            quantization and mlp.experts and (quantization.experts_only or not quantization.attention)
+        ),
+        group_size=quantization.group if quantization and grouped else 0,
         disk_bytes=disk_bytes,
         pooling=pooling,
         dense_intermediate=mlp.width,
     )
+    return replace(model, bits=_bits(quantization, model, attention_split, 0))
 
 
 def _attention(shape: _Shape, architecture: str) -> tuple[Attention, int, int]:
@@ -331,28 +346,26 @@ def _max_length(text: Mapping[str, Any], name: str) -> int:
     return int(length)
 
 
-def _quantization(config: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[float, str | None, int, bool]:
-    """(bits a weight with its scales, method, group size, only the experts are quantized)."""
-    found = config.get("quantization_config") or text.get("quantization_config")
+def _bits(found: Quantization | None, model: Model, attention: int, tower: int) -> float:
+    """Bits a weight of what is quantized, with its scales. Files at hand say it where the config does not, or where not
+    all is quantized that one would think. `attention`: parameters of one layer's; `tower`: of a vision tower."""
     if not found:
-        return 16.0, None, 0, False
-    method = str(found.get("quant_method", "")).lower()
-    if method in ("gptq", "awq", "gptq_marlin", "awq_marlin"):
-        bits, group = int(found.get("bits", 4)), int(found.get("group_size", 128))
-        # a 16-bit scale and a zero point for each group
-        return (bits + (16 + bits) / group if group > 0 else bits), method, max(0, group), False
-    if method == "fp8":
-        return 8.0, method, 0, False
-    if method == "bitsandbytes":
-        return (ONLINE_BITS[method] if found.get("load_in_4bit") else 8.0), method, 0, False
-    if method == "mxfp4":
-        return 4.25, method, 32, True
-    if method == "compressed-tensors":
-        for group_config in (found.get("config_groups") or {}).values():
-            scheme = group_config.get("weights") or {}
-            group = int(scheme.get("group_size") or 0)
-            return int(scheme.get("num_bits", 8)) + (16 / group if group > 0 else 0), method, max(0, group), False
-    return 16.0, method or None, 0, False
+        return 16.0
+    weights, candidates = model.weights, []
+    if found.bits:
+        share = 0 if found.attention or model.quantized_experts_only else attention / weights.split
+        candidates.append(found.bits * (1 - share) + 16 * share)
+    if model.disk_bytes:
+        quantized = model.layers * (weights.experts if model.quantized_experts_only else weights.split)
+        whole = model.parameters - quantized + tower
+        candidates.append(8 * (model.disk_bytes - 2 * whole) / quantized)
+    bits = max(candidates, default=0.0)
+    if bits < 1:
+        raise Problem(
+            f"{model.name}: its config.json does not say how many bits {found.method} keeps of a weight",
+            "bring it with scripts/download_model.py: the planner sees it by the files, then",
+        )
+    return min(16.0, bits)
 
 
 def weight_files_bytes(folder: Path) -> int | None:
@@ -375,11 +388,20 @@ def load_model(name: str, models: Path) -> Model:
     name = name.rstrip("/") or name
     for folder in (Path(name), models / name):
         if (path := folder / "config.json").is_file():
-            try:
-                config = json.loads(path.read_bytes())
-            except ValueError as error:
-                raise Problem(f"{path} is not JSON: {error}", "fetch the model again") from error
-            return read_model(config, name, weight_files_bytes(folder))
+            return read_model(_json(path), name, weight_files_bytes(folder), partial(_further_in, folder))
     if Path(name).is_dir():
         raise Problem(f"{name}: the folder has no config.json", NOT_A_MODEL)
-    return read_model(fetch_config(name), name)
+    return read_model(fetch_config(name), name, further=partial(fetch_further, name))
+
+
+def _further_in(folder: Path, file: str) -> Mapping[str, Any] | None:
+    """Another JSON file in a model folder, None where there is none."""
+    found = _json(folder / file) if (folder / file).is_file() else None
+    return found if isinstance(found, Mapping) else None
+
+
+def _json(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Problem(f"{path} is not JSON: {error}", "fetch the model again") from error
