@@ -220,10 +220,13 @@ def _sizes(gpu: Gpu, variant: _Variant, wish: Wish) -> list[Settings]:
     model, found = variant.model, []
     for own in Settings.choices(gpu):
         batched = wish.max_batched_tokens or own.max_batched_tokens
-        if model.pooling:  # its prompts are not cut into pieces
-            batched = max(batched, wish.context or model.max_length)
+        batches = [batched]
+        if model.whole_prompts:  # a step takes all of one; where memory is short, of shorter ones than the model allows
+            longest = max(batched, wish.context or model.max_length)
+            least = wish.context or min(model.max_length, SHORTEST)
+            batches = [longest >> power for power in range(longest.bit_length()) if longest >> power >= least]
         kv_bytes = 1 if wish.kv_cache == "fp8" else 2
-        found.append(Settings(wish.max_num_seqs or own.max_num_seqs, batched, kv_bytes, variant.offload))
+        found += [Settings(wish.max_num_seqs or own.max_num_seqs, one, kv_bytes, variant.offload) for one in batches]
     return list(dict.fromkeys(found))
 
 

@@ -129,7 +129,7 @@ def _layer_bytes(model: Model, tp: int, kv_bytes: int) -> int:
     """What one GPU keeps of one token in one layer: a key and a value for each of its KV heads, at least one of them;
     with MLA the latent vector, whole on each GPU."""
     attention = model.attention
-    if model.pooling:
+    if model.encoder:
         return 0
     if attention.latent:
         return attention.latent * kv_bytes
@@ -167,13 +167,14 @@ def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings
 
 
 def graph_bytes(model: Model, layers: int, settings: Settings) -> int:
-    """CUDA graphs of up to 51 batch sizes, captured twice: mostly per layer and size. vLLM measures them before it lays
-    out the KV cache (`profile_cudagraph_memory` in vllm/v1/worker/gpu/cudagraph_utils.py)."""
-    if settings.eager or model.pooling:
+    """CUDA graphs of up to 51 batch sizes, captured twice, of pooling models once: mostly per layer and size. vLLM
+    measures them before it lays out the KV cache (`profile_cudagraph_memory` in vllm/v1/worker/gpu/cudagraph_utils.py).
+    """
+    if settings.eager:
         return 0
     sizes = min(51, 3 + settings.max_num_seqs // 6)
     layers += model.draft.layers if model.draft else 0
-    return round(layers * sizes * 0.5 * (1 << 20))
+    return round(layers * sizes * (0.25 if model.pooling else 0.5) * (1 << 20))
 
 
 def account(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Settings) -> Account:
@@ -206,9 +207,10 @@ def holds(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Setti
 
 def longest(model: Model, gpu: Gpu, tp: int, pp: int, settings: Settings) -> int:
     """The longest request that fits, in tokens: the model's own limit, or as many thousands as one request can have."""
-    if holds(model, gpu, tp, pp, model.max_length, settings):
-        return model.max_length
-    low, high = 0, model.max_length // 1024
+    most = min(model.max_length, settings.max_batched_tokens) if model.whole_prompts else model.max_length
+    if holds(model, gpu, tp, pp, most, settings):
+        return most
+    low, high = 0, most // 1024
     while low < high:
         middle = (low + high + 1) // 2
         if holds(model, gpu, tp, pp, middle * 1024, settings):

@@ -1,7 +1,7 @@
 """A model as the planner sees it: what its config.json says about weights and KV cache."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.hub import fetch_config, fetch_further
+from planner.pooling import Further, longest_prompt, read_pooling
 from planner.quantization import NF4, Quantization, read_quantization
 from stack.console import Problem
 
@@ -44,15 +45,6 @@ SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek
 # Methods whose groups do not keep experts from being split further.
 FINER = ("fp8", "mxfp4", "gpt_oss_mxfp4")
 NOT_A_MODEL = "give the folder or the hub's name of a language model"
-ENCODERS = (
-    "BertModel",
-    "RobertaModel",
-    "XLMRobertaModel",
-    "BertForMaskedLM",
-    "NomicBertModel",
-    "GteModel",
-    "ModernBertModel",
-)
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,9 @@ class Model:
     quantized_experts_only: bool = False
     group_size: int = 0
     disk_bytes: int | None = None  # of the weights, where the files are at hand
-    pooling: bool = False
+    pooling: bool = False  # gives vectors or scores instead of text
+    encoder: bool = False  # of these, one that keeps no KV cache
+    whole_prompts: bool = False  # prompts are not cut into pieces: a step has to take the longest
     dense_intermediate: int = 0  # one MLP's or one expert's width, which tp has to divide
     quantized_online: bool = False  # while it loads, from 16 bits
     draft: "Model | None" = None  # the model or head that guesses its next tokens, on the same GPUs
@@ -143,7 +137,6 @@ class Model:
 ONLINE_BITS = {"fp8": 8.0, "bitsandbytes": NF4}
 
 
-Further = Callable[[str], Mapping[str, Any] | None]
 NO_FILES: dict[str, Mapping[str, Any]] = {}
 
 
@@ -204,9 +197,10 @@ class _Shape:
 def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None, further: Further) -> Model:
     text, hidden, layers = shape.text, shape.hidden, shape.layers
     architecture = str((config.get("architectures") or [""])[0])
-    pooling = architecture in ENCODERS
-    tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))) or pooling
-    attention, attention_split, attention_replicated = _attention(shape, architecture)
+    pooling = read_pooling(architecture, {**text, **config}, further)
+    tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))) or pooling is not None
+    bias = text.get("attention_bias") or architecture.startswith("Qwen2") or (pooling and pooling.encoder)
+    attention, attention_split, attention_replicated = _attention(shape, 1 if bias else 0)
     mlp = _mlp(shape)
     weights = Weights(
         embedding=shape.vocabulary * hidden,
@@ -226,6 +220,8 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
     found = found or further("hf_quant_config.json")
     quantization = read_quantization(found) if found else None
     dtype = str(text.get("torch_dtype") or text.get("dtype") or config.get("torch_dtype"))
+    # RoBERTa's positions begin after the padding index
+    length = _max_length(text, shape.name) - (2 if "Roberta" in architecture else 0)
     # vLLM cuts the scales of experts to what a GPU holds of them, and pads MXFP4
     grouped = quantization and not (mlp.experts and quantization.method in FINER)
     model = Model(
@@ -236,7 +232,7 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
         vocabulary=shape.vocabulary,
         attention=attention,
         weights=weights,
-        max_length=_max_length(text, shape.name) - (2 if "Roberta" in architecture else 0),
+        max_length=longest_prompt({**text, **config}, length, further) if pooling else length,
         sliding_layers=sliding,
         window=window,
         checkpoint_dtype_bytes=DTYPE_BYTES.get(dtype, 2),
@@ -246,14 +242,16 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
         ),
         group_size=quantization.group if quantization and grouped else 0,
         disk_bytes=disk_bytes,
-        pooling=pooling,
+        pooling=pooling is not None,
+        encoder=bool(pooling and pooling.encoder),
+        whole_prompts=bool(pooling and pooling.whole_prompts),
         dense_intermediate=mlp.width,
     )
     return replace(model, bits=_bits(quantization, model, attention_split, 0))
 
 
-def _attention(shape: _Shape, architecture: str) -> tuple[Attention, int, int]:
-    """A layer's attention; its parameters that tp splits; those that each GPU keeps whole."""
+def _attention(shape: _Shape, bias: int) -> tuple[Attention, int, int]:
+    """A layer's attention; its parameters that tp splits; those that each GPU keeps whole. `bias`: 1 with one."""
     hidden, heads = shape.hidden, shape.heads
     if latent_rank := shape.number("kv_lora_rank", default=0):
         nope, rope, value = (shape.number(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
@@ -265,7 +263,6 @@ def _attention(shape: _Shape, architecture: str) -> tuple[Attention, int, int]:
     kv_heads = shape.number("num_key_value_heads", "num_kv_heads", default=heads) or heads
     if not head_dim:
         raise Problem(f"{shape.name}: config.json has more heads than its width of {hidden}", NOT_A_MODEL)
-    bias = 1 if shape.text.get("attention_bias") or architecture.startswith("Qwen2") or architecture in ENCODERS else 0
     split = 2 * hidden * heads * head_dim + (2 * hidden + 2 * bias) * kv_heads * head_dim + bias * heads * head_dim
     return Attention(heads, kv_heads, head_dim), split, 0
 

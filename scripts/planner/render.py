@@ -107,7 +107,7 @@ def _sizes_reason(plan: Plan, replica: Replica) -> str:
         return "as asked for"
     if (own.max_num_seqs, own.max_batched_tokens) == (settings.max_num_seqs, settings.max_batched_tokens):
         return "vLLM's own for such a GPU"
-    if plan.model.pooling:
+    if plan.model.whole_prompts:
         return "a prompt of full length in one step, which embedding models need"
     return f"less than vLLM's own {own.max_num_seqs:,}, {own.max_batched_tokens:,}: leaves more for the KV cache"
 

@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 
+from planner import choose, memory
+from planner.choose import Wish
+from planner.machine import load_machine
+from planner.memory import Settings
 from planner.model import Model, load_model, read_model, weight_files_bytes
 from stack.console import Problem
 from tests.conftest import ROOT
@@ -140,3 +144,83 @@ def test_nvidias_older_checkpoints_are_known_as_quantized(tmp_path: Path) -> Non
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
     model = load_model(str(tmp_path), tmp_path)
     assert (model.quantization, model.bits) == ("modelopt", 4.5)
+
+
+# ---- models that give vectors or scores
+
+BERT = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "vocab_size": 250002, "max_position_embeddings": 8194,
+}  # fmt: skip
+MEAN = {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}}
+LAST = {"1_Pooling/config.json": {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changed", "files", "expected"),
+    [
+        ("XLMRobertaModel", BERT, {}, (True, True, True)),
+        ("XLMRobertaForSequenceClassification", BERT, {}, (True, True, True)),
+        ("BertForSequenceClassification", BERT, {}, (True, True, True)),
+        ("RobertaForMaskedLM", BERT, {}, (True, True, True)),
+        ("ModernBertForSequenceClassification", BERT, {}, (True, True, True)),
+        ("GteNewForSequenceClassification", BERT, {}, (True, True, True)),
+        ("NewModel", BERT, {}, (True, True, True)),
+        ("LlamaBidirectionalModel", {}, {}, (True, True, True)),
+        ("Qwen2ForCausalLM", {"is_causal": False}, LAST, (True, True, True)),
+        ("Gemma3TextModel", {"use_bidirectional_attention": True}, MEAN, (True, True, True)),
+        ("LlamaForCausalLM", {}, MEAN, (True, False, True)),
+        ("LlamaForCausalLM", {}, {"1_Pooling/config.json": {"pooling_mode": "cls"}}, (True, False, True)),
+        ("Qwen2ForProcessRewardModel", {}, {}, (True, False, True)),
+        ("Qwen3ForCausalLM", {}, LAST, (True, False, False)),  # Qwen3-Embedding
+        ("MistralModel", {}, LAST, (True, False, False)),  # e5-mistral
+        ("Qwen3ForSequenceClassification", {}, {}, (True, False, False)),
+        ("LlamaForCausalLM", {"is_causal": False}, {}, (False, False, False)),
+        ("QWenLMHeadModel", {}, {}, (False, False, False)),
+        ("ChatGLMModel", {}, {}, (True, False, False)),
+    ],
+)
+def test_models_that_are_pooled_are_known(
+    architecture: str, changed: dict[str, Any], files: dict[str, Any], expected: tuple[bool, bool, bool]
+) -> None:
+    model = read_model(LLAMA | changed | {"architectures": [architecture]}, "x", further=files.get)
+    assert (model.pooling, model.encoder, model.whole_prompts) == expected
+    assert (memory.kv_bytes_per_token(model, 1, model.layers) == 0) == model.encoder
+
+
+@pytest.mark.parametrize("machine", ["one-24gb", "two-h200", "home-lab"])
+def test_a_prompt_of_a_model_that_sees_all_of_it_fits_into_one_step(machine: str) -> None:
+    host = load_machine(ROOT / "tests" / "machines" / f"{machine}.json")
+    for changed, files in (({"is_causal": False}, LAST), ({}, MEAN)):
+        model = read_model(LLAMA | changed, "x", further=files.get)
+        for wish in (Wish(), Wish(context=8192)):
+            plan = choose.choose(host, model, wish)
+            assert plan.max_length >= 4096
+            assert all(one.settings.max_batched_tokens >= plan.max_length for one in plan.replicas)
+            assert all(one.account.used <= gpu.free for one in plan.replicas for gpu in one.gpus)
+
+
+def test_a_model_pooled_by_its_last_token_keeps_vllms_own_batch() -> None:
+    host = load_machine(ROOT / "tests" / "machines" / "one-24gb.json")
+    plan = choose.choose(host, read_model(LLAMA, "x", further=LAST.get), Wish())
+    assert plan.replicas[0].settings == Settings(256, 2048)
+    assert plan.replicas[0].account.kv_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "files", "length"),
+    [
+        ({}, {}, 8192),
+        ({}, {"sentence_bert_config.json": {"max_seq_length": 512}}, 512),
+        ({}, {"sentence_roberta_config.json": {"max_seq_length": 256}}, 256),
+        ({}, {"sentence_bert_config.json": {"max_seq_length": None}}, 8192),
+        ({}, {"tokenizer_config.json": {"model_max_length": 512}}, 8192),
+        ({"position_embedding_type": "absolute"}, {"tokenizer_config.json": {"model_max_length": 512}}, 512),
+        ({"position_embedding_type": "absolute"}, {"tokenizer_config.json": {"model_max_length": 1e30}}, 8192),
+    ],
+)
+def test_what_sentence_transformers_states_caps_the_length(
+    changed: dict[str, Any], files: dict[str, Any], length: int
+) -> None:
+    config = BERT | {"architectures": ["XLMRobertaModel"]} | changed
+    assert read_model(config, "x", further=files.get).max_length == length
