@@ -364,7 +364,7 @@ def _what_is_missing(machine: Machine, model: Model, wish: Wish) -> DoesNotFitEr
             widest = sorted(gpus, key=lambda gpu: gpu.free)[-tp * pp]
             account = memory.account(loaded, widest, tp, pp, length, settings)
             layers = ceil(loaded.layers / pp)
-            one = memory.MARGIN * memory.request_bytes(loaded, tp, layers, length, settings)
+            one = memory.MARGIN * memory.request_bytes(loaded, tp, layers, length, settings, pp)
             shortfalls.append((one - account.kv, tp, pp))
     missing, tp, pp = min(shortfalls)
     how = "" if loaded is model else f" even with {loaded.bits:g}-bit weights"

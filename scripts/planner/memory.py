@@ -142,14 +142,30 @@ def kv_bytes_per_token(model: Model, tp: int, layers: int, kv_bytes: int = 2) ->
     return layers * _layer_bytes(model, tp, kv_bytes) + draft
 
 
-def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Settings) -> int:
-    """What one GPU keeps for one request of `length` tokens. A layer with a sliding window keeps its window and the
-    tokens of one step (`SlidingWindowSpec.max_memory_usage_bytes` in vllm/v1/kv_cache_interface.py)."""
-    full = ceil(length / BLOCK) * BLOCK
-    seen = min(ceil((model.window - 1 + settings.max_batched_tokens) / BLOCK) * BLOCK + BLOCK, full)
-    sliding = round(layers * model.sliding_layers / model.layers)
+def _kv_groups(model: Model) -> tuple[int, int, int]:
+    """(layers in a group, groups that see all, groups with a window). vLLM hands out blocks of a whole group of layers,
+    and pads the last group of a kind to the size of the others (`_get_kv_cache_groups_uniform_page_size` in
+    vllm/v1/core/kv_cache_utils.py)."""
+    sliding, full = model.sliding_layers, model.layers - model.sliding_layers
+    if not sliding or not full:
+        return model.layers, min(full, 1), min(sliding, 1)
+    fewer, more = sorted((sliding, full))
+    size = more if more < 1.5 * fewer else fewer
+    return size, ceil(full / size), ceil(sliding / size)
+
+
+def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Settings, pp: int = 1) -> int:
+    """What one GPU keeps for one request of `length` tokens, on a stage of `layers` layers. A group with a sliding
+    window keeps its window and the tokens of the steps that are under way: of each stage one, and one more that is
+    scheduled already (`SlidingWindowSpec.max_admission_blocks_per_request` in vllm/v1/kv_cache_interface.py,
+    `max_in_flight_tokens` in vllm/config/vllm.py)."""
+    size, full, sliding = _kv_groups(model)
+    under_way = settings.max_batched_tokens * (pp if model.pooling else pp + 1)
+    blocks = full * ceil(length / BLOCK)
+    blocks += sliding * (ceil(min(model.window - 1 + under_way, length) / BLOCK) + 1)
     draft = request_bytes(model.draft, tp, model.draft.layers, length, settings) if model.draft else 0
-    return _layer_bytes(model, tp, settings.kv_bytes) * (full * (layers - sliding) + seen * sliding) + draft
+    here = -(-size * layers // model.layers)  # of a group's layers, rounded up
+    return _layer_bytes(model, tp, settings.kv_bytes) * here * blocks * BLOCK + draft
 
 
 def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings) -> int:
@@ -188,7 +204,7 @@ def account(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Set
         activations = activation_bytes(model, tp, stage == pp - 1, settings)
         graphs = graph_bytes(model, layers, settings)
         kv = requested - weights - activations - graphs - NOT_TORCH
-        one = request_bytes(model, tp, layers, length, settings)
+        one = request_bytes(model, tp, layers, length, settings, pp)
         requests = max(0.0, kv / one) if one else float(settings.max_num_seqs if kv > 0 else 0)
         if model.sliding_layers:
             tokens = floor(requests * length)

@@ -121,6 +121,28 @@ def test_a_sliding_window_keeps_little_of_a_long_request() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "length", "pp", "blocks", "layers"),
+    [
+        # 52 layers with a window and 10 without: 6 groups of 10 that keep 1023 tokens and two steps, and one of 10
+        ("gemma-3-27b-it", 32768, 1, 6 * (320 + 1) + 2048, 10),
+        ("gemma-3-27b-it", 4096, 1, 6 * (256 + 1) + 256, 10),
+        ("gemma-3-27b-it", 32768, 2, 6 * (448 + 1) + 2048, 5),  # three steps, half of each group on a stage
+        ("gpt-oss-20b", 32768, 1, (264 + 1) + 2048, 12),
+        ("Mistral-7B-v0.1", 32768, 1, 512 + 1, 32),  # every layer has a window
+        ("Llama-3.1-8B-Instruct", 32768, 1, 2048, 32),
+    ],
+)
+def test_layers_with_a_window_are_kept_in_groups_of_one_size(
+    name: str, length: int, pp: int, blocks: int, layers: int
+) -> None:
+    """As vLLM 0.32 groups and pads them."""
+    model = MODELS[name]
+    token = 2 * model.attention.kv_heads * model.attention.head_dim * 2
+    kept = memory.request_bytes(model, 1, model.layers // pp, length, Settings(256, 2048), pp)
+    assert kept == blocks * layers * 16 * token
+
+
+@pytest.mark.parametrize(
     ("name", "gib"),
     [("Qwen2.5-7B-Instruct-AWQ", 5.2), ("gpt-oss-20b", 12.8), ("DeepSeek-V3", 641.0), ("Llama-3.1-8B-Instruct", 14.96)],
 )
