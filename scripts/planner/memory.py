@@ -18,6 +18,7 @@ DEFAULT_UTILIZATION = 0.92  # vLLM's own default
 # the predictions are trusted to 5 %.
 MARGIN = 1.05
 NOT_TORCH = 256 << 20  # attention workspaces and the like, inside what vLLM asks for
+MXFP4 = ("mxfp4", "gpt_oss_mxfp4")
 # What a replica takes besides what it asks for: CUDA context, library handles; with several GPUs NCCL's buffers too.
 CONTEXT, CONTEXT_NCCL = 900 << 20, 1800 << 20
 
@@ -101,7 +102,8 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
     split = model.weights.split
     layer = split * (16 / 8 if model.quantized_experts_only else width)
     if model.quantized_experts_only:
-        layer += model.weights.experts * (width - 2)
+        padding = _mxfp4_padding(model, tp) if model.quantization in MXFP4 else 1.0
+        layer += model.weights.experts * (width * padding - 2)
     per_gpu = layer / tp + 2 * model.weights.replicated
     attention = model.attention
     if attention.kv_heads and tp > attention.kv_heads:
@@ -118,6 +120,13 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
         rest = model.disk_bytes * 2 / model.checkpoint_dtype_bytes - 2 * model.parameters
         bytes_ += max(0.0, rest) if model.quantization is None else 0
     return round(bytes_) + (weight_bytes(model.draft, tp, 1, 0) if model.draft else 0)
+
+
+def _mxfp4_padding(model: Model, tp: int) -> float:
+    """What MXFP4's kernels make of one: an expert's width on a GPU is rounded up to 128, the hidden size to 256
+    (`mxfp4_round_up_hidden_size_and_intermediate_size` in vllm/model_executor/layers/fused_moe/oracle/mxfp4.py)."""
+    width = model.dense_intermediate / tp
+    return ceil(width / 128) * 128 / width * ceil(model.hidden / 256) * 256 / model.hidden
 
 
 def total_weight_bytes(model: Model) -> int:

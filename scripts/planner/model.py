@@ -14,8 +14,41 @@ from planner.quantization import NF4, Quantization, read_quantization
 from stack.console import Problem
 
 DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
-# Layers that keep a state instead of keys and values: this arithmetic does not describe them.
-STATE_SPACE = ("mamba", "ssm", "rwkv", "linear_attention", "recurrent")
+# Layers that keep a state instead of keys and values, which this arithmetic does not describe: how they are named, and
+# how the keys begin that only such models have.
+STATE_SPACE = ("mamba", "ssm", "rwkv", "linear_attention", "recurrent", "conv")
+STATE_KEYS = ("mamba_", "ssm_", "hybrid_override_pattern", "linear_num_", "linear_attn_config", "conv_L_cache")
+# What a config.json leaves to its class in transformers; those of Gemma 3 on the hub say little else.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+    },
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "sliding_window_pattern": 2},
+    "llama4_text": {
+        "vocab_size": 202048,
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 1,
+    },
+}
+# Families that use the embedding as the head where their config does not say (class defaults of transformers).
+TIED = ("gemma", "cohere", "gpt2", "gpt_bigcode", "opt", "bloom", "falcon", "mpt", "starcoder2", "smollm3", "ernie4_5")
 # Families whose MLP has two matrices; all others gate theirs with a third.
 UNGATED = (
     "gpt2",
@@ -40,6 +73,15 @@ LENGTHS = (
     "max_sequence_length",
     "max_seq_length",
     "seq_len",
+)
+USED_EXPERTS = (
+    "num_experts_per_tok",
+    "experts_per_token",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
 )
 SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope")
 # Methods whose groups do not keep experts from being split further.
@@ -149,6 +191,7 @@ def read_model(config: object, name: str, disk_bytes: int | None = None, further
     text = config.get("text_config") or config.get("llm_config") or config
     if not isinstance(text, Mapping):
         raise Problem(f"{name}: text_config in config.json is not an object", NOT_A_MODEL)
+    text = DEFAULTS.get(str(text.get("model_type")), {}) | {key: text[key] for key in text if text[key] is not None}
     try:
         _refuse_recurrent(text, name)
         return _read_shape(config, _Shape(text, name), disk_bytes, further)
@@ -159,7 +202,7 @@ def read_model(config: object, name: str, disk_bytes: int | None = None, further
 
 def _refuse_recurrent(text: Mapping[str, Any], name: str) -> None:
     kinds = " ".join([str(text.get("model_type", "")), *map(str, text.get("layer_types") or [])]).lower()
-    if any(word in kinds for word in STATE_SPACE) or "mamba_d_state" in text:
+    if any(word in kinds for word in STATE_SPACE) or any(str(key).startswith(STATE_KEYS) for key in text):
         raise Problem(
             f"{name} keeps a recurrent state, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml"
         )
@@ -198,7 +241,8 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
     text, hidden, layers = shape.text, shape.hidden, shape.layers
     architecture = str((config.get("architectures") or [""])[0])
     pooling = read_pooling(architecture, {**text, **config}, further)
-    tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))) or pooling is not None
+    family = str(text.get("model_type", "")).startswith(TIED)
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", family)) or pooling is not None
     bias = text.get("attention_bias") or architecture.startswith("Qwen2") or (pooling and pooling.encoder)
     attention, attention_split, attention_replicated = _attention(shape, 1 if bias else 0)
     mlp = _mlp(shape)
@@ -216,6 +260,9 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
         seen = 3 * hidden * hidden + hidden * (attention.heads + 2 * attention.kv_heads) * attention.head_dim
         weights = replace(weights, embedding=0, head=words * hidden, split=weights.split + seen // layers)
     window, sliding = _sliding(text, layers)
+    if disk_bytes and (unused := shape.number("num_nextn_predict_layers", default=0)):
+        # layers that only guess tokens, which vLLM does not load unless asked to
+        disk_bytes = disk_bytes * layers // (layers + unused)
     found = config.get("quantization_config") or text.get("quantization_config") or config.get("compression_config")
     found = found or further("hf_quant_config.json")
     quantization = read_quantization(found) if found else None
@@ -282,13 +329,15 @@ class _Mlp:
 def _mlp(shape: _Shape) -> _Mlp:
     text, hidden, layers, intermediate = shape.text, shape.hidden, shape.layers, shape.intermediate
     matrices = 2 if text.get("model_type") in UNGATED else 3
-    experts = shape.number("num_local_experts", "n_routed_experts", "num_experts", default=0)
+    experts = shape.number("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts", default=0)
     if not experts:
         return _Mlp(matrices * hidden * intermediate, intermediate, intermediate)
     width = shape.number("moe_intermediate_size", default=intermediate) or intermediate
-    used = shape.number("num_experts_per_tok", "experts_per_token", default=2)
+    used = shape.number(*USED_EXPERTS, default=2)
     shared_width = shape.number("shared_expert_intermediate_size", default=0)
-    shared_width = shared_width or shape.number("n_shared_experts", default=0) * width
+    shared_width = shared_width or shape.number("n_shared_experts", "moe_num_shared_experts", default=0) * width
+    if text.get("model_type") == "llama4_text":  # its dense MLPs have a width of their own, and one expert is shared
+        shared_width, intermediate = width, shape.number("intermediate_size_mlp")
     moe_layers = _moe_layers(text, layers)
     routed = matrices * hidden * width * experts * moe_layers
     dense = matrices * hidden * (shared_width * moe_layers + intermediate * (layers - moe_layers))
@@ -303,9 +352,10 @@ def _mlp(shape: _Shape) -> _Mlp:
 
 
 def _moe_layers(text: Mapping[str, Any], layers: int) -> int:
-    """How many layers route to experts: DeepSeek starts with some dense ones, Qwen may take every n-th."""
-    first_dense = int(text.get("first_k_dense_replace") or 0)
-    step = int(text.get("decoder_sparse_step") or text.get("moe_layer_freq") or 1)
+    """How many layers route to experts: DeepSeek starts with some dense ones, Qwen and Llama 4 may take every n-th."""
+    first_dense = int(text.get("first_k_dense_replace") or text.get("moe_layer_start_index") or 0)
+    steps = (text.get(key) for key in ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step"))
+    step = int(next((one for one in steps if one), 1))
     only_dense = len(text.get("mlp_only_layers") or [])
     return max(0, ceil((layers - first_dense) / max(1, step)) - only_dense)
 
@@ -313,14 +363,13 @@ def _moe_layers(text: Mapping[str, Any], layers: int) -> int:
 def _sliding(text: Mapping[str, Any], layers: int) -> tuple[int, int]:
     """(window, how many layers see only that far)."""
     window = text.get("sliding_window")
-    if not isinstance(window, int) or text.get("use_sliding_window") is False:
+    qwen = str(text.get("model_type", "")).startswith("qwen")  # only if they say so
+    if not isinstance(window, int) or window < 1 or not text.get("use_sliding_window", not qwen):
         return 0, 0
     if kinds := text.get("layer_types"):
         return window, sum(kind == "sliding_attention" for kind in kinds)
     if pattern := text.get("sliding_window_pattern"):
         return window, layers - layers // int(pattern)
-    if text.get("model_type") == "gemma2":
-        return window, layers - layers // 2
     return window, layers
 
 

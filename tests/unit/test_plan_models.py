@@ -224,3 +224,92 @@ def test_what_sentence_transformers_states_caps_the_length(
 ) -> None:
     config = BERT | {"architectures": ["XLMRobertaModel"]} | changed
     assert read_model(config, "x", further=files.get).max_length == length
+
+
+# ---- configs that say little, or say it in words of their own
+
+GEMMA3_4B = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    },
+}  # fmt: skip
+GEMMA2_9B = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 256, "hidden_size": 3584,
+    "intermediate_size": 14336, "max_position_embeddings": 8192, "num_attention_heads": 16, "num_hidden_layers": 42,
+    "num_key_value_heads": 8, "sliding_window": 4096, "vocab_size": 256000,
+}  # fmt: skip
+LLAMA4 = {
+    "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384, "model_type": "llama4_text",
+    "num_attention_heads": 40, "num_hidden_layers": 48, "num_key_value_heads": 8, "head_dim": 128,
+    "num_experts_per_tok": 1, "vocab_size": 202048, "max_position_embeddings": 1048576,
+}  # fmt: skip
+
+
+def llama4(experts: int, step: int) -> dict[str, Any]:
+    text = LLAMA4 | {"num_local_experts": experts, "interleave_moe_layer_step": step}
+    return {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": text}
+
+
+@pytest.mark.parametrize(
+    ("config", "billions", "active"),
+    [
+        (GEMMA3_4B, 3.88, None),
+        (GEMMA2_9B, 9.24, None),
+        (llama4(16, 1), 107.8, 17),  # Scout without its tower
+        (llama4(128, 2), 400.7, 17),  # Maverick
+    ],
+)
+def test_configs_that_leave_much_to_their_class(config: dict[str, Any], billions: float, active: float | None) -> None:
+    model = read_model(config, "x")
+    assert model.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    if active:
+        assert model.active_parameters / 1e9 == pytest.approx(active, rel=0.1)
+
+
+def test_gemma_3_is_read_from_the_little_that_it_says() -> None:
+    model = read_model(GEMMA3_4B, "x")
+    assert (model.attention.heads, model.attention.kv_heads, model.attention.head_dim) == (8, 4, 256)
+    assert (model.window, model.sliding_layers, model.max_length, model.weights.head) == (1024, 29, 131072, 0)
+    assert read_model(GEMMA2_9B, "x").sliding_layers == 21
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*"},
+        {"model_type": "nemotron_h", "mamba_num_heads": 128},
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        {"model_type": "lfm2", "conv_L_cache": 3},
+        {"model_type": "qwen3_next", "linear_num_key_heads": 16},
+        {"model_type": "kimi_linear", "linear_attn_config": {"full_attn_layers": [4]}},
+        {"model_type": "jamba", "mamba_d_state": 16},
+    ],
+)
+def test_models_with_a_recurrent_state_are_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(Problem, match="recurrent state"):
+        llama(**changed)
+
+
+def test_gpt_oss_is_split_over_any_of_its_heads_and_padded() -> None:
+    """2880 is no multiple of a block of weights and their scale over 4 GPUs: vLLM rounds it up."""
+    model = read_model(CONFIGS["gpt-oss-20b"], "x")
+    assert model.tp_sizes(8) == [1, 2, 4, 8]
+    experts = 24 * 32 * 3 * 2880 * 2880 * 4.25 / 8
+    assert memory.total_weight_bytes(model) == pytest.approx(
+        experts * 2944 * 3072 / 2880**2 + 2 * (model.parameters - model.layers * model.weights.experts), rel=0.001
+    )
+    assert memory.weight_bytes(model, 4, 1, 0) > memory.weight_bytes(model, 1, 1, 0) / 4 * 1.02
+
+
+def test_layers_that_only_guess_tokens_are_not_loaded() -> None:
+    plain = llama()
+    files = 2 * plain.parameters * 33 // 32
+    model = read_model(LLAMA | {"num_nextn_predict_layers": 1}, "x", files)
+    assert memory.total_weight_bytes(model) == pytest.approx(memory.total_weight_bytes(plain), rel=0.001)
+
+
+def test_qwen_has_a_window_only_where_it_says_so() -> None:
+    assert llama(model_type="qwen2", sliding_window=4096).sliding_layers == 0
+    assert llama(model_type="mistral", sliding_window=4096).sliding_layers == 32
