@@ -18,6 +18,9 @@ DEFAULT_UTILIZATION = 0.92  # vLLM's own default
 # the predictions are trusted to 5 %.
 MARGIN = 1.05
 NOT_TORCH = 256 << 20  # attention workspaces and the like, inside what vLLM asks for
+# Patches that a vision tower sees while vLLM measures (`profile_run` in vllm/v1/worker/gpu/model_runner.py): a picture
+# of Qwen2-VL's largest size, or where they are small as many as fill a step, in Gemma 3 16 patches a token. Estimates.
+PATCHES, PATCHES_A_TOKEN = 65536, 16
 MXFP4 = ("mxfp4", "gpt_oss_mxfp4")
 # What a replica takes besides what it asks for: CUDA context, library handles; with several GPUs NCCL's buffers too.
 CONTEXT, CONTEXT_NCCL = 900 << 20, 1800 << 20
@@ -115,10 +118,11 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
         bytes_ += 2 * model.weights.embedding * padded / tp
     if stage == pp - 1 and (model.weights.head or pp > 1) and not model.pooling:
         bytes_ += 2 * (model.weights.head or model.weights.embedding) * padded / tp
-    if model.disk_bytes:
+    if model.disk_bytes and model.quantization is None:
         # files say more than the language model's shape where there is a vision tower, which each GPU may hold whole
-        rest = model.disk_bytes * 2 / model.checkpoint_dtype_bytes - 2 * model.parameters
-        bytes_ += max(0.0, rest) if model.quantization is None else 0
+        bytes_ += max(0.0, model.disk_bytes * 2 / model.checkpoint_dtype_bytes - 2 * model.parameters)
+    else:
+        bytes_ += 2 * model.tower
     return round(bytes_) + (weight_bytes(model.draft, tp, 1, 0) if model.draft else 0)
 
 
@@ -186,6 +190,10 @@ def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings
     )
     widest = max(3 * model.intermediate, 2 * heads) / tp
     forward = 2 * settings.max_batched_tokens * (6 * model.hidden + widest)
+    if model.tower_width:
+        # vLLM lets the tower see a full step of pictures first, and keeps what comes out while the model computes
+        patches = max(PATCHES, PATCHES_A_TOKEN * settings.max_batched_tokens)
+        forward = max(forward, 2 * patches * model.tower_width) + 2 * patches // 4 * model.hidden
     if model.pooling or not last_stage:
         return round(forward)
     return round(max(forward, settings.max_num_seqs * model.vocabulary * (4 if tp == 1 else 6)))

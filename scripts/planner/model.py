@@ -140,6 +140,8 @@ class Model:
     whole_prompts: bool = False  # prompts are not cut into pieces: a step has to take the longest
     dense_intermediate: int = 0  # one MLP's or one expert's width, which tp has to divide
     quantized_online: bool = False  # while it loads, from 16 bits
+    tower: int = 0  # parameters of a vision tower beside the language model
+    tower_width: int = 0  # numbers that it keeps of one patch of a picture while it computes
     draft: "Model | None" = None  # the model or head that guesses its next tokens, on the same GPUs
 
     @property
@@ -267,6 +269,7 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
     found = found or further("hf_quant_config.json")
     quantization = read_quantization(found) if found else None
     dtype = str(text.get("torch_dtype") or text.get("dtype") or config.get("torch_dtype"))
+    tower, tower_width = _tower(config)
     # RoBERTa's positions begin after the padding index
     length = _max_length(text, shape.name) - (2 if "Roberta" in architecture else 0)
     # vLLM cuts the scales of experts to what a GPU holds of them, and pads MXFP4
@@ -293,8 +296,10 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
         encoder=bool(pooling and pooling.encoder),
         whole_prompts=bool(pooling and pooling.whole_prompts),
         dense_intermediate=mlp.width,
+        tower=tower,
+        tower_width=tower_width,
     )
-    return replace(model, bits=_bits(quantization, model, attention_split, 0))
+    return replace(model, bits=_bits(quantization, model, attention_split))
 
 
 def _attention(shape: _Shape, bias: int) -> tuple[Attention, int, int]:
@@ -360,6 +365,22 @@ def _moe_layers(text: Mapping[str, Any], layers: int) -> int:
     return max(0, ceil((layers - first_dense) / max(1, step)) - only_dense)
 
 
+def _tower(config: Mapping[str, Any]) -> tuple[int, int]:
+    """A vision tower's parameters, and the numbers that it keeps of one patch: an estimate, rather too large. What its
+    config does not say is as in Qwen2-VL, one of the larger towers."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping):
+        return 0, 0
+
+    def number(default: int, *keys: str) -> int:
+        return next((one for key in keys if isinstance(one := vision.get(key), int) and one > 0), default)
+
+    hidden = number(1280, "embed_dim", "hidden_size")
+    intermediate = number(4 * hidden, "intermediate_size")
+    layers = number(32, "depth", "num_hidden_layers", "num_layers")
+    return layers * (4 * hidden * hidden + 3 * hidden * intermediate), 8 * hidden + 3 * intermediate
+
+
 def _sliding(text: Mapping[str, Any], layers: int) -> tuple[int, int]:
     """(window, how many layers see only that far)."""
     window = text.get("sliding_window")
@@ -392,9 +413,9 @@ def _max_length(text: Mapping[str, Any], name: str) -> int:
     return int(length)
 
 
-def _bits(found: Quantization | None, model: Model, attention: int, tower: int) -> float:
+def _bits(found: Quantization | None, model: Model, attention: int) -> float:
     """Bits a weight of what is quantized, with its scales. Files at hand say it where the config does not, or where not
-    all is quantized that one would think. `attention`: parameters of one layer's; `tower`: of a vision tower."""
+    all is quantized that one would think. `attention`: parameters of one layer's."""
     if not found:
         return 16.0
     weights, candidates = model.weights, []
@@ -403,7 +424,7 @@ def _bits(found: Quantization | None, model: Model, attention: int, tower: int) 
         candidates.append(found.bits * (1 - share) + 16 * share)
     if model.disk_bytes:
         quantized = model.layers * (weights.experts if model.quantized_experts_only else weights.split)
-        whole = model.parameters - quantized + tower
+        whole = model.parameters - quantized + model.tower
         candidates.append(8 * (model.disk_bytes - 2 * whole) / quantized)
     bits = max(candidates, default=0.0)
     if bits < 1:

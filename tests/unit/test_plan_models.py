@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from planner import choose, memory
@@ -313,3 +314,61 @@ def test_layers_that_only_guess_tokens_are_not_loaded() -> None:
 def test_qwen_has_a_window_only_where_it_says_so() -> None:
     assert llama(model_type="qwen2", sliding_window=4096).sliding_layers == 0
     assert llama(model_type="mistral", sliding_window=4096).sliding_layers == 32
+
+
+def test_a_vision_tower_is_reserved_for() -> None:
+    """Its weights whole on each GPU, and a step of pictures that vLLM lets it see before it lays out the KV cache."""
+    gemma = read_model(CONFIGS["gemma-3-27b-it"], "x")
+    blind = read_model({**CONFIGS["gemma-3-27b-it"], "vision_config": None}, "x")
+    assert 0.42e9 < gemma.tower < 0.6e9, "0.42 billion, and what is not known of it"
+    for tp in (1, 2):
+        more = memory.weight_bytes(gemma, tp, 1, 0) - memory.weight_bytes(blind, tp, 1, 0)
+        assert more == 2 * gemma.tower
+    for batch, gib in ((2048, 2.7), (8192, 5.4)):
+        settings = Settings(256, batch)
+        more = memory.activation_bytes(gemma, 1, True, settings) - memory.activation_bytes(blind, 1, True, settings)
+        assert 0.5 * gib < more / 2**30 < 1.3 * gib
+
+
+def test_a_vision_tower_is_counted_once_where_the_files_are_at_hand() -> None:
+    config = CONFIGS["gemma-3-27b-it"]
+    plain = read_model(config, "x")
+    files = 2 * plain.parameters + 840_000_000
+    assert memory.total_weight_bytes(read_model(config, "x", files)) == pytest.approx(files, rel=0.001)
+    quantized = {**config, "quantization_config": {"quant_method": "fp8"}}
+    eight = 2 * plain.parameters - plain.layers * plain.weights.split + 2 * plain.tower
+    assert memory.total_weight_bytes(read_model(quantized, "x", eight)) == pytest.approx(eight, rel=0.001)
+
+
+def test_a_tower_that_says_nothing_of_itself_is_a_large_one() -> None:
+    assert llama(vision_config={}).tower > 0.6e9
+    assert llama(vision_config={"embed_dim": 1280, "depth": 32, "hidden_size": 3584}).tower < 1e9, (
+        "hidden is not its own"
+    )
+
+
+def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is quantized says so elsewhere, one that is pooled states a shorter length elsewhere."""
+    there = {"config.json": LLAMA, "hf_quant_config.json": MODELOPT}
+
+    def get(url: str, **_: Any) -> httpx.Response:
+        file = url.partition("/me/model/resolve/main/")[2]
+        return httpx.Response(200, json=there[file]) if file in there else httpx.Response(404)
+
+    monkeypatch.setattr("planner.hub.httpx.get", get)
+    model = load_model("me/model", ROOT / "models")
+    assert (model.bits, model.pooling, model.max_length) == (4.5, False, 131072)
+    there |= {**LAST, "sentence_bert_config.json": {"max_seq_length": 4096}}
+    model = load_model("me/model", ROOT / "models")
+    assert (model.pooling, model.max_length) == (True, 4096)
+
+
+def test_a_hub_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(url: str, **_: Any) -> httpx.Response:
+        if url.endswith("/config.json"):
+            return httpx.Response(200, json=LLAMA)
+        raise httpx.ConnectError("gone")
+
+    monkeypatch.setattr("planner.hub.httpx.get", get)
+    with pytest.raises(Problem, match="cannot reach"):
+        load_model("me/model", ROOT / "models")
