@@ -41,8 +41,10 @@ def check(machine: Machine, plan: Plan) -> None:
         assert model.attention.heads % one.tp == 0
         kv = model.attention.kv_heads
         assert not kv or kv % one.tp == 0 or one.tp % kv == 0
-        assert one.account.max_requests >= 1, "not even one request of full length fits"
-        assert model.pooling or one.account.kv_tokens >= plan.max_length, "KV cache for less than one request"
+        assert one.account.max_requests >= (1.05 if machine.gpus else 1), "no room for a request of full length"
+        if model.whole_prompts and machine.gpus:
+            assert one.settings.max_batched_tokens >= plan.max_length, "its prompts are not cut into pieces"
+        assert model.encoder or one.account.kv_tokens >= plan.max_length, "KV cache for less than one request"
         if machine.gpus:
             assert len(one.gpus) == one.tp * one.pp
             for gpu in one.gpus:
@@ -398,16 +400,60 @@ def machines(draw: st.DrawFn) -> Machine:
     )
 
 
+QUANTIZED = [
+    {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    {"quant_method": "awq", "bits": 4, "group_size": 128},
+    {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["model.layers.0.self_attn.q_proj"]},
+    {"quant_method": "mxfp4"},
+]
+
+
+@st.composite
+def experts(draw: st.DrawFn) -> dict[str, Any]:
+    count = draw(st.sampled_from([8, 16, 64]))
+    return {
+        "num_local_experts": count,
+        "num_experts_per_tok": draw(st.integers(1, count)),
+        "moe_intermediate_size": 64 * draw(st.integers(2, 45)),
+        "n_shared_experts": draw(st.integers(0, 2)),
+        "first_k_dense_replace": draw(st.integers(0, 3)),
+    }
+
+
+@st.composite
+def latent(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "kv_lora_rank": draw(st.sampled_from([256, 512])),
+        "q_lora_rank": draw(st.sampled_from([None, 768])),
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    }
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "sliding_window": draw(st.sampled_from([128, 1024, 4096])),
+        "sliding_window_pattern": draw(st.sampled_from([None, 2, 4, 6])),
+    }
+
+
+POOLED = st.sampled_from(["XLMRobertaModel", "LlamaBidirectionalModel", "MistralModel", "Qwen2ForProcessRewardModel"])
+TOWER = st.just({"vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}})
+
+
 @st.composite
 def models(draw: st.DrawFn) -> Model:
+    """Dense models, and those with each of what vLLM counts otherwise, alone and together."""
     head_dim = draw(st.sampled_from([64, 128]))
     kv = draw(st.integers(1, 12))
     heads = kv * draw(st.integers(1, 8))
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": heads * head_dim,
         "intermediate_size": 64 * draw(st.integers(8, 500)),
-        "num_hidden_layers": draw(st.integers(2, 80)),
+        "num_hidden_layers": draw(st.integers(4, 80)),
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "head_dim": head_dim,
@@ -415,6 +461,12 @@ def models(draw: st.DrawFn) -> Model:
         "max_position_embeddings": draw(st.sampled_from([2048, 8192, 32768, 131072])),
         "tie_word_embeddings": draw(st.booleans()),
     }
+    for kind in draw(st.lists(st.sampled_from([experts(), latent(), windows(), TOWER]), max_size=2)):
+        config |= draw(kind)
+    if draw(st.integers(0, 3)) == 0:
+        config["quantization_config"] = draw(st.sampled_from(QUANTIZED))
+    elif draw(st.integers(0, 3)) == 0:
+        config["architectures"] = [draw(POOLED)]
     return read_model(config, "any")
 
 
@@ -426,7 +478,7 @@ WISHES = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(machine=machines(), model=models(), wish=WISHES)
 def test_any_plan_is_sound(machine: Machine, model: Model, wish: Wish) -> None:
     plan = choose.best(machine, model, wish)
@@ -466,7 +518,7 @@ def weights(plan: Plan) -> int:
     return 3 if offloads else order.index(plan.quantization) + 1 if plan.quantization else 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(machine=machines(), model=models(), wish=WISHES, more=st.integers(1, 64))
 def test_more_memory_never_gives_a_worse_plan(machine: Machine, model: Model, wish: Wish, more: int) -> None:
     if before := choose.best(machine, model, wish):
@@ -573,7 +625,7 @@ def test_no_gpu_and_no_memory_is_given_to_two_models(
             assert all(one.account.used <= gpu.free for gpu in one.gpus)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(model=models(), tp=st.sampled_from([1, 2, 4, 8]), pp=st.sampled_from([1, 2, 4]))
 def test_no_weight_is_lost_over_the_gpus(model: Model, tp: int, pp: int) -> None:
     if tp not in model.tp_sizes(8) or pp > model.layers:
