@@ -9,10 +9,11 @@ Further = Callable[[str], Mapping[str, Any] | None]
 
 # Families of encoders, by how the names of their architectures begin.
 ENCODERS = ("Bert", "Roberta", "XLMRoberta", "ModernBert", "NomicBert", "Gte", "New", "BgeM3", "ColBERT", "HF_ColBERT")
-# How architectures end that give vectors or scores, and those that end so too but write text (`_SUFFIX_TO_DEFAULTS` in
-# vllm/config/model.py).
+# How architectures end that give vectors or scores, and those that end so too but write text or guess it
+# (`_SUFFIX_TO_DEFAULTS` in vllm/config/model.py, after vllm/model_executor/models/registry.py).
 POOLING = ("ForTextEncoding", "Classification", "ForRewardModeling", "Model", "ForMaskedLM")
-TEXT = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")
+TEXT = ("LMHeadModel", "LMModel", "ChatModel", "ChatGLMModel", "OmniModel", "AudioModel", "UltravoxModel")
+GUESSING = ("DraftModel", "AssistantModel", "SparkModel", "MTPModel", "MedusaModel")
 SENTENCE_CONFIGS = [
     f"sentence_{family}_config.json"
     for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -30,7 +31,7 @@ class Pooling:
 def read_pooling(architecture: str, config: Mapping[str, Any], further: Further) -> Pooling | None:
     """None for a model that writes text. As `attn_type` and `is_chunked_prefill_supported` in vllm/config/model.py."""
     family = architecture.startswith(ENCODERS)
-    by_name = family or (architecture.endswith(POOLING) and not architecture.endswith(TEXT))
+    by_name = family or (architecture.endswith(POOLING) and not architecture.endswith(TEXT + GUESSING))
     # Sentence Transformers keeps there how a model's states are pooled, of decoders too
     modes = further("1_Pooling/config.json")
     if not by_name and modes is None:

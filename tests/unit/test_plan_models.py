@@ -178,7 +178,9 @@ LAST = {"1_Pooling/config.json": {"pooling_mode_mean_tokens": False, "pooling_mo
         ("Qwen3ForSequenceClassification", {}, {}, (True, False, False)),
         ("LlamaForCausalLM", {"is_causal": False}, {}, (False, False, False)),
         ("QWenLMHeadModel", {}, {}, (False, False, False)),
-        ("ChatGLMModel", {}, {}, (True, False, False)),
+        ("ChatGLMModel", {}, {}, (False, False, False)),
+        ("InternVLChatModel", {}, {}, (False, False, False)),
+        ("PEagleDraftModel", {}, {}, (False, False, False)),
     ],
 )
 def test_models_that_are_pooled_are_known(
