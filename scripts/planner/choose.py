@@ -254,10 +254,13 @@ def _sizes(gpu: Gpu, variant: _Variant, wish: Wish) -> list[Settings]:
     model, found = variant.model, []
     for own in Settings.choices(gpu):
         batched = wish.max_batched_tokens or own.max_batched_tokens
-        if model.pooling:  # its prompts are not cut into pieces
-            batched = max(batched, wish.context or model.max_length)
+        batches = [batched]
+        if model.whole_prompts:  # a step takes all of one; where memory is short, of shorter ones than the model allows
+            longest = max(batched, wish.context or model.max_length)
+            least = wish.context or min(model.max_length, SHORTEST)
+            batches = [longest >> power for power in range(longest.bit_length()) if longest >> power >= least]
         kv_bytes = 1 if wish.kv_cache == "fp8" else 2
-        found.append(Settings(wish.max_num_seqs or own.max_num_seqs, batched, kv_bytes, variant.offload))
+        found += [Settings(wish.max_num_seqs or own.max_num_seqs, one, kv_bytes, variant.offload) for one in batches]
     return list(dict.fromkeys(found))
 
 
@@ -341,7 +344,7 @@ def _options(machine: Machine, gpus: list[Gpu], variant: _Variant, wish: Wish) -
     needed = wish.context or min(model.max_length, SHORTEST)
     options = []
     for (tp, pp), settings in product(_layouts(gpus, model, wish), _sizes(gpus[0], variant, wish)):
-        able = [gpu for gpu in gpus if _holds(model, gpu, tp, pp, needed, settings)]
+        able = [gpu for gpu in gpus if memory.holds(model, gpu, tp, pp, needed, settings)]
         for least in sorted({gpu.free // GIB for gpu in able}):
             replicas = []
             for group, link in _groups(machine, [gpu for gpu in able if gpu.free // GIB >= least], tp, pp):
@@ -353,10 +356,6 @@ def _options(machine: Machine, gpus: list[Gpu], variant: _Variant, wish: Wish) -
             options += [replicas[:count] for count in range(1, len(replicas) + 1) if wish.replicas]
             options += [replicas] if replicas and not wish.replicas else []
     return options
-
-
-def _holds(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Settings) -> bool:
-    return memory.account(model, gpu, tp, pp, length, settings).max_requests >= 1
 
 
 def _fleets(machine: Machine, variant: _Variant, wish: Wish) -> Iterator[Plan]:
@@ -395,7 +394,7 @@ def _why_idle(gpu: Gpu, plan: Plan) -> str:
     if reason := _too_old(gpu, model):
         return reason
     needed = wish.context or min(model.max_length, SHORTEST)
-    if not _holds(model, gpu, first.tp, first.pp, needed, first.settings):
+    if not memory.holds(model, gpu, first.tp, first.pp, needed, first.settings):
         programs = f", {', '.join(gpu.programs)} runs there" if gpu.programs else ""
         return f"{gpu.free / GIB:.1f} GiB free are too few{programs}"
     if wish.replicas:
@@ -428,7 +427,8 @@ def _what_is_missing(machine: Machine, model: Model, wish: Wish) -> DoesNotFitEr
             widest = sorted(gpus, key=lambda gpu: gpu.free)[-tp * pp]
             account = memory.account(loaded, widest, tp, pp, length, settings)
             layers = ceil(loaded.layers / pp)
-            shortfalls.append((memory.request_bytes(loaded, tp, layers, length, settings) - account.kv, tp, pp))
+            one = memory.MARGIN * memory.request_bytes(loaded, tp, layers, length, settings, pp)
+            shortfalls.append((one - account.kv, tp, pp))
     missing, tp, pp = min(shortfalls)
     how = "" if loaded is model else f" even with {loaded.bits:g}-bit weights"
     if missing <= 0:

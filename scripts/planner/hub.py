@@ -107,3 +107,18 @@ def fetch_config(repository: str) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise not_the_hub(url)
     return found
+
+
+def fetch_further(repository: str, file: str) -> Mapping[str, Any] | None:
+    """Another JSON file of a repository whose config.json fetch_config has brought; None where it has none."""
+    token = read_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    url = f"{endpoint()}/{repository}/resolve/main/{file}"
+    try:
+        answer = httpx.get(url, headers=headers, timeout=20, follow_redirects=True)
+        found = answer.json() if answer.status_code == httpx.codes.OK else None
+    except httpx.HTTPError as error:
+        raise Problem(f"cannot reach {url}: {error}", "try again") from error
+    except ValueError as error:
+        raise not_the_hub(url) from error
+    return found if isinstance(found, dict) else None

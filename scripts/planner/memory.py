@@ -1,8 +1,8 @@
 """How vLLM spends a GPU's memory, and what is left for the KV cache.
 
-The account is vLLM's own (`determine_available_memory` in vllm/v1/worker/gpu_worker.py, 0.26 to 0.32):
+The account is vLLM's own (`determine_available_memory` in vllm/v1/worker/gpu_worker.py, 0.32):
 
-    KV cache = utilization x total - weights - peak activations - what is not torch's - CUDA graphs, where profiled
+    KV cache = utilization x total - weights - peak activations - what is not torch's - CUDA graphs
 
 Sizes are bytes a GPU, lengths are tokens. The constants were fitted on two H200 (docs/benchmarks/gpu.md)."""
 
@@ -14,7 +14,14 @@ from planner.model import Model
 
 BLOCK = 16  # tokens; vLLM's KV block
 DEFAULT_UTILIZATION = 0.92  # vLLM's own default
+# KV cache that a request of full length has to leave free, as vLLM refuses to start with less than the request takes:
+# the predictions are trusted to 5 %.
+MARGIN = 1.05
 NOT_TORCH = 256 << 20  # attention workspaces and the like, inside what vLLM asks for
+# Patches that a vision tower sees while vLLM measures (`profile_run` in vllm/v1/worker/gpu/model_runner.py): a picture
+# of Qwen2-VL's largest size, or where they are small as many as fill a step, in Gemma 3 16 patches a token. Estimates.
+PATCHES, PATCHES_A_TOKEN = 65536, 16
+MXFP4 = ("mxfp4", "gpt_oss_mxfp4")
 # What a replica takes besides what it asks for: CUDA context, library handles; with several GPUs NCCL's buffers too.
 CONTEXT, CONTEXT_NCCL = 900 << 20, 1800 << 20
 
@@ -67,22 +74,15 @@ class Account:
         return self.weights + self.activations + self.graphs + self.other + self.outside + max(0, self.kv)
 
 
-def outside(model: Model, tp: int, pp: int, settings: Settings) -> int:
-    """What a GPU needs besides what vLLM asks for: CUDA's context, and the graphs where vLLM does not profile them."""
-    graphs = 0 if _profiles_graphs(model) else graph_bytes(model, ceil(model.layers / pp), settings)
-    return graphs + (CONTEXT_NCCL if tp * pp > 1 else CONTEXT)
+def outside(tp: int, pp: int) -> int:
+    """What a GPU needs besides what vLLM asks for: CUDA's context and the libraries of several GPUs."""
+    return CONTEXT_NCCL if tp * pp > 1 else CONTEXT
 
 
 def utilization(gpu: Gpu, needed_outside: int) -> float:
     """`--gpu-memory-utilization`, in hundredths: vLLM's default, or less where other programs or a small GPU leave
     less: vLLM refuses to start where utilization x total is more than what is free."""
     return max(0.0, min(DEFAULT_UTILIZATION, floor(100 * (gpu.free - needed_outside) / gpu.total) / 100))
-
-
-def _profiles_graphs(model: Model) -> bool:
-    """Dense models run on vLLM's second model runner, which captures CUDA graphs after the KV cache is laid out
-    (`_is_default_v2_model_runner_model` in vllm/config/vllm.py)."""
-    return model.weights.experts > 0
 
 
 def stage_layers(layers: int, pp: int) -> list[int]:
@@ -105,7 +105,8 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
     split = model.weights.split
     layer = split * (16 / 8 if model.quantized_experts_only else width)
     if model.quantized_experts_only:
-        layer += model.weights.experts * (width - 2)
+        padding = _mxfp4_padding(model, tp) if model.quantization in MXFP4 else 1.0
+        layer += model.weights.experts * (width * padding - 2)
     per_gpu = layer / tp + 2 * model.weights.replicated
     attention = model.attention
     if attention.kv_heads and tp > attention.kv_heads:
@@ -117,11 +118,19 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
         bytes_ += 2 * model.weights.embedding * padded / tp
     if stage == pp - 1 and (model.weights.head or pp > 1) and not model.pooling:
         bytes_ += 2 * (model.weights.head or model.weights.embedding) * padded / tp
-    if model.disk_bytes:
+    if model.disk_bytes and model.quantization is None:
         # files say more than the language model's shape where there is a vision tower, which each GPU may hold whole
-        rest = model.disk_bytes * 2 / model.checkpoint_dtype_bytes - 2 * model.parameters
-        bytes_ += max(0.0, rest) if model.quantization is None else 0
+        bytes_ += max(0.0, model.disk_bytes * 2 / model.checkpoint_dtype_bytes - 2 * model.parameters)
+    else:
+        bytes_ += 2 * model.tower
     return round(bytes_) + (weight_bytes(model.draft, tp, 1, 0) if model.draft else 0)
+
+
+def _mxfp4_padding(model: Model, tp: int) -> float:
+    """What MXFP4's kernels make of one: an expert's width on a GPU is rounded up to 128, the hidden size to 256
+    (`mxfp4_round_up_hidden_size_and_intermediate_size` in vllm/model_executor/layers/fused_moe/oracle/mxfp4.py)."""
+    width = model.dense_intermediate / tp
+    return ceil(width / 128) * 128 / width * ceil(model.hidden / 256) * 256 / model.hidden
 
 
 def total_weight_bytes(model: Model) -> int:
@@ -133,7 +142,7 @@ def _layer_bytes(model: Model, tp: int, kv_bytes: int) -> int:
     """What one GPU keeps of one token in one layer: a key and a value for each of its KV heads, at least one of them;
     with MLA the latent vector, whole on each GPU."""
     attention = model.attention
-    if model.pooling:
+    if model.encoder:
         return 0
     if attention.latent:
         return attention.latent * kv_bytes
@@ -146,14 +155,30 @@ def kv_bytes_per_token(model: Model, tp: int, layers: int, kv_bytes: int = 2) ->
     return layers * _layer_bytes(model, tp, kv_bytes) + draft
 
 
-def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Settings) -> int:
-    """What one GPU keeps for one request of `length` tokens. A layer with a sliding window keeps its window and the
-    tokens of one step (`SlidingWindowSpec.max_memory_usage_bytes` in vllm/v1/kv_cache_interface.py)."""
-    full = ceil(length / BLOCK) * BLOCK
-    seen = min(ceil((model.window - 1 + settings.max_batched_tokens) / BLOCK) * BLOCK + BLOCK, full)
-    sliding = round(layers * model.sliding_layers / model.layers)
+def _kv_groups(model: Model) -> tuple[int, int, int]:
+    """(layers in a group, groups that see all, groups with a window). vLLM hands out blocks of a whole group of layers,
+    and pads the last group of a kind to the size of the others (`_get_kv_cache_groups_uniform_page_size` in
+    vllm/v1/core/kv_cache_utils.py)."""
+    sliding, full = model.sliding_layers, model.layers - model.sliding_layers
+    if not sliding or not full:
+        return model.layers, min(full, 1), min(sliding, 1)
+    fewer, more = sorted((sliding, full))
+    size = more if more < 1.5 * fewer else fewer
+    return size, ceil(full / size), ceil(sliding / size)
+
+
+def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Settings, pp: int = 1) -> int:
+    """What one GPU keeps for one request of `length` tokens, on a stage of `layers` layers. A group with a sliding
+    window keeps its window and the tokens of the steps that are under way: of each stage one, and one more that is
+    scheduled already (`SlidingWindowSpec.max_admission_blocks_per_request` in vllm/v1/kv_cache_interface.py,
+    `max_in_flight_tokens` in vllm/config/vllm.py)."""
+    size, full, sliding = _kv_groups(model)
+    under_way = settings.max_batched_tokens * (pp if model.pooling else pp + 1)
+    blocks = full * ceil(length / BLOCK)
+    blocks += sliding * (ceil(min(model.window - 1 + under_way, length) / BLOCK) + 1)
     draft = request_bytes(model.draft, tp, model.draft.layers, length, settings) if model.draft else 0
-    return _layer_bytes(model, tp, settings.kv_bytes) * (full * (layers - sliding) + seen * sliding) + draft
+    here = -(-size * layers // model.layers)  # of a group's layers, rounded up
+    return _layer_bytes(model, tp, settings.kv_bytes) * here * blocks * BLOCK + draft
 
 
 def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings) -> int:
@@ -165,32 +190,38 @@ def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings
     )
     widest = max(3 * model.intermediate, 2 * heads) / tp
     forward = 2 * settings.max_batched_tokens * (6 * model.hidden + widest)
+    if model.tower_width:
+        # vLLM lets the tower see a full step of pictures first, and keeps what comes out while the model computes
+        patches = max(PATCHES, PATCHES_A_TOKEN * settings.max_batched_tokens)
+        forward = max(forward, 2 * patches * model.tower_width) + 2 * patches // 4 * model.hidden
     if model.pooling or not last_stage:
         return round(forward)
     return round(max(forward, settings.max_num_seqs * model.vocabulary * (4 if tp == 1 else 6)))
 
 
 def graph_bytes(model: Model, layers: int, settings: Settings) -> int:
-    """CUDA graphs of up to 51 batch sizes, captured twice: mostly per layer and size."""
-    if settings.eager or model.pooling:
+    """CUDA graphs of up to 51 batch sizes, captured twice, of pooling models once: mostly per layer and size. vLLM
+    measures them before it lays out the KV cache (`profile_cudagraph_memory` in vllm/v1/worker/gpu/cudagraph_utils.py).
+    """
+    if settings.eager:
         return 0
     sizes = min(51, 3 + settings.max_num_seqs // 6)
     layers += model.draft.layers if model.draft else 0
-    return round(layers * sizes * 0.5 * (1 << 20))
+    return round(layers * sizes * (0.25 if model.pooling else 0.5) * (1 << 20))
 
 
 def account(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Settings) -> Account:
     """The tightest GPU of a replica of tp x pp GPUs like `gpu`, for requests of up to `length` tokens."""
-    needed_outside = outside(model, tp, pp, settings)
+    needed_outside = outside(tp, pp)
     share = utilization(gpu, needed_outside)
     requested = ceil(gpu.total * share)
     accounts = []
     for stage, layers in enumerate(stage_layers(model.layers, pp)):
         weights = max(0, weight_bytes(model, tp, pp, stage) - settings.offload)
         activations = activation_bytes(model, tp, stage == pp - 1, settings)
-        graphs = graph_bytes(model, layers, settings) if _profiles_graphs(model) else 0
+        graphs = graph_bytes(model, layers, settings)
         kv = requested - weights - activations - graphs - NOT_TORCH
-        one = request_bytes(model, tp, layers, length, settings)
+        one = request_bytes(model, tp, layers, length, settings, pp)
         requests = max(0.0, kv / one) if one else float(settings.max_num_seqs if kv > 0 else 0)
         if model.sliding_layers:
             tokens = floor(requests * length)
@@ -202,14 +233,20 @@ def account(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Set
     return min(accounts, key=lambda one: (one.kv_tokens, one.kv))
 
 
+def holds(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Settings) -> bool:
+    """Whether a replica takes a request of `length` tokens, even where the account errs by MARGIN."""
+    return account(model, gpu, tp, pp, length, settings).max_requests >= MARGIN
+
+
 def longest(model: Model, gpu: Gpu, tp: int, pp: int, settings: Settings) -> int:
     """The longest request that fits, in tokens: the model's own limit, or as many thousands as one request can have."""
-    if account(model, gpu, tp, pp, model.max_length, settings).max_requests >= 1:
-        return model.max_length
-    low, high = 0, model.max_length // 1024
+    most = min(model.max_length, settings.max_batched_tokens) if model.whole_prompts else model.max_length
+    if holds(model, gpu, tp, pp, most, settings):
+        return most
+    low, high = 0, most // 1024
     while low < high:
         middle = (low + high + 1) // 2
-        if account(model, gpu, tp, pp, middle * 1024, settings).max_requests >= 1:
+        if holds(model, gpu, tp, pp, middle * 1024, settings):
             low = middle
         else:
             high = middle - 1

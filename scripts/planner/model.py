@@ -3,16 +3,52 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from planner.hub import fetch_config
+from planner.hub import fetch_config, fetch_further
+from planner.pooling import Further, longest_prompt, read_pooling
+from planner.quantization import NF4, Quantization, read_quantization
 from stack.console import Problem
 
 DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
-# Layers that keep a state instead of keys and values: this arithmetic does not describe them.
-STATE_SPACE = ("mamba", "ssm", "rwkv", "linear_attention", "recurrent")
+# Layers that keep a state instead of keys and values, which this arithmetic does not describe: how they are named, and
+# how the keys begin that only such models have.
+STATE_SPACE = ("mamba", "ssm", "rwkv", "linear_attention", "recurrent", "conv")
+STATE_KEYS = ("mamba_", "ssm_", "hybrid_override_pattern", "linear_num_", "linear_attn_config", "conv_L_cache")
+# What a config.json leaves to its class in transformers; those of Gemma 3 on the hub say little else.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+    },
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "sliding_window_pattern": 2},
+    "llama4_text": {
+        "vocab_size": 202048,
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 1,
+    },
+}
+# Families that use the embedding as the head where their config does not say (class defaults of transformers).
+TIED = ("gemma", "cohere", "gpt2", "gpt_bigcode", "opt", "bloom", "falcon", "mpt", "starcoder2", "smollm3", "ernie4_5")
 # Families whose MLP has two matrices; all others gate theirs with a third.
 UNGATED = (
     "gpt2",
@@ -28,16 +64,29 @@ UNGATED = (
     "roberta",
     "xlm-roberta",
 )
-NOT_A_MODEL = "give the folder or the hub's name of a language model"
-ENCODERS = (
-    "BertModel",
-    "RobertaModel",
-    "XLMRobertaModel",
-    "BertForMaskedLM",
-    "NomicBertModel",
-    "GteModel",
-    "ModernBertModel",
+# Where configs state the longest input, and the kinds of RoPE scaling that it has in it already.
+LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
 )
+USED_EXPERTS = (
+    "num_experts_per_tok",
+    "experts_per_token",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
+SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope")
+# Methods whose groups do not keep experts from being split further.
+FINER = ("fp8", "mxfp4", "gpt_oss_mxfp4")
+NOT_A_MODEL = "give the folder or the hub's name of a language model"
 
 
 @dataclass(frozen=True)
@@ -86,10 +135,14 @@ class Model:
     quantized_experts_only: bool = False
     group_size: int = 0
     disk_bytes: int | None = None  # of the weights, where the files are at hand
-    pooling: bool = False
     kind: str = ""  # the config's model_type
+    pooling: bool = False  # gives vectors or scores instead of text
+    encoder: bool = False  # of these, one that keeps no KV cache
+    whole_prompts: bool = False  # prompts are not cut into pieces: a step has to take the longest
     dense_intermediate: int = 0  # one MLP's or one expert's width, which tp has to divide
     quantized_online: bool = False  # while it loads, from 16 bits
+    tower: int = 0  # parameters of a vision tower beside the language model
+    tower_width: int = 0  # numbers that it keeps of one patch of a picture while it computes
     draft: "Model | None" = None  # the model or head that guesses its next tokens, on the same GPUs
 
     @property
@@ -125,21 +178,26 @@ class Model:
         return replace(self, bits=ONLINE_BITS[method], quantization=method, quantized_online=True, disk_bytes=None)
 
 
-# Bits a weight with its scales, of the methods that vLLM can apply to an unquantized checkpoint while it loads:
-# bitsandbytes NF4 keeps a 32-bit scale for every 64 weights; fp8 one for a whole matrix.
-ONLINE_BITS = {"fp8": 8.0, "bitsandbytes": 4.5}
+# Bits a weight with its scales, of the methods that vLLM can apply to an unquantized checkpoint while it loads.
+ONLINE_BITS = {"fp8": 8.0, "bitsandbytes": NF4}
 
 
-def read_model(config: object, name: str, disk_bytes: int | None = None) -> Model:
-    """The shape in a config.json. Raises Problem where it is not one whose arithmetic is known."""
+NO_FILES: dict[str, Mapping[str, Any]] = {}
+
+
+def read_model(config: object, name: str, disk_bytes: int | None = None, further: Further = NO_FILES.get) -> Model:
+    """The shape in a config.json. `further` gives another JSON file of the model, None where it has none.
+
+    Raises Problem where its arithmetic is not known."""
     if not isinstance(config, Mapping):
         raise Problem(f"{name}: config.json is not an object", NOT_A_MODEL)
     text = config.get("text_config") or config.get("llm_config") or config
     if not isinstance(text, Mapping):
         raise Problem(f"{name}: text_config in config.json is not an object", NOT_A_MODEL)
+    text = DEFAULTS.get(str(text.get("model_type")), {}) | {key: text[key] for key in text if text[key] is not None}
     try:
         _refuse_recurrent(text, name)
-        return _read_shape(config, _Shape(text, name), disk_bytes)
+        return _read_shape(config, _Shape(text, name), disk_bytes, further)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # any of its values may be of another type than everybody's
         raise Problem(f"{name}: config.json is not one of a language model: {error}", NOT_A_MODEL) from error
@@ -147,7 +205,7 @@ def read_model(config: object, name: str, disk_bytes: int | None = None) -> Mode
 
 def _refuse_recurrent(text: Mapping[str, Any], name: str) -> None:
     kinds = " ".join([str(text.get("model_type", "")), *map(str, text.get("layer_types") or [])]).lower()
-    if any(word in kinds for word in STATE_SPACE) or "mamba_d_state" in text:
+    if any(word in kinds for word in STATE_SPACE) or any(str(key).startswith(STATE_KEYS) for key in text):
         raise Problem(
             f"{name} keeps a recurrent state, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml"
         )
@@ -182,12 +240,14 @@ class _Shape:
         return default
 
 
-def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None) -> Model:
+def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None, further: Further) -> Model:
     text, hidden, layers = shape.text, shape.hidden, shape.layers
     architecture = str((config.get("architectures") or [""])[0])
-    pooling = architecture in ENCODERS
-    tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))) or pooling
-    attention, attention_split, attention_replicated = _attention(shape, architecture)
+    pooling = read_pooling(architecture, {**text, **config}, further)
+    family = str(text.get("model_type", "")).startswith(TIED)
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", family)) or pooling is not None
+    bias = text.get("attention_bias") or architecture.startswith("Qwen2") or (pooling and pooling.encoder)
+    attention, attention_split, attention_replicated = _attention(shape, 1 if bias else 0)
     mlp = _mlp(shape)
     weights = Weights(
         embedding=shape.vocabulary * hidden,
@@ -203,9 +263,19 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
         seen = 3 * hidden * hidden + hidden * (attention.heads + 2 * attention.kv_heads) * attention.head_dim
         weights = replace(weights, embedding=0, head=words * hidden, split=weights.split + seen // layers)
     window, sliding = _sliding(text, layers)
-    bits, method, group, experts_only = _quantization(config, text)
+    if disk_bytes and (unused := shape.number("num_nextn_predict_layers", default=0)):
+        # layers that only guess tokens, which vLLM does not load unless asked to
+        disk_bytes = disk_bytes * layers // (layers + unused)
+    found = config.get("quantization_config") or text.get("quantization_config") or config.get("compression_config")
+    found = found or further("hf_quant_config.json")
+    quantization = read_quantization(found) if found else None
     dtype = str(text.get("torch_dtype") or text.get("dtype") or config.get("torch_dtype"))
-    return Model(
+    tower, tower_width = _tower(config)
+    # RoBERTa's positions begin after the padding index
+    length = _max_length(text, shape.name) - (2 if "Roberta" in architecture else 0)
+    # vLLM cuts the scales of experts to what a GPU holds of them, and pads MXFP4
+    grouped = quantization and not (mlp.experts and quantization.method in FINER)
+    model = Model(
         name=shape.name,
         layers=layers,
         hidden=hidden,
@@ -213,23 +283,29 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
         vocabulary=shape.vocabulary,
         attention=attention,
         weights=weights,
-        max_length=_max_length(text, architecture),
+        max_length=longest_prompt({**text, **config}, length, further) if pooling else length,
         sliding_layers=sliding,
         window=window,
         checkpoint_dtype_bytes=DTYPE_BYTES.get(dtype, 2),
-        bits=bits,
-        quantization=method,
-        quantized_experts_only=experts_only,
-        group_size=group,
+        quantization=quantization.method if quantization else None,
+        quantized_experts_only=bool(
+            quantization and mlp.experts and (quantization.experts_only or not quantization.attention)
+        ),
+        group_size=quantization.group if quantization and grouped else 0,
         disk_bytes=disk_bytes,
-        pooling=pooling,
         kind=str(config.get("model_type", "")),
+        pooling=pooling is not None,
+        encoder=bool(pooling and pooling.encoder),
+        whole_prompts=bool(pooling and pooling.whole_prompts),
         dense_intermediate=mlp.width,
+        tower=tower,
+        tower_width=tower_width,
     )
+    return replace(model, bits=_bits(quantization, model, attention_split))
 
 
-def _attention(shape: _Shape, architecture: str) -> tuple[Attention, int, int]:
-    """A layer's attention; its parameters that tp splits; those that each GPU keeps whole."""
+def _attention(shape: _Shape, bias: int) -> tuple[Attention, int, int]:
+    """A layer's attention; its parameters that tp splits; those that each GPU keeps whole. `bias`: 1 with one."""
     hidden, heads = shape.hidden, shape.heads
     if latent_rank := shape.number("kv_lora_rank", default=0):
         nope, rope, value = (shape.number(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
@@ -241,7 +317,6 @@ def _attention(shape: _Shape, architecture: str) -> tuple[Attention, int, int]:
     kv_heads = shape.number("num_key_value_heads", "num_kv_heads", default=heads) or heads
     if not head_dim:
         raise Problem(f"{shape.name}: config.json has more heads than its width of {hidden}", NOT_A_MODEL)
-    bias = 1 if shape.text.get("attention_bias") or architecture.startswith("Qwen2") or architecture in ENCODERS else 0
     split = 2 * hidden * heads * head_dim + (2 * hidden + 2 * bias) * kv_heads * head_dim + bias * heads * head_dim
     return Attention(heads, kv_heads, head_dim), split, 0
 
@@ -261,13 +336,15 @@ class _Mlp:
 def _mlp(shape: _Shape) -> _Mlp:
     text, hidden, layers, intermediate = shape.text, shape.hidden, shape.layers, shape.intermediate
     matrices = 2 if text.get("model_type") in UNGATED else 3
-    experts = shape.number("num_local_experts", "n_routed_experts", "num_experts", default=0)
+    experts = shape.number("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts", default=0)
     if not experts:
         return _Mlp(matrices * hidden * intermediate, intermediate, intermediate)
     width = shape.number("moe_intermediate_size", default=intermediate) or intermediate
-    used = shape.number("num_experts_per_tok", "experts_per_token", default=2)
+    used = shape.number(*USED_EXPERTS, default=2)
     shared_width = shape.number("shared_expert_intermediate_size", default=0)
-    shared_width = shared_width or shape.number("n_shared_experts", default=0) * width
+    shared_width = shared_width or shape.number("n_shared_experts", "moe_num_shared_experts", default=0) * width
+    if text.get("model_type") == "llama4_text":  # its dense MLPs have a width of their own, and one expert is shared
+        shared_width, intermediate = width, shape.number("intermediate_size_mlp")
     moe_layers = _moe_layers(text, layers)
     routed = matrices * hidden * width * experts * moe_layers
     dense = matrices * hidden * (shared_width * moe_layers + intermediate * (layers - moe_layers))
@@ -282,68 +359,97 @@ def _mlp(shape: _Shape) -> _Mlp:
 
 
 def _moe_layers(text: Mapping[str, Any], layers: int) -> int:
-    """How many layers route to experts: DeepSeek starts with some dense ones, Qwen may take every n-th."""
-    first_dense = int(text.get("first_k_dense_replace") or 0)
-    step = int(text.get("decoder_sparse_step") or text.get("moe_layer_freq") or 1)
+    """How many layers route to experts: DeepSeek starts with some dense ones, Qwen and Llama 4 may take every n-th."""
+    first_dense = int(text.get("first_k_dense_replace") or text.get("moe_layer_start_index") or 0)
+    steps = (text.get(key) for key in ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step"))
+    step = int(next((one for one in steps if one), 1))
     only_dense = len(text.get("mlp_only_layers") or [])
     return max(0, ceil((layers - first_dense) / max(1, step)) - only_dense)
+
+
+def _tower(config: Mapping[str, Any]) -> tuple[int, int]:
+    """A vision tower's parameters, and the numbers that it keeps of one patch: an estimate, rather too large. What its
+    config does not say is as in Qwen2-VL, one of the larger towers."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping):
+        return 0, 0
+
+    def number(default: int, *keys: str) -> int:
+        return next((one for key in keys if isinstance(one := vision.get(key), int) and one > 0), default)
+
+    hidden = number(1280, "embed_dim", "hidden_size")
+    intermediate = number(4 * hidden, "intermediate_size")
+    layers = number(32, "depth", "num_hidden_layers", "num_layers")
+    return layers * (4 * hidden * hidden + 3 * hidden * intermediate), 8 * hidden + 3 * intermediate
 
 
 def _sliding(text: Mapping[str, Any], layers: int) -> tuple[int, int]:
     """(window, how many layers see only that far)."""
     window = text.get("sliding_window")
-    if not isinstance(window, int) or text.get("use_sliding_window") is False:
+    qwen = str(text.get("model_type", "")).startswith("qwen")  # only if they say so
+    if not isinstance(window, int) or window < 1 or not text.get("use_sliding_window", not qwen):
         return 0, 0
     if kinds := text.get("layer_types"):
         return window, sum(kind == "sliding_attention" for kind in kinds)
     if pattern := text.get("sliding_window_pattern"):
         return window, layers - layers // int(pattern)
-    if text.get("model_type") == "gemma2":
-        return window, layers - layers // 2
     return window, layers
 
 
-def _max_length(text: Mapping[str, Any], architecture: str) -> int:
-    """The longest input: RoPE scaling multiplies it where the config states the unscaled one."""
-    length = text.get("max_position_embeddings") or text.get("n_positions") or text.get("seq_length") or 2048
-    if "Roberta" in architecture:
-        length -= 2  # its positions begin after the padding index
-    scaling = text.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    original = scaling.get("original_max_position_embeddings")
-    if kind == "yarn" and original and length == original:
-        length = int(original * scaling.get("factor", 1))
+def _max_length(text: Mapping[str, Any], name: str) -> int:
+    """The longest input in tokens, as vLLM derives it (`derive_max_model_len_and_key` in
+    vllm/transformers_utils/model_arch_config_convertor.py, `_get_and_verify_max_len` in vllm/config/model.py): RoPE
+    scaling multiplies it but for the kinds whose configs state the scaled one. It refuses a longer one."""
+    stated = [value for key in LENGTHS if isinstance(value := text.get(key), int)]
+    length: float = text.get("model_max_length") or min(stated, default=2048)
+    found = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if "gemma3" not in str(text.get("model_type", "")):
+        # one for all layers, or one for each kind of layer, which share the factor
+        factor = None
+        for scaling in [one for one in found.values() if isinstance(one, Mapping)] or [found]:
+            if scaling.get("rope_type", scaling.get("type")) not in SCALED_ALREADY:
+                factor = scaling.get("factor", factor)
+        length *= factor or 1
+    if length < 1:
+        raise Problem(f"{name}: config.json says that it takes no token", NOT_A_MODEL)
     return int(length)
 
 
-def _quantization(config: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[float, str | None, int, bool]:
-    """(bits a weight with its scales, method, group size, only the experts are quantized)."""
-    found = config.get("quantization_config") or text.get("quantization_config")
+def _bits(found: Quantization | None, model: Model, attention: int) -> float:
+    """Bits a weight of what is quantized, with its scales. Files at hand say it where the config does not, or where not
+    all is quantized that one would think. `attention`: parameters of one layer's."""
     if not found:
-        return 16.0, None, 0, False
-    method = str(found.get("quant_method", "")).lower()
-    if method in ("gptq", "awq", "gptq_marlin", "awq_marlin"):
-        bits, group = int(found.get("bits", 4)), int(found.get("group_size", 128))
-        # a 16-bit scale and a zero point for each group
-        return (bits + (16 + bits) / group if group > 0 else bits), method, max(0, group), False
-    if method == "fp8":
-        return 8.0, method, 0, False
-    if method == "bitsandbytes":
-        return (ONLINE_BITS[method] if found.get("load_in_4bit") else 8.0), method, 0, False
-    if method == "mxfp4":
-        return 4.25, method, 32, True
-    if method == "compressed-tensors":
-        for group_config in (found.get("config_groups") or {}).values():
-            scheme = group_config.get("weights") or {}
-            group = int(scheme.get("group_size") or 0)
-            return int(scheme.get("num_bits", 8)) + (16 / group if group > 0 else 0), method, max(0, group), False
-    return 16.0, method or None, 0, False
+        return 16.0
+    weights, candidates = model.weights, []
+    if found.bits:
+        share = 0 if found.attention or model.quantized_experts_only else attention / weights.split
+        candidates.append(found.bits * (1 - share) + 16 * share)
+    if model.disk_bytes:
+        quantized = model.layers * (weights.experts if model.quantized_experts_only else weights.split)
+        whole = model.parameters - quantized + model.tower
+        candidates.append(8 * (model.disk_bytes - 2 * whole) / quantized)
+    bits = max(candidates, default=0.0)
+    if bits < 1:
+        raise Problem(
+            f"{model.name}: its config.json does not say how many bits {found.method} keeps of a weight",
+            "bring it with scripts/download_model.py: the planner sees it by the files, then",
+        )
+    return min(16.0, bits)
 
 
 def weight_files_bytes(folder: Path) -> int | None:
-    """Bytes of the weights in a model folder, None where they are not there."""
-    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    return sum(sizes) or None
+    """Bytes of the weights that vLLM loads from a model folder, None where they are not all there. It loads what the
+    index names (`filter_duplicate_safetensors_files` in vllm/model_executor/model_loader/weight_utils.py):
+    `consolidated.safetensors` holds the same weights again for other programs."""
+    there = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    names = {name for name in there if not name.startswith("consolidated")} or set(there)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise Problem(f"{index} is not an index of weights", "fetch the model again") from error
+    return sum(there[name] for name in names) or None if names <= set(there) else None
 
 
 def load_model(name: str, models: Path) -> Model:
@@ -351,11 +457,20 @@ def load_model(name: str, models: Path) -> Model:
     name = name.rstrip("/") or name
     for folder in (Path(name), models / name):
         if (path := folder / "config.json").is_file():
-            try:
-                config = json.loads(path.read_bytes())
-            except ValueError as error:
-                raise Problem(f"{path} is not JSON: {error}", "fetch the model again") from error
-            return read_model(config, name, weight_files_bytes(folder))
+            return read_model(_json(path), name, weight_files_bytes(folder), partial(_further_in, folder))
     if Path(name).is_dir():
         raise Problem(f"{name}: the folder has no config.json", NOT_A_MODEL)
-    return read_model(fetch_config(name), name)
+    return read_model(fetch_config(name), name, further=partial(fetch_further, name))
+
+
+def _further_in(folder: Path, file: str) -> Mapping[str, Any] | None:
+    """Another JSON file in a model folder, None where there is none."""
+    found = _json(folder / file) if (folder / file).is_file() else None
+    return found if isinstance(found, Mapping) else None
+
+
+def _json(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Problem(f"{path} is not JSON: {error}", "fetch the model again") from error

@@ -80,9 +80,7 @@ def _replica_reasons(plan: Plan, replica: Replica) -> list[tuple[str, str, str]]
     share_reason = "vLLM's default"
     if account.utilization < memory.DEFAULT_UTILIZATION:
         who = f"{', '.join(tight.programs) or 'other programs'} hold {_gib(others)} of GPU {tight.index}"
-        share_reason = (
-            who if others > GIB else "a small GPU"
-        ) + f"; CUDA and its graphs need {_gib(account.outside)} besides"
+        share_reason = (who if others > GIB else "a small GPU") + f"; CUDA needs {_gib(account.outside)} besides"
     reserve = _gib(account.activations + account.graphs + account.other)
     rows = [("CPU offload", _gib(settings.offload), plan.reasons[-1])] if settings.offload else []
     rows += [
@@ -108,7 +106,7 @@ def _sizes_reason(plan: Plan, replica: Replica) -> str:
         return "as asked for"
     if (own.max_num_seqs, own.max_batched_tokens) == (settings.max_num_seqs, settings.max_batched_tokens):
         return "vLLM's own for such a GPU"
-    if plan.model.pooling:
+    if plan.model.whole_prompts:
         return "a prompt of full length in one step, which embedding models need"
     return f"less than vLLM's own {own.max_num_seqs:,}, {own.max_batched_tokens:,}: leaves more for the KV cache"
 

@@ -41,8 +41,10 @@ def check(machine: Machine, plan: Plan) -> None:
         assert model.attention.heads % one.tp == 0
         kv = model.attention.kv_heads
         assert not kv or kv % one.tp == 0 or one.tp % kv == 0
-        assert one.account.max_requests >= 1, "not even one request of full length fits"
-        assert model.pooling or one.account.kv_tokens >= plan.max_length, "KV cache for less than one request"
+        assert one.account.max_requests >= (1.05 if machine.gpus else 1), "no room for a request of full length"
+        if model.whole_prompts and machine.gpus:
+            assert one.settings.max_batched_tokens >= plan.max_length, "its prompts are not cut into pieces"
+        assert model.encoder or one.account.kv_tokens >= plan.max_length, "KV cache for less than one request"
         if machine.gpus:
             assert len(one.gpus) == one.tp * one.pp
             for gpu in one.gpus:
@@ -121,8 +123,35 @@ def test_a_sliding_window_keeps_little_of_a_long_request() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "length", "pp", "blocks", "layers"),
+    [
+        # 52 layers with a window and 10 without: 6 groups of 10 that keep 1023 tokens and two steps, and one of 10
+        ("gemma-3-27b-it", 32768, 1, 6 * (320 + 1) + 2048, 10),
+        ("gemma-3-27b-it", 4096, 1, 6 * (256 + 1) + 256, 10),
+        ("gemma-3-27b-it", 32768, 2, 6 * (448 + 1) + 2048, 5),  # three steps, half of each group on a stage
+        ("gpt-oss-20b", 32768, 1, (264 + 1) + 2048, 12),
+        ("Mistral-7B-v0.1", 32768, 1, 512 + 1, 32),  # every layer has a window
+        ("Llama-3.1-8B-Instruct", 32768, 1, 2048, 32),
+    ],
+)
+def test_layers_with_a_window_are_kept_in_groups_of_one_size(
+    name: str, length: int, pp: int, blocks: int, layers: int
+) -> None:
+    """As vLLM 0.32 groups and pads them."""
+    model = MODELS[name]
+    token = 2 * model.attention.kv_heads * model.attention.head_dim * 2
+    kept = memory.request_bytes(model, 1, model.layers // pp, length, Settings(256, 2048), pp)
+    assert kept == blocks * layers * 16 * token
+
+
+@pytest.mark.parametrize(
     ("name", "gib"),
-    [("Qwen2.5-7B-Instruct-AWQ", 5.2), ("gpt-oss-20b", 12.8), ("DeepSeek-V3", 641.0), ("Llama-3.1-8B-Instruct", 14.96)],
+    [
+        ("Qwen2.5-7B-Instruct-AWQ", 5.2),
+        ("gpt-oss-20b", 13.65),
+        ("DeepSeek-V3", 641.0),
+        ("Llama-3.1-8B-Instruct", 14.96),
+    ],
 )
 def test_weights_of_quantized_checkpoints(name: str, gib: float) -> None:
     assert memory.total_weight_bytes(MODELS[name]) / GIB == pytest.approx(gib, rel=0.05)
@@ -175,6 +204,31 @@ def test_kv_tokens_are_within_five_percent_of_what_vllm_reported() -> None:
             account = memory.account(MODELS[names[shape]], gpu, *sizes[layout], 16384, Settings.default(gpu))
             assert account.kv_tokens == pytest.approx(found["memory"]["kv_tokens"], rel=0.05), (shape, layout)
             assert account.used / GIB == pytest.approx(max(found["memory"]["used"]), rel=0.05), (shape, layout)
+
+
+def test_cuda_graphs_are_taken_off_before_the_kv_cache_on_a_small_gpu() -> None:
+    """vLLM 0.32 measures them for every model and hands out what is left: on a small GPU they are a good part of it."""
+    model, gpu, settings = MODELS["Llama-3.1-8B-Instruct"], MACHINES["one-24gb"].gpus[0], Settings(256, 2048)
+    account = memory.account(model, gpu, 1, 1, 4096, settings)
+    assert account.graphs / GIB == pytest.approx(0.7, rel=0.05)
+    asked = account.utilization * gpu.total
+    assert account.kv == pytest.approx(asked - account.weights - account.activations - account.graphs - account.other)
+    assert account.used <= gpu.free
+    bare = memory.account(model, gpu, 1, 1, 4096, replace(settings, eager=True))
+    assert bare.kv - account.kv == account.graphs
+
+
+@pytest.mark.parametrize("machine", ["one-24gb", "four-3090", "home-lab"])
+@pytest.mark.parametrize("context", [None, 16384])
+def test_a_length_that_memory_sets_leaves_room_for_an_error(machine: str, context: int | None) -> None:
+    """vLLM refuses to start with a KV cache of less than one request, and predictions err."""
+    plan = choose.choose(MACHINES[machine], MODELS["Llama-3.1-8B-Instruct"], Wish(context=context))
+    assert all(one.account.max_requests >= 1.05 for one in plan.replicas)
+    only = MACHINES[machine].model_copy(update={"gpus": MACHINES[machine].gpus[-1:]})
+    one = choose.choose(only, MODELS["Llama-3.1-8B-Instruct"], Wish(context=context)).replicas[0]
+    assert one.account.max_requests >= 1.05
+    if not context:
+        assert one.longest < 131072, "memory sets it, not the model"
 
 
 # ---- machines
@@ -346,16 +400,60 @@ def machines(draw: st.DrawFn) -> Machine:
     )
 
 
+QUANTIZED = [
+    {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    {"quant_method": "awq", "bits": 4, "group_size": 128},
+    {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["model.layers.0.self_attn.q_proj"]},
+    {"quant_method": "mxfp4"},
+]
+
+
+@st.composite
+def experts(draw: st.DrawFn) -> dict[str, Any]:
+    count = draw(st.sampled_from([8, 16, 64]))
+    return {
+        "num_local_experts": count,
+        "num_experts_per_tok": draw(st.integers(1, count)),
+        "moe_intermediate_size": 64 * draw(st.integers(2, 45)),
+        "n_shared_experts": draw(st.integers(0, 2)),
+        "first_k_dense_replace": draw(st.integers(0, 3)),
+    }
+
+
+@st.composite
+def latent(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "kv_lora_rank": draw(st.sampled_from([256, 512])),
+        "q_lora_rank": draw(st.sampled_from([None, 768])),
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    }
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "sliding_window": draw(st.sampled_from([128, 1024, 4096])),
+        "sliding_window_pattern": draw(st.sampled_from([None, 2, 4, 6])),
+    }
+
+
+POOLED = st.sampled_from(["XLMRobertaModel", "LlamaBidirectionalModel", "MistralModel", "Qwen2ForProcessRewardModel"])
+TOWER = st.just({"vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}})
+
+
 @st.composite
 def models(draw: st.DrawFn) -> Model:
+    """Dense models, and those with each of what vLLM counts otherwise, alone and together."""
     head_dim = draw(st.sampled_from([64, 128]))
     kv = draw(st.integers(1, 12))
     heads = kv * draw(st.integers(1, 8))
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": heads * head_dim,
         "intermediate_size": 64 * draw(st.integers(8, 500)),
-        "num_hidden_layers": draw(st.integers(2, 80)),
+        "num_hidden_layers": draw(st.integers(4, 80)),
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "head_dim": head_dim,
@@ -363,6 +461,12 @@ def models(draw: st.DrawFn) -> Model:
         "max_position_embeddings": draw(st.sampled_from([2048, 8192, 32768, 131072])),
         "tie_word_embeddings": draw(st.booleans()),
     }
+    for kind in draw(st.lists(st.sampled_from([experts(), latent(), windows(), TOWER]), max_size=2)):
+        config |= draw(kind)
+    if draw(st.integers(0, 3)) == 0:
+        config["quantization_config"] = draw(st.sampled_from(QUANTIZED))
+    elif draw(st.integers(0, 3)) == 0:
+        config["architectures"] = [draw(POOLED)]
     return read_model(config, "any")
 
 
@@ -374,7 +478,7 @@ WISHES = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(machine=machines(), model=models(), wish=WISHES)
 def test_any_plan_is_sound(machine: Machine, model: Model, wish: Wish) -> None:
     plan = choose.best(machine, model, wish)
@@ -414,7 +518,7 @@ def weights(plan: Plan) -> int:
     return 3 if offloads else order.index(plan.quantization) + 1 if plan.quantization else 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(machine=machines(), model=models(), wish=WISHES, more=st.integers(1, 64))
 def test_more_memory_never_gives_a_worse_plan(machine: Machine, model: Model, wish: Wish, more: int) -> None:
     if before := choose.best(machine, model, wish):
@@ -468,7 +572,7 @@ def test_a_model_that_fits_is_not_quantized(machine: str, goal: choose.Goal) -> 
 
 
 def test_what_fewer_bits_would_give_is_a_runner_up() -> None:
-    gpu = MACHINES["one-24gb"].gpus[0].model_copy(update={"total": 18 * GIB, "free": 18 * GIB})
+    gpu = MACHINES["one-24gb"].gpus[0].model_copy(update={"total": 19 * GIB, "free": 19 * GIB})
     machine = MACHINES["one-24gb"].model_copy(update={"gpus": (gpu,)})
     plan = choose.choose(machine, MODELS["Llama-3.1-8B-Instruct"], Wish())
     assert plan.quantization is None
@@ -521,7 +625,7 @@ def test_no_gpu_and_no_memory_is_given_to_two_models(
             assert all(one.account.used <= gpu.free for gpu in one.gpus)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(model=models(), tp=st.sampled_from([1, 2, 4, 8]), pp=st.sampled_from([1, 2, 4]))
 def test_no_weight_is_lost_over_the_gpus(model: Model, tp: int, pp: int) -> None:
     if tp not in model.tp_sizes(8) or pp > model.layers:

@@ -1,0 +1,376 @@
+"""What the planner reads in a model's files, as vLLM 0.32 reads it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from planner import choose, memory
+from planner.choose import Wish
+from planner.machine import load_machine
+from planner.memory import Settings
+from planner.model import Model, load_model, read_model, weight_files_bytes
+from stack.console import Problem
+from tests.conftest import ROOT
+
+CONFIGS = {path.parent.name: json.loads(path.read_text()) for path in (ROOT / "tests/models").glob("*/config.json")}
+LLAMA = CONFIGS["Llama-3.1-8B-Instruct"]
+
+
+def llama(**changed: Any) -> Model:
+    return read_model(LLAMA | {"rope_scaling": None, "max_position_embeddings": 8192} | changed, "x")
+
+
+@pytest.mark.parametrize(
+    ("changed", "length"),
+    [
+        ({}, 8192),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 32768),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 16384),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": None}}, 8192),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}}, 8192),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}}, 8192),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 8192),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, 8192),
+        ({"rope_scaling": {"type": "su", "short_factor": [1.0]}}, 8192),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, 8192),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 16384),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}, 16384),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}, 8192),
+        ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 8192),
+        ({"max_seq_len": 4096}, 4096),
+        ({"model_max_length": 131072}, 131072),
+    ],
+)
+def test_the_longest_input_is_that_which_vllm_takes(changed: dict[str, Any], length: int) -> None:
+    """It refuses to start with a longer one."""
+    assert llama(**changed).max_length == length
+
+
+def test_a_model_that_takes_no_token_is_refused_in_one_line() -> None:
+    with pytest.raises(Problem, match="takes no token"):
+        llama(rope_scaling={"type": "linear", "factor": 1e-6})
+
+
+def test_the_same_weights_for_another_program_are_counted_once(tmp_path: Path) -> None:
+    """Mistral's repositories have consolidated.safetensors beside the shards."""
+    for name, size in {"consolidated": 300, "model-00001-of-00002": 100, "model-00002-of-00002": 200}.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(size))
+    assert weight_files_bytes(tmp_path) == 300
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    assert weight_files_bytes(tmp_path) == 100
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "gone.safetensors"}}))
+    assert weight_files_bytes(tmp_path) is None, "not all of them are there"
+    index.write_text("[]")
+    with pytest.raises(Problem, match="not an index"):
+        weight_files_bytes(tmp_path)
+    index.unlink()
+    for path in tmp_path.glob("model*.safetensors"):
+        path.unlink()
+    assert weight_files_bytes(tmp_path) == 300, "nothing else is there"
+
+
+# ---- quantized checkpoints
+
+
+def ct(**weights: Any) -> dict[str, Any]:
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+
+
+MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+
+
+@pytest.mark.parametrize(
+    ("found", "bits", "group"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8, 128),
+        ({"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}, 8, 0),
+        ({"quant_method": "mxfp8"}, 8.25, 0),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, 8, 0),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 4.5, 16),
+        ({"quant_method": "modelopt_fp4", "quantization": {"quant_algo": "W4A16_NVFP4"}}, 4.5, 16),
+        (MODELOPT, 4.5, 16),
+        (ct(num_bits=8, type="float", strategy="channel"), 8, 0),
+        (ct(num_bits=8, type="float", strategy="block", block_structure=[128, 128]), 8, 128),
+        (ct(num_bits=4, type="int", group_size=128), 4.125, 128),
+        (ct(num_bits=4, type="int", group_size=128, symmetric=False), 4.15625, 128),
+        (ct(num_bits=4, type="float", group_size=16), 4.5, 16),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, 16, 0),
+        ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}, 8, 0),
+        ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32}}}, 4.25, 32),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}, 5, 0),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, 8, 0),
+        ({"quant_method": "auto-round", "bits": 4, "group_size": 128}, 4.15625, 128),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, 4.15625, 128),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, 4.15625, 128),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4.5, 0),
+    ],
+)
+def test_bits_of_quantized_checkpoints(found: dict[str, Any], bits: float, group: int) -> None:
+    model = llama(quantization_config=found)
+    assert (model.bits, model.group_size) == (bits, group)
+    assert model.quantization, "it is not quantized again while it loads"
+
+
+def test_attention_that_is_left_out_keeps_its_bits() -> None:
+    left_out = {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.0.self_attn.q_proj"]}
+    assert 9.5 < llama(quantization_config=left_out).bits < 10, "a fifth of a layer"
+    tower = {"quant_method": "fp8", "modules_to_not_convert": ["vision_tower.layers.0.self_attn.q_proj"]}
+    assert llama(quantization_config=tower).bits == 8
+    experts = read_model(CONFIGS["Qwen3-30B-A3B"] | {"quantization_config": left_out}, "x")
+    assert experts.quantized_experts_only
+
+
+def test_files_at_hand_tell_the_bits() -> None:
+    """Of a method that says none, and where more is left in 16 bits than the method says."""
+    whole = llama(quantization_config={"quant_method": "fp8"})
+    halves = 2 * (whole.weights.embedding + whole.weights.head + 32 * whole.weights.replicated)
+    linear = 32 * whole.weights.split
+    for method in ("new", "fp8"):
+        config = LLAMA | {"quantization_config": {"quant_method": method}}
+        assert read_model(config, "x", halves + linear).bits == pytest.approx(8, rel=0.001)
+        assert read_model(config, "x", halves + linear * 5 // 4).bits == pytest.approx(10, rel=0.001)
+    assert read_model(config, "x", halves + linear // 2).bits == 8, "fewer than it says: some are missing"
+    with pytest.raises(Problem, match="does not say how many bits new keeps"):
+        llama(quantization_config={"quant_method": "new"})
+
+
+def test_nvidias_older_checkpoints_are_known_as_quantized(tmp_path: Path) -> None:
+    """They say so in a file of its own."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert load_model(str(tmp_path), tmp_path).quantization is None
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
+    model = load_model(str(tmp_path), tmp_path)
+    assert (model.quantization, model.bits) == ("modelopt", 4.5)
+
+
+# ---- models that give vectors or scores
+
+BERT = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "vocab_size": 250002, "max_position_embeddings": 8194,
+}  # fmt: skip
+MEAN = {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}}
+LAST = {"1_Pooling/config.json": {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changed", "files", "expected"),
+    [
+        ("XLMRobertaModel", BERT, {}, (True, True, True)),
+        ("XLMRobertaForSequenceClassification", BERT, {}, (True, True, True)),
+        ("BertForSequenceClassification", BERT, {}, (True, True, True)),
+        ("RobertaForMaskedLM", BERT, {}, (True, True, True)),
+        ("ModernBertForSequenceClassification", BERT, {}, (True, True, True)),
+        ("GteNewForSequenceClassification", BERT, {}, (True, True, True)),
+        ("NewModel", BERT, {}, (True, True, True)),
+        ("LlamaBidirectionalModel", {}, {}, (True, True, True)),
+        ("Qwen2ForCausalLM", {"is_causal": False}, LAST, (True, True, True)),
+        ("Gemma3TextModel", {"use_bidirectional_attention": True}, MEAN, (True, True, True)),
+        ("LlamaForCausalLM", {}, MEAN, (True, False, True)),
+        ("LlamaForCausalLM", {}, {"1_Pooling/config.json": {"pooling_mode": "cls"}}, (True, False, True)),
+        ("Qwen2ForProcessRewardModel", {}, {}, (True, False, True)),
+        ("Qwen3ForCausalLM", {}, LAST, (True, False, False)),  # Qwen3-Embedding
+        ("MistralModel", {}, LAST, (True, False, False)),  # e5-mistral
+        ("Qwen3ForSequenceClassification", {}, {}, (True, False, False)),
+        ("LlamaForCausalLM", {"is_causal": False}, {}, (False, False, False)),
+        ("QWenLMHeadModel", {}, {}, (False, False, False)),
+        ("ChatGLMModel", {}, {}, (False, False, False)),
+        ("InternVLChatModel", {}, {}, (False, False, False)),
+        ("PEagleDraftModel", {}, {}, (False, False, False)),
+    ],
+)
+def test_models_that_are_pooled_are_known(
+    architecture: str, changed: dict[str, Any], files: dict[str, Any], expected: tuple[bool, bool, bool]
+) -> None:
+    model = read_model(LLAMA | changed | {"architectures": [architecture]}, "x", further=files.get)
+    assert (model.pooling, model.encoder, model.whole_prompts) == expected
+    assert (memory.kv_bytes_per_token(model, 1, model.layers) == 0) == model.encoder
+
+
+@pytest.mark.parametrize("machine", ["one-24gb", "two-h200", "home-lab"])
+def test_a_prompt_of_a_model_that_sees_all_of_it_fits_into_one_step(machine: str) -> None:
+    host = load_machine(ROOT / "tests" / "machines" / f"{machine}.json")
+    for changed, files in (({"is_causal": False}, LAST), ({}, MEAN)):
+        model = read_model(LLAMA | changed, "x", further=files.get)
+        for wish in (Wish(), Wish(context=8192)):
+            plan = choose.choose(host, model, wish)
+            assert plan.max_length >= 4096
+            assert all(one.settings.max_batched_tokens >= plan.max_length for one in plan.replicas)
+            assert all(one.account.used <= gpu.free for one in plan.replicas for gpu in one.gpus)
+
+
+def test_a_model_pooled_by_its_last_token_keeps_vllms_own_batch() -> None:
+    host = load_machine(ROOT / "tests" / "machines" / "one-24gb.json")
+    plan = choose.choose(host, read_model(LLAMA, "x", further=LAST.get), Wish())
+    assert plan.replicas[0].settings == Settings(256, 2048)
+    assert plan.replicas[0].account.kv_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "files", "length"),
+    [
+        ({}, {}, 8192),
+        ({}, {"sentence_bert_config.json": {"max_seq_length": 512}}, 512),
+        ({}, {"sentence_roberta_config.json": {"max_seq_length": 256}}, 256),
+        ({}, {"sentence_bert_config.json": {"max_seq_length": None}}, 8192),
+        ({}, {"tokenizer_config.json": {"model_max_length": 512}}, 8192),
+        ({"position_embedding_type": "absolute"}, {"tokenizer_config.json": {"model_max_length": 512}}, 512),
+        ({"position_embedding_type": "absolute"}, {"tokenizer_config.json": {"model_max_length": 1e30}}, 8192),
+    ],
+)
+def test_what_sentence_transformers_states_caps_the_length(
+    changed: dict[str, Any], files: dict[str, Any], length: int
+) -> None:
+    config = BERT | {"architectures": ["XLMRobertaModel"]} | changed
+    assert read_model(config, "x", further=files.get).max_length == length
+
+
+# ---- configs that say little, or say it in words of their own
+
+GEMMA3_4B = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    },
+}  # fmt: skip
+GEMMA2_9B = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 256, "hidden_size": 3584,
+    "intermediate_size": 14336, "max_position_embeddings": 8192, "num_attention_heads": 16, "num_hidden_layers": 42,
+    "num_key_value_heads": 8, "sliding_window": 4096, "vocab_size": 256000,
+}  # fmt: skip
+LLAMA4 = {
+    "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384, "model_type": "llama4_text",
+    "num_attention_heads": 40, "num_hidden_layers": 48, "num_key_value_heads": 8, "head_dim": 128,
+    "num_experts_per_tok": 1, "vocab_size": 202048, "max_position_embeddings": 1048576,
+}  # fmt: skip
+
+
+def llama4(experts: int, step: int) -> dict[str, Any]:
+    text = LLAMA4 | {"num_local_experts": experts, "interleave_moe_layer_step": step}
+    return {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": text}
+
+
+@pytest.mark.parametrize(
+    ("config", "billions", "active"),
+    [
+        (GEMMA3_4B, 3.88, None),
+        (GEMMA2_9B, 9.24, None),
+        (llama4(16, 1), 107.8, 17),  # Scout without its tower
+        (llama4(128, 2), 400.7, 17),  # Maverick
+    ],
+)
+def test_configs_that_leave_much_to_their_class(config: dict[str, Any], billions: float, active: float | None) -> None:
+    model = read_model(config, "x")
+    assert model.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    if active:
+        assert model.active_parameters / 1e9 == pytest.approx(active, rel=0.1)
+
+
+def test_gemma_3_is_read_from_the_little_that_it_says() -> None:
+    model = read_model(GEMMA3_4B, "x")
+    assert (model.attention.heads, model.attention.kv_heads, model.attention.head_dim) == (8, 4, 256)
+    assert (model.window, model.sliding_layers, model.max_length, model.weights.head) == (1024, 29, 131072, 0)
+    assert read_model(GEMMA2_9B, "x").sliding_layers == 21
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*"},
+        {"model_type": "nemotron_h", "mamba_num_heads": 128},
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        {"model_type": "lfm2", "conv_L_cache": 3},
+        {"model_type": "qwen3_next", "linear_num_key_heads": 16},
+        {"model_type": "kimi_linear", "linear_attn_config": {"full_attn_layers": [4]}},
+        {"model_type": "jamba", "mamba_d_state": 16},
+    ],
+)
+def test_models_with_a_recurrent_state_are_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(Problem, match="recurrent state"):
+        llama(**changed)
+
+
+def test_gpt_oss_is_split_over_any_of_its_heads_and_padded() -> None:
+    """2880 is no multiple of a block of weights and their scale over 4 GPUs: vLLM rounds it up."""
+    model = read_model(CONFIGS["gpt-oss-20b"], "x")
+    assert model.tp_sizes(8) == [1, 2, 4, 8]
+    experts = 24 * 32 * 3 * 2880 * 2880 * 4.25 / 8
+    assert memory.total_weight_bytes(model) == pytest.approx(
+        experts * 2944 * 3072 / 2880**2 + 2 * (model.parameters - model.layers * model.weights.experts), rel=0.001
+    )
+    assert memory.weight_bytes(model, 4, 1, 0) > memory.weight_bytes(model, 1, 1, 0) / 4 * 1.02
+
+
+def test_layers_that_only_guess_tokens_are_not_loaded() -> None:
+    plain = llama()
+    files = 2 * plain.parameters * 33 // 32
+    model = read_model(LLAMA | {"num_nextn_predict_layers": 1}, "x", files)
+    assert memory.total_weight_bytes(model) == pytest.approx(memory.total_weight_bytes(plain), rel=0.001)
+
+
+def test_qwen_has_a_window_only_where_it_says_so() -> None:
+    assert llama(model_type="qwen2", sliding_window=4096).sliding_layers == 0
+    assert llama(model_type="mistral", sliding_window=4096).sliding_layers == 32
+
+
+def test_a_vision_tower_is_reserved_for() -> None:
+    """Its weights whole on each GPU, and a step of pictures that vLLM lets it see before it lays out the KV cache."""
+    gemma = read_model(CONFIGS["gemma-3-27b-it"], "x")
+    blind = read_model({**CONFIGS["gemma-3-27b-it"], "vision_config": None}, "x")
+    assert 0.42e9 < gemma.tower < 0.6e9, "0.42 billion, and what is not known of it"
+    for tp in (1, 2):
+        more = memory.weight_bytes(gemma, tp, 1, 0) - memory.weight_bytes(blind, tp, 1, 0)
+        assert more == 2 * gemma.tower
+    for batch, gib in ((2048, 2.7), (8192, 5.4)):
+        settings = Settings(256, batch)
+        more = memory.activation_bytes(gemma, 1, True, settings) - memory.activation_bytes(blind, 1, True, settings)
+        assert 0.5 * gib < more / 2**30 < 1.3 * gib
+
+
+def test_a_vision_tower_is_counted_once_where_the_files_are_at_hand() -> None:
+    config = CONFIGS["gemma-3-27b-it"]
+    plain = read_model(config, "x")
+    files = 2 * plain.parameters + 840_000_000
+    assert memory.total_weight_bytes(read_model(config, "x", files)) == pytest.approx(files, rel=0.001)
+    quantized = {**config, "quantization_config": {"quant_method": "fp8"}}
+    eight = 2 * plain.parameters - plain.layers * plain.weights.split + 2 * plain.tower
+    assert memory.total_weight_bytes(read_model(quantized, "x", eight)) == pytest.approx(eight, rel=0.001)
+
+
+def test_a_tower_that_says_nothing_of_itself_is_a_large_one() -> None:
+    assert llama(vision_config={}).tower > 0.6e9
+    assert llama(vision_config={"embed_dim": 1280, "depth": 32, "hidden_size": 3584}).tower < 1e9, (
+        "hidden is not its own"
+    )
+
+
+def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is quantized says so elsewhere, one that is pooled states a shorter length elsewhere."""
+    there = {"config.json": LLAMA, "hf_quant_config.json": MODELOPT}
+
+    def get(url: str, **_: Any) -> httpx.Response:
+        file = url.partition("/me/model/resolve/main/")[2]
+        return httpx.Response(200, json=there[file]) if file in there else httpx.Response(404)
+
+    monkeypatch.setattr("planner.hub.httpx.get", get)
+    model = load_model("me/model", ROOT / "models")
+    assert (model.bits, model.pooling, model.max_length) == (4.5, False, 131072)
+    there |= {**LAST, "sentence_bert_config.json": {"max_seq_length": 4096}}
+    model = load_model("me/model", ROOT / "models")
+    assert (model.pooling, model.max_length) == (True, 4096)
+
+
+def test_a_hub_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(url: str, **_: Any) -> httpx.Response:
+        if url.endswith("/config.json"):
+            return httpx.Response(200, json=LLAMA)
+        raise httpx.ConnectError("gone")
+
+    monkeypatch.setattr("planner.hub.httpx.get", get)
+    with pytest.raises(Problem, match="cannot reach"):
+        load_model("me/model", ROOT / "models")
