@@ -84,41 +84,44 @@ def fetch_config(repository: str) -> Mapping[str, Any]:
     """The config.json of a repository on the hub, or on HF_ENDPOINT. Raises Problem where it cannot be had."""
     if not is_repository(repository):
         raise Problem(f"{repository} is neither a folder with a config.json nor a name like owner/model", "correct it")
-    token = read_token()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    url = f"{endpoint()}/{repository}/resolve/main/config.json"
-    try:
-        with client(timeout=20, follow_redirects=True) as asking:
-            answer = asking.get(url, headers=headers)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Problem(
-            f"cannot reach {url}: {error}",
-            "correct HF_ENDPOINT if it is set, give a folder that holds the model, or bring it with"
-            " scripts/download_model.py",
-        ) from error
+    answer = _get(repository, "config.json")
     if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
         raise gated(repository)
     if answer.status_code != httpx.codes.OK:
-        raise Problem(f"{url}: status {answer.status_code}", "correct the name")
-    try:
-        found = json.loads(answer.content)
-    except ValueError as error:
-        raise not_the_hub(url) from error
+        raise Problem(f"{_url(repository, 'config.json')}: status {answer.status_code}", "correct the name")
+    found = _parse(answer, repository, "config.json")
     if not isinstance(found, dict):
-        raise not_the_hub(url)
+        raise not_the_hub(_url(repository, "config.json"))
     return found
 
 
 def fetch_further(repository: str, file: str) -> Mapping[str, Any] | None:
     """Another JSON file of a repository whose config.json fetch_config has brought; None where it has none."""
+    answer = _get(repository, file)
+    found = _parse(answer, repository, file) if answer.status_code == httpx.codes.OK else None
+    return found if isinstance(found, dict) else None
+
+
+def _url(repository: str, file: str) -> str:
+    return f"{endpoint()}/{repository}/resolve/main/{file}"
+
+
+def _get(repository: str, file: str) -> httpx.Response:
     token = read_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    url = f"{endpoint()}/{repository}/resolve/main/{file}"
     try:
-        answer = httpx.get(url, headers=headers, timeout=20, follow_redirects=True)
-        found = answer.json() if answer.status_code == httpx.codes.OK else None
-    except httpx.HTTPError as error:
-        raise Problem(f"cannot reach {url}: {error}", "try again") from error
+        with client(timeout=20, follow_redirects=True) as asking:
+            return asking.get(_url(repository, file), headers=headers)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Problem(
+            f"cannot reach {_url(repository, file)}: {error}",
+            "correct HF_ENDPOINT if it is set, give a folder that holds the model, or bring it with"
+            " scripts/download_model.py",
+        ) from error
+
+
+def _parse(answer: httpx.Response, repository: str, file: str) -> object:
+    try:
+        return json.loads(answer.content)
     except ValueError as error:
-        raise not_the_hub(url) from error
-    return found if isinstance(found, dict) else None
+        raise not_the_hub(_url(repository, file)) from error

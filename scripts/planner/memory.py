@@ -18,9 +18,9 @@ DEFAULT_UTILIZATION = 0.92  # vLLM's own default
 # the predictions are trusted to 5 %.
 MARGIN = 1.05
 NOT_TORCH = 256 << 20  # attention workspaces and the like, inside what vLLM asks for
-# Patches that a vision tower sees while vLLM measures (`profile_run` in vllm/v1/worker/gpu/model_runner.py): a picture
-# of Qwen2-VL's largest size, or where they are small as many as fill a step, in Gemma 3 16 patches a token. Estimates.
-PATCHES, PATCHES_A_TOKEN = 65536, 16
+# Patches that a vision tower sees while vLLM measures (`profile_run` in vllm/v1/worker/gpu/model_runner.py): pictures
+# that fill a step, in Gemma 3 16 patches a token; one of the largest size where that is more. An estimate.
+PATCHES_A_TOKEN = 16
 MXFP4 = ("mxfp4", "gpt_oss_mxfp4")
 # What a replica takes besides what it asks for: CUDA context, library handles; with several GPUs NCCL's buffers too.
 CONTEXT, CONTEXT_NCCL = 900 << 20, 1800 << 20
@@ -192,7 +192,7 @@ def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings
     forward = 2 * settings.max_batched_tokens * (6 * model.hidden + widest)
     if model.tower_width:
         # vLLM lets the tower see a full step of pictures first, and keeps what comes out while the model computes
-        patches = max(PATCHES, PATCHES_A_TOKEN * settings.max_batched_tokens)
+        patches = max(model.tower_patches, PATCHES_A_TOKEN * settings.max_batched_tokens)
         forward = max(forward, 2 * patches * model.tower_width) + 2 * patches // 4 * model.hidden
     if model.pooling or not last_stage:
         return round(forward)

@@ -143,6 +143,7 @@ class Model:
     quantized_online: bool = False  # while it loads, from 16 bits
     tower: int = 0  # parameters of a vision tower beside the language model
     tower_width: int = 0  # numbers that it keeps of one patch of a picture while it computes
+    tower_patches: int = 0  # of its largest picture
     draft: "Model | None" = None  # the model or head that guesses its next tokens, on the same GPUs
 
     @property
@@ -270,7 +271,7 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
     found = found or further("hf_quant_config.json")
     quantization = read_quantization(found) if found else None
     dtype = str(text.get("torch_dtype") or text.get("dtype") or config.get("torch_dtype"))
-    tower, tower_width = _tower(config)
+    tower, tower_width, tower_patches = _tower(config)
     # RoBERTa's positions begin after the padding index
     length = _max_length(text, shape.name) - (2 if "Roberta" in architecture else 0)
     # vLLM cuts the scales of experts to what a GPU holds of them, and pads MXFP4
@@ -300,6 +301,7 @@ def _read_shape(config: Mapping[str, Any], shape: _Shape, disk_bytes: int | None
         dense_intermediate=mlp.width,
         tower=tower,
         tower_width=tower_width,
+        tower_patches=tower_patches,
     )
     return replace(model, bits=_bits(quantization, model, attention_split))
 
@@ -367,12 +369,13 @@ def _moe_layers(text: Mapping[str, Any], layers: int) -> int:
     return max(0, ceil((layers - first_dense) / max(1, step)) - only_dense)
 
 
-def _tower(config: Mapping[str, Any]) -> tuple[int, int]:
-    """A vision tower's parameters, and the numbers that it keeps of one patch: an estimate, rather too large. What its
-    config does not say is as in Qwen2-VL, one of the larger towers."""
+def _tower(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """A vision tower's parameters, the numbers that it keeps of one patch, and the patches of its largest picture: an
+    estimate, rather too large. What its config does not say is as in Qwen2-VL, one of the larger towers, whose pictures
+    may be of any size."""
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
-        return 0, 0
+        return 0, 0, 0
 
     def number(default: int, *keys: str) -> int:
         return next((one for key in keys if isinstance(one := vision.get(key), int) and one > 0), default)
@@ -380,7 +383,8 @@ def _tower(config: Mapping[str, Any]) -> tuple[int, int]:
     hidden = number(1280, "embed_dim", "hidden_size")
     intermediate = number(4 * hidden, "intermediate_size")
     layers = number(32, "depth", "num_hidden_layers", "num_layers")
-    return layers * (4 * hidden * hidden + 3 * hidden * intermediate), 8 * hidden + 3 * intermediate
+    patches = (number(3584, "image_size") // number(14, "patch_size")) ** 2
+    return layers * (4 * hidden * hidden + 3 * hidden * intermediate), 8 * hidden + 3 * intermediate, patches
 
 
 def _sliding(text: Mapping[str, Any], layers: int) -> tuple[int, int]:

@@ -219,9 +219,10 @@ def model(name: str) -> Model:
     ],
 )
 def test_a_gpu_that_is_too_old_stays_idle(name: str, old: tuple[int, int], reason: str) -> None:
-    plan = choose.choose(lab(old, (8, 6)), model(name), Wish())
+    wish = Wish(context=2048)
+    plan = choose.choose(lab(old, (8, 6)), model(name), wish)
     assert [(gpu.index, why) for gpu, why in plan.idle] == [(0, reason)]
-    assert plan.quantization == choose.choose(lab((8, 6)), model(name), Wish()).quantization
+    assert plan.quantization == choose.choose(lab((8, 6)), model(name), wish).quantization
     with pytest.raises(Problem, match=rf"cannot run on GPU 0 .*{reason}: take a newer one"):
         choose.choose(lab(old, old), model(name), Wish())
 

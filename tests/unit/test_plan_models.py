@@ -326,10 +326,20 @@ def test_a_vision_tower_is_reserved_for() -> None:
     for tp in (1, 2):
         more = memory.weight_bytes(gemma, tp, 1, 0) - memory.weight_bytes(blind, tp, 1, 0)
         assert more == 2 * gemma.tower
-    for batch, gib in ((2048, 2.7), (8192, 5.4)):
-        settings = Settings(256, batch)
-        more = memory.activation_bytes(gemma, 1, True, settings) - memory.activation_bytes(blind, 1, True, settings)
-        assert 0.5 * gib < more / 2**30 < 1.3 * gib
+    for batch, pictures in ((2048, 8), (8192, 32)):
+        # its MLP's input and output of the activation, of 4096 patches a picture
+        mlp = 2 * 2 * 4304 * 4096 * pictures
+        assert mlp < memory.activation_bytes(gemma, 1, True, Settings(256, batch)) < 3 * mlp
+
+
+def test_a_tower_that_takes_pictures_of_any_size_is_shown_a_large_one() -> None:
+    any_size, one_size = (
+        read_model(LLAMA | {"vision_config": {"embed_dim": 1280, "depth": 32} | more}, "x")
+        for more in ({}, {"image_size": 448, "patch_size": 14})
+    )
+    small = Settings(256, 1024)
+    ratio = memory.activation_bytes(any_size, 1, True, small) / memory.activation_bytes(one_size, 1, True, small)
+    assert ratio == pytest.approx(65536 / (16 * 1024), rel=0.01)
 
 
 def test_a_vision_tower_is_counted_once_where_the_files_are_at_hand() -> None:
@@ -353,11 +363,11 @@ def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.Mo
     """One that is quantized says so elsewhere, one that is pooled states a shorter length elsewhere."""
     there = {"config.json": LLAMA, "hf_quant_config.json": MODELOPT}
 
-    def get(url: str, **_: Any) -> httpx.Response:
+    def get(_: httpx.Client, url: str, **__: Any) -> httpx.Response:
         file = url.partition("/me/model/resolve/main/")[2]
         return httpx.Response(200, json=there[file]) if file in there else httpx.Response(404)
 
-    monkeypatch.setattr("planner.hub.httpx.get", get)
+    monkeypatch.setattr("planner.hub.httpx.Client.get", get)
     model = load_model("me/model", ROOT / "models")
     assert (model.bits, model.pooling, model.max_length) == (4.5, False, 131072)
     there |= {**LAST, "sentence_bert_config.json": {"max_seq_length": 4096}}
@@ -366,11 +376,11 @@ def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.Mo
 
 
 def test_a_hub_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def get(url: str, **_: Any) -> httpx.Response:
+    def get(_: httpx.Client, url: str, **__: Any) -> httpx.Response:
         if url.endswith("/config.json"):
             return httpx.Response(200, json=LLAMA)
         raise httpx.ConnectError("gone")
 
-    monkeypatch.setattr("planner.hub.httpx.get", get)
+    monkeypatch.setattr("planner.hub.httpx.Client.get", get)
     with pytest.raises(Problem, match="cannot reach"):
         load_model("me/model", ROOT / "models")
