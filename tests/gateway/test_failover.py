@@ -248,9 +248,8 @@ def test_killed_workers_leave_no_request_in_flight(gateway: Gateway) -> None:
         assert counted(gateway, "gateway_requests_in_flight") == 8
         for _ in range(2):
             gateway.kill_worker()
-        wait_until(
-            lambda: counted(gateway, "gateway_requests_in_flight") == 0, "the dead workers' requests are gone", 5
-        )
+    # Below the block: its end fails, which would hide what fails in it.
+    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "the dead workers' requests are gone", 5)
 
 
 def test_old_workers_end_soon_after_a_reload_and_all_at_a_stop() -> None:
