@@ -16,7 +16,8 @@ PROMPT = "a prompt of some length " * 60
 
 @pytest.fixture
 def fleet() -> Iterator[Replicas]:
-    with Replicas(1, "--step-ms", "5", "--max-waiting", "2", "--max-running", "2") as fleet:
+    shape = "--step-ms 5 --prefill-ms 0.5 --max-waiting 2 --max-running 2"
+    with Replicas(1, *shape.split()) as fleet:
         yield fleet
 
 
