@@ -43,8 +43,8 @@ def test_a_replica_is_ready_once_it_gave_a_token_and_loading_before() -> None:
         replicas["vllm-1"].kill(forget=False)
         with Gateway(replicas) as gateway:
             gateway.wait_states({"vllm-0": "ready", "vllm-1": "loading"})
+            replicas["vllm-1"].args += ["--fault", "hang"]
             replicas["vllm-1"].start()
-            replicas["vllm-1"].fault("hang")
             gateway.wait_states({"vllm-1": "wedged"})
             replicas["vllm-1"].fault()
             gateway.wait_states({"vllm-1": "ready"}, 5)
