@@ -42,7 +42,7 @@ def test_a_prompt_seen_before_comes_from_the_cache_and_answers_the_same(fleet: R
     assert first.done
     assert (first.cached_tokens, first.tokens, first.answer) == (0, 5, again.answer)
     assert again.cached_tokens == (first.prompt_tokens - 1) // BLOCK * BLOCK
-    assert again.ttft < first.ttft
+    assert again.ttft < first.ttft / 2  # some 10 ms against 180
     metrics = sim.metrics()
     assert metrics["vllm:prefix_cache_hits_total"] == again.cached_tokens
     assert metrics["vllm:generation_tokens_total"] == 10
