@@ -82,11 +82,12 @@ def test_refusals_are_requests_too(gateway: Gateway) -> None:
 
 
 def test_counters_survive_a_reload(gateway: Gateway) -> None:
-    httpx.post(gateway.url + "/v1/chat/completions", json=chat("before the reload"))
-    wait_until(lambda: counted(gateway, "gateway_requests_total") > 0, "counted")
+    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "all before is counted")
     before = counted(gateway, "gateway_requests_total")
+    httpx.post(gateway.url + "/v1/chat/completions", json=chat("before the reload"))
+    wait_until(lambda: counted(gateway, "gateway_requests_total") == before + 1, "counted")
     gateway.reload()
-    assert counted(gateway, "gateway_requests_total") == before
+    assert counted(gateway, "gateway_requests_total") == before + 1
 
 
 def test_promtool_has_nothing_to_say(gateway: Gateway) -> None:

@@ -130,6 +130,7 @@ def test_a_hot_prefix_overloads_no_replica(client: httpx.Client, gateway: Gatewa
 
 
 def test_matched_blocks_and_reasons_are_counted(client: httpx.Client, gateway: Gateway) -> None:
+    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "all before is counted")
     before = counted(gateway, 'gateway_prefix_blocks_total{result="matched"}')
     by_prefix = counted(gateway, 'gateway_requests_total{replica="vllm-')
     ask(client, f"counted {WORDS}")
