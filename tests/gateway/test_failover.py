@@ -184,6 +184,11 @@ def test_none_ready_says_how_many_are_loading() -> None:
         for sim in replicas:
             sim.kill(forget=False)
         with Gateway(replicas) as gateway:
+            # Before its first look the gateway calls them loading too, but tries them.
+            wait_until(
+                lambda: all(replica["reason"] != "not asked yet" for replica in gateway.status()["replicas"]),
+                "a look at each replica",
+            )
             gateway.wait_states({"vllm-0": "loading", "vllm-1": "loading"})
             answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("hello?"))
             assert answer.status_code == 503
