@@ -128,7 +128,7 @@ def test_what_a_replica_has_to_do_is_shown(gateway: Gateway, fleet: Replicas) ->
 
 def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(gateway: Gateway) -> None:
     with httpx.Client(base_url=gateway.url, timeout=30) as client:
-        body = chat("before the drain", stream=True, max_tokens=100)
+        body = chat("before the drain", stream=True, max_tokens=300)
         with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             name = answer.headers["x-replica"]
             assert gateway.admin("PUT", f"/replicas/{name}/drain") == {
