@@ -122,7 +122,10 @@ def traffic(stack: Stack, prometheus: Prometheus, replicas: set[str]) -> None:
         unknown = chat(stack, "Hello", model="no-such-model")
         assert unknown.status_code == 404, unknown.text
         prometheus.await_scrape(time.time())
-        served = prometheus.vector("sum by (replica) (increase(vllm:request_success_total[1m])) > 0")
+        # Those alone: the requests that ask whether a replica still works reach each one, too.
+        chats = 'http_route="/v1/chat/completions",http_response_status_code="200"'
+        grown = f"increase(http_server_request_duration_seconds_count{{{chats}}}[1m])"
+        served = prometheus.vector(f"sum by (replica) ({grown}) > 0")
         if {labels["replica"] for labels, _ in served} == replicas:
             return
     pytest.fail(f"after {6 * ANSWERS} requests only these of {replicas} have served one: {served}")
