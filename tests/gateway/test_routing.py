@@ -123,11 +123,12 @@ def test_a_session_is_kept_whatever_is_said(client: httpx.Client, kind: str) -> 
 def test_a_hot_prefix_overloads_no_replica(client: httpx.Client, gateway: Gateway) -> None:
     prompt = f"everybody asks this {WORDS * 3}"
     home = ask(client, prompt)
+    # While few ask, it stays where it is cached.
+    assert {ask(client, f"{prompt} alone {n}") for n in range(5)} == {home}
     with ThreadPoolExecutor(30) as pool:
-        homes = Counter(pool.map(lambda n: ask(client, f"{prompt} {n}", max_tokens=20), range(1000)))
+        homes = Counter(pool.map(lambda n: ask(client, f"{prompt} {n}", max_tokens=20), range(300)))
     assert set(homes) == {"vllm-0", "vllm-1", "vllm-2"}
-    assert max(homes.values()) < 600, homes
-    assert home in homes
+    assert max(homes.values()) < 180, homes
 
 
 def test_matched_blocks_and_reasons_are_counted(client: httpx.Client, gateway: Gateway) -> None:
