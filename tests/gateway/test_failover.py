@@ -153,11 +153,23 @@ def test_a_connection_that_breaks_before_the_first_byte_goes_to_the_next_replica
 
 def test_the_retried_request_has_its_whole_body(gateway: Gateway, fleet: Replicas) -> None:
     text = "x" * 3_000_000  # more than Nginx keeps in memory
-    for name in ("vllm-0", "vllm-1"):
-        fleet[name].fault("reset")
-    answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat(text), timeout=30)
-    assert answer.headers["x-replica"] == "vllm-2"
-    assert sum(text in request["body"] for request in fleet["vllm-2"].state()["seen"]) == 1
+    retries = 'gateway_retries_total{replica="vllm-0"'
+    with httpx.Client(base_url=gateway.url, timeout=30) as client:
+        sessions: list[str] = []
+
+        def there() -> bool:
+            sessions.append(f"session {time.monotonic()}")
+            return ask(client, f"in {sessions[-1]}", headers={"X-Session-Id": sessions[-1]}) == "vllm-0"
+
+        wait_until(there, "a session begins on vllm-0", 15)
+        for name in ("vllm-0", "vllm-1"):
+            fleet[name].fault("reset")
+        before = counted(gateway, retries)
+        # Too long a prompt for the replica, which says so.
+        answer = client.post("/v1/chat/completions", json=chat(text), headers={"X-Session-Id": sessions[-1]})
+        assert (answer.status_code, answer.headers["x-replica"]) == (400, "vllm-2")
+        assert counted(gateway, retries) == before + 1
+    assert len(seen_by(fleet["vllm-2"], text)) == 1
 
 
 def test_a_stream_that_breaks_off_ends_with_an_error_event(gateway: Gateway, fleet: Replicas) -> None:
