@@ -426,9 +426,9 @@ class Gateway(Nginx):
         return json.loads(answer) if answer else None
 
 
-def image() -> str:
-    """The gateway's image as docker-compose.yml names it."""
-    name: str = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["gateway"]["image"]
+def image(service: str = "gateway") -> str:
+    """A service's image as docker-compose.yml names it."""
+    name: str = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"][service]["image"]
     return name
 
 
