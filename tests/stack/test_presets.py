@@ -5,6 +5,7 @@ everything else is as the preset has it.
 """
 
 import contextlib
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -148,6 +149,22 @@ ON_GPUS_ONLY = {"deepseek-r1-1.5b-8bit": NO_FP8, "llama-3.1-8b-fp8": NO_FP8}
 
 def test_each_preset_is_in_one_of_the_two_groups() -> None:
     assert sorted([*ON_A_CPU, *ON_GPUS_ONLY]) == sorted(PRESETS)
+
+
+def test_what_runs_beside_a_replica_gets_none_of_its_requests(stack: Stack) -> None:
+    """Under none of the names that Docker gives it: that of the container, its id, and its hostname."""
+    name = "vllm-fleet-test-beside"
+    command = ["docker", "compose", "run", "--detach", "--no-deps", "--name", name, "--entrypoint", "sleep"]
+    remove(name)
+    try:
+        run(*command, "vllm-0", "60")
+        networks = json.loads(run("docker", "inspect", "--format", "{{json .NetworkSettings.Networks}}", name))
+    finally:
+        remove(name)
+    # Docker 26 and later tell all of them as DNSNames, those before as Aliases.
+    names = {each for one in networks.values() for each in (*one["Aliases"], *(one.get("DNSNames") or ()))}
+    assert name in names
+    assert not names & set(stack.replicas()), "it would get requests from the gateway"
 
 
 @pytest.fixture(scope="module")
