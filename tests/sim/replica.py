@@ -320,6 +320,8 @@ class Connection(asyncio.Protocol):
             except (ValueError, TypeError) as why:
                 self._send_json(*error(400, str(why)))
                 return
+            self._send(200, b"")
+            return
         seen = [
             {"head": head.decode("latin-1"), "body": text.decode("utf-8", "replace")} for head, text in replica.seen
         ]
