@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import requests
 
 from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parent.parent
+# How long an example takes is the host's business: with a deadline, a busy one would fail what is right.
+hypothesis.settings.register_profile("fleet", deadline=None)
+hypothesis.settings.load_profile("fleet")
 
 
 def run(*command: str, timeout_s: float = 120) -> str:

@@ -5,12 +5,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.gateway.conftest import chat
+from tests.gateway.conftest import chat, seen_by
 from tests.gateway.test_public import error_of
 from tests.gateway.test_routing import Held, ask, counted
 from tests.sim.fleet import Gateway, Replicas, Sim, wait_until
@@ -133,24 +134,42 @@ def test_a_500_of_the_replica_is_its_answer(gateway: Gateway, fleet: Replicas) -
 def test_a_connection_that_breaks_before_the_first_byte_goes_to_the_next_replica(
     gateway: Gateway, fleet: Replicas, fault: str
 ) -> None:
-    with httpx.Client(base_url=gateway.url) as client:
-        known = known_to(client, "vllm-0")
+    sim = fleet["vllm-0"]
+    with httpx.Client(base_url=gateway.url, timeout=30) as client, ThreadPoolExecutor(1) as pool:
+        known = known_to(client, sim.name)
         before = counted(gateway, 'gateway_retries_total{replica="vllm-0"')
-        fleet["vllm-0"].fault(fault)
-        assert ask(client, known, max_tokens=3) in {"vllm-1", "vllm-2"}
+        # It crashes with the request in its hands: of an earlier crash the gateway's own look may tell first.
+        sim.fault("reset" if fault == "reset" else "hang")
+        answered = pool.submit(ask, client, known, max_tokens=3)
+        wait_until(lambda: len(seen_by(sim, known)) == 2, "the request is there")
+        if fault == "crash":
+            sim.fault("crash")
+        assert answered.result() in {"vllm-1", "vllm-2"}
     assert counted(gateway, 'gateway_retries_total{replica="vllm-0"') == before + 1
     if fault == "crash":
-        fleet["vllm-0"].kill(forget=False)
-        fleet["vllm-0"].start()
+        sim.kill(forget=False)
+        sim.start()
 
 
 def test_the_retried_request_has_its_whole_body(gateway: Gateway, fleet: Replicas) -> None:
     text = "x" * 3_000_000  # more than Nginx keeps in memory
-    for name in ("vllm-0", "vllm-1"):
-        fleet[name].fault("reset")
-    answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat(text), timeout=30)
-    assert answer.headers["x-replica"] == "vllm-2"
-    assert sum(text in request["body"] for request in fleet["vllm-2"].state()["seen"]) == 1
+    retries = 'gateway_retries_total{replica="vllm-0"'
+    with httpx.Client(base_url=gateway.url, timeout=30) as client:
+        sessions: list[str] = []
+
+        def there() -> bool:
+            sessions.append(f"session {time.monotonic()}")
+            return ask(client, f"in {sessions[-1]}", headers={"X-Session-Id": sessions[-1]}) == "vllm-0"
+
+        wait_until(there, "a session begins on vllm-0", 15)
+        for name in ("vllm-0", "vllm-1"):
+            fleet[name].fault("reset")
+        before = counted(gateway, retries)
+        # Too long a prompt for the replica, which says so.
+        answer = client.post("/v1/chat/completions", json=chat(text), headers={"X-Session-Id": sessions[-1]})
+        assert (answer.status_code, answer.headers["x-replica"]) == (400, "vllm-2")
+        assert counted(gateway, retries) == before + 1
+    assert len(seen_by(fleet["vllm-2"], text)) == 1
 
 
 def test_a_stream_that_breaks_off_ends_with_an_error_event(gateway: Gateway, fleet: Replicas) -> None:
@@ -177,6 +196,11 @@ def test_none_ready_says_how_many_are_loading() -> None:
         for sim in replicas:
             sim.kill(forget=False)
         with Gateway(replicas) as gateway:
+            # Before its first look the gateway calls them loading too, but tries them.
+            wait_until(
+                lambda: all(replica["reason"] != "not asked yet" for replica in gateway.status()["replicas"]),
+                "a look at each replica",
+            )
             gateway.wait_states({"vllm-0": "loading", "vllm-1": "loading"})
             answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("hello?"))
             assert answer.status_code == 503
@@ -248,9 +272,8 @@ def test_killed_workers_leave_no_request_in_flight(gateway: Gateway) -> None:
         assert counted(gateway, "gateway_requests_in_flight") == 8
         for _ in range(2):
             gateway.kill_worker()
-        wait_until(
-            lambda: counted(gateway, "gateway_requests_in_flight") == 0, "the dead workers' requests are gone", 5
-        )
+    # Below the block: its end fails, which would hide what fails in it.
+    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "the dead workers' requests are gone", 5)
 
 
 def test_old_workers_end_soon_after_a_reload_and_all_at_a_stop() -> None:

@@ -1,5 +1,6 @@
 """A replica's state: what it is, how soon it is seen, and that it comes back by itself."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from tests.conftest import ROOT
 from tests.gateway.conftest import chat
 from tests.gateway.test_routing import ask, counted
 from tests.sim.fleet import Gateway, Replicas, wait_until
@@ -45,8 +47,8 @@ def test_a_replica_is_ready_once_it_gave_a_token_and_loading_before() -> None:
             gateway.wait_states({"vllm-0": "ready", "vllm-1": "loading"})
             times = {replica["name"]: replica["ttft_ms"] for replica in gateway.status()["replicas"]}
             assert times["vllm-1"] is None  # no first token yet, which is not one after 0 ms
+            replicas["vllm-1"].args += ["--fault", "hang"]
             replicas["vllm-1"].start()
-            replicas["vllm-1"].fault("hang")
             gateway.wait_states({"vllm-1": "wedged"})
             replicas["vllm-1"].fault()
             gateway.wait_states({"vllm-1": "ready"}, 5)
@@ -130,7 +132,7 @@ def test_what_a_replica_has_to_do_is_shown(gateway: Gateway, fleet: Replicas) ->
 
 def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(gateway: Gateway) -> None:
     with httpx.Client(base_url=gateway.url, timeout=30) as client:
-        body = chat("before the drain", stream=True, max_tokens=100)
+        body = chat("before the drain", stream=True, max_tokens=300)
         with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             name = answer.headers["x-replica"]
             assert gateway.admin("PUT", f"/replicas/{name}/drain") == {
@@ -167,3 +169,15 @@ def test_replicas_are_added_and_removed_by_a_reload() -> None:
         wait_until(lambda: list(gateway.states()) == ["vllm-1"], "only vllm-1 is left", 5)
         with httpx.Client(base_url=gateway.url) as client:
             assert {ask(client, f"{n}") for n in range(4)} == {"vllm-1"}
+
+
+def test_the_watch_for_tokens_rests_for_a_few_seconds_in_minutes() -> None:
+    """What wedges while it rests is seen later by as long; a one-token request must still end within the rest."""
+    conf, script = (ROOT / "nginx" / name for name in ("nginx.conf", "njs/health.js"))
+    location = re.search(r"location @probe \{(.*?)\}", conf.read_text(), re.DOTALL)
+    turn = re.search(r"TURN_MS = (\d+)", script.read_text())
+    assert location
+    assert turn
+    interval = 60 * int(re.findall(r"interval=(\d+)m", location[1])[0])
+    longest = int(re.findall(r"js_fetch_timeout (\d+)s", location[1])[0])
+    assert longest < interval - int(turn[1]) / 1000 <= interval / 50

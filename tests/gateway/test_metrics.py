@@ -8,7 +8,7 @@ import pytest
 
 from tests.gateway.conftest import chat
 from tests.gateway.test_routing import counted
-from tests.sim.fleet import Gateway, get, wait_until
+from tests.sim.fleet import Gateway, get, image, wait_until
 
 LINE = re.compile(
     r'([a-z_]+)(?:\{([a-z]+="(?:[^"\\\n]|\\.)*"(?:,[a-z]+="(?:[^"\\\n]|\\.)*")*)\})? (-?[0-9.e+-]+|\+Inf|NaN)'
@@ -82,19 +82,20 @@ def test_refusals_are_requests_too(gateway: Gateway) -> None:
 
 
 def test_counters_survive_a_reload(gateway: Gateway) -> None:
-    httpx.post(gateway.url + "/v1/chat/completions", json=chat("before the reload"))
-    wait_until(lambda: counted(gateway, "gateway_requests_total") > 0, "counted")
+    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "all before is counted")
     before = counted(gateway, "gateway_requests_total")
+    httpx.post(gateway.url + "/v1/chat/completions", json=chat("before the reload"))
+    wait_until(lambda: counted(gateway, "gateway_requests_total") == before + 1, "counted")
     gateway.reload()
-    assert counted(gateway, "gateway_requests_total") == before
+    assert counted(gateway, "gateway_requests_total") == before + 1
 
 
 def test_promtool_has_nothing_to_say(gateway: Gateway) -> None:
-    image = "vllm-fleet/prometheus:3.5.3"
-    if subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode:
-        pytest.skip(f"{image} is not here; `make up` builds it")
+    name = image("prometheus")
+    if subprocess.run(["docker", "image", "inspect", name], capture_output=True).returncode:
+        pytest.skip(f"{name} is not here; `make up` builds it")
     checked = subprocess.run(
-        ["docker", "run", "--rm", "-i", "--network", "none", "--entrypoint", "promtool", image, "check", "metrics"],
+        ["docker", "run", "--rm", "-i", "--network", "none", "--entrypoint", "promtool", name, "check", "metrics"],
         input=get(gateway.metrics_url + "/metrics"),
         capture_output=True,
     )

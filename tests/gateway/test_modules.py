@@ -200,7 +200,7 @@ def test_a_body_without_a_prompt_has_no_cuts(call: Call, body: dict[str, object]
     assert call("prefix", "cutsOf", body, "m") is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -233,7 +233,7 @@ def filtered(call: Call, chunks: list[bytes], lost: int = -1, content_type: str 
 
 
 @given(st.lists(st.binary(max_size=50), min_size=1, max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_stream_passes_as_it_came(call: Call, chunks: list[bytes]) -> None:
     assert filtered(call, [*chunks, b""]) == b"".join(chunks) + b"<last>"
 

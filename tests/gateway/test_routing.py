@@ -1,9 +1,10 @@
 """Which replica a request goes to."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 import httpx
@@ -29,33 +30,38 @@ def counted(gateway: Gateway, name: str) -> float:
 
 
 class Held:
-    """Long streams that keep replicas busy until the end of the block."""
+    """Long streams, begun one after another, that keep replicas busy until the end of the block."""
 
     def __init__(self, gateway: Gateway, count: int, headers: dict[str, str] | None = None) -> None:
-        self.gateway, self.count, self.headers = gateway, count, headers or {}
+        self.count = count
         self.replicas: list[str] = []
+        self._client = httpx.Client(base_url=gateway.url, headers=headers, timeout=30)
         self._end = threading.Event()
         self._pool = ThreadPoolExecutor(count)
+        self._done: list[Future[None]] = []
 
     def _hold(self, n: int) -> None:
         body = chat(f"hold {n} {id(self)}", stream=True, max_tokens=5000)
-        url = self.gateway.url + "/v1/chat/completions"
-        with httpx.stream("POST", url, json=body, headers=self.headers, timeout=30) as answer:
+        with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
             self.replicas.append(answer.headers["x-replica"])
             for _ in answer.iter_raw():
                 if self._end.is_set():
                     return
 
     def __enter__(self) -> Self:
-        self._done = [self._pool.submit(self._hold, n) for n in range(self.count)]
-        wait_until(lambda: len(self.replicas) == self.count, "all streams run")
+        for n in range(self.count):
+            self._done.append(self._pool.submit(self._hold, n))
+            wait_until(lambda n=n: len(self.replicas) > n, f"stream {n} runs")  # type: ignore[misc]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
-        for done in self._done:
-            done.result()
-        self._pool.shutdown()
+        try:
+            for done in self._done:
+                done.result()
+        finally:
+            self._pool.shutdown()
+            self._client.close()
 
 
 @pytest.fixture
@@ -80,6 +86,7 @@ def test_a_conversation_stays_with_its_replica(client: httpx.Client) -> None:
 
 def test_new_conversations_are_spread(client: httpx.Client) -> None:
     homes = Counter(ask(client, f"nothing in common {n} {WORDS}") for n in range(30))
+    assert len(homes) == 3, homes
     assert min(homes.values()) >= 7, homes
 
 
@@ -116,14 +123,16 @@ def test_a_session_is_kept_whatever_is_said(client: httpx.Client, kind: str) -> 
 def test_a_hot_prefix_overloads_no_replica(client: httpx.Client, gateway: Gateway) -> None:
     prompt = f"everybody asks this {WORDS * 3}"
     home = ask(client, prompt)
+    # While few ask, it stays where it is cached.
+    assert {ask(client, f"{prompt} alone {n}") for n in range(5)} == {home}
     with ThreadPoolExecutor(30) as pool:
-        homes = Counter(pool.map(lambda n: ask(client, f"{prompt} {n}", max_tokens=20), range(1000)))
+        homes = Counter(pool.map(lambda n: ask(client, f"{prompt} {n}", max_tokens=20), range(300)))
     assert set(homes) == {"vllm-0", "vllm-1", "vllm-2"}
-    assert max(homes.values()) < 600, homes
-    assert home in homes
+    assert max(homes.values()) < 180, homes
 
 
 def test_matched_blocks_and_reasons_are_counted(client: httpx.Client, gateway: Gateway) -> None:
+    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "all before is counted")
     before = counted(gateway, 'gateway_prefix_blocks_total{result="matched"}')
     by_prefix = counted(gateway, 'gateway_requests_total{replica="vllm-')
     ask(client, f"counted {WORDS}")
@@ -182,13 +191,27 @@ def test_each_model_goes_to_the_replicas_that_serve_it() -> None:
             assert {ask(client, f"a {n}", model="large") for n in range(4)} == {"vllm-9"}
 
 
-def test_a_replica_of_three_times_the_weight_takes_three_times_the_load() -> None:
-    with Replicas(2) as replicas:
+@pytest.mark.parametrize("policy", ["prefix", "least_busy"])
+def test_a_replica_of_three_times_the_weight_takes_three_times_the_load(policy: str) -> None:
+    def held(replicas: Replicas) -> tuple[Counter[str], float]:
+        """Who holds how many of twelve streams, and the seconds since the gateway's last look when all were begun."""
         upstreams = replicas.upstreams().replace("resolve;", "resolve weight=3;", 1)
-        with Gateway(replicas, upstreams=upstreams) as gateway:
+        with Gateway(replicas, upstreams=upstreams, env={"ROUTE_POLICY": policy}) as gateway:
             gateway.wait_ready()
-            with Held(gateway, 12) as held:
-                assert Counter(held.replicas) == {"vllm-0": 9, "vllm-1": 3}
+            alive = 'gateway_probes_total{replica="vllm-1",result="alive"}'
+            looks = counted(gateway, alive)
+            wait_until(lambda: counted(gateway, alive) > looks, "a look at the replicas")
+            began = time.monotonic()
+            with Held(gateway, 12) as streams:
+                return Counter(streams.replicas), time.monotonic() - began
+
+    with Replicas(2) as replicas:
+        for _ in range(5):
+            homes, seconds = held(replicas)
+            # With each look, once a second, the gateway forgets a part of what `prefix` goes by: the work given out.
+            if seconds < 0.8:
+                break
+        assert homes == {"vllm-0": 9, "vllm-1": 3}
 
 
 def test_requests_are_taken_before_any_replica_was_asked() -> None:

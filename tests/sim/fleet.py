@@ -316,6 +316,17 @@ class Nginx:
         master = self.master()
         return [int(pid) for pid in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
 
+    def serving_workers(self) -> list[int]:
+        """Those of `workers` that take new requests; Nginx writes into an old one's title that it does not."""
+
+        def serves(pid: int) -> bool:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                title = Path(f"/proc/{pid}/cmdline").read_bytes()
+                return bool(title) and b"shutting down" not in title  # one that has ended has none
+            return False
+
+        return [pid for pid in self.workers() if serves(pid)]
+
     def log(self) -> str:
         """All that Nginx wrote: errors and the access log."""
         return self._log.read_text(errors="replace")
@@ -376,16 +387,20 @@ class Gateway(Nginx):
         (self.conf / "fleet" / "default.conf").write_text(upstreams)
 
     def reload(self) -> None:
-        """Reads the configuration anew; returns when new workers are there."""
+        """Reads the configuration anew; returns when new workers are there and no old one takes a request any more."""
         before = set(self.workers())
         os.kill(self.master(), signal.SIGHUP)
-        wait_until(lambda: bool(set(self.workers()) - before), "new workers after a reload")
+
+        def over() -> bool:
+            return bool(set(self.workers()) - before) and not before & set(self.serving_workers())
+
+        wait_until(over, "new workers, and only those, serve after a reload")
 
     def kill_worker(self) -> None:
-        """SIGKILL to one worker; returns when the master has replaced it."""
-        before = self.workers()
+        """SIGKILL to one worker that takes requests; returns when the master has replaced it."""
+        before = self.serving_workers()
         os.kill(before[0], signal.SIGKILL)
-        wait_until(lambda: before[0] not in (now := self.workers()) and len(now) >= len(before), "a new worker")
+        wait_until(lambda: before[0] not in (now := self.serving_workers()) and len(now) >= len(before), "a new worker")
 
     def status(self) -> dict[str, Any]:
         """GET /status.json."""
@@ -411,9 +426,9 @@ class Gateway(Nginx):
         return json.loads(answer) if answer else None
 
 
-def image() -> str:
-    """The gateway's image as docker-compose.yml names it."""
-    name: str = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["gateway"]["image"]
+def image(service: str = "gateway") -> str:
+    """A service's image as docker-compose.yml names it."""
+    name: str = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"][service]["image"]
     return name
 
 

@@ -320,6 +320,8 @@ class Connection(asyncio.Protocol):
             except (ValueError, TypeError) as why:
                 self._send_json(*error(400, str(why)))
                 return
+            self._send(200, b"")
+            return
         seen = [
             {"head": head.decode("latin-1"), "body": text.decode("utf-8", "replace")} for head, text in replica.seen
         ]
@@ -530,6 +532,7 @@ def main() -> None:
     parser.add_argument(
         "--load-seconds", type=float, default=0.0, help="time before the port opens, as a model that loads"
     )
+    parser.add_argument("--fault", help="the fault to begin with")
     for item in fields(Shape):
         default = getattr(shape, item.name)
         parser.add_argument("--" + item.name.replace("_", "-"), type=type(default), default=default)
@@ -538,7 +541,9 @@ def main() -> None:
     values = {item.name: getattr(args, item.name) for item in fields(Shape)}
 
     async def start() -> None:
-        await serve(Replica(args.model, Shape(**values), args.instant), args.host, args.port)
+        replica = Replica(args.model, Shape(**values), args.instant)
+        replica.set_faults({"fault": args.fault})
+        await serve(replica, args.host, args.port)
 
     uvloop.run(start())
 

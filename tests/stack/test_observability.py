@@ -4,6 +4,7 @@ Every query of every dashboard is run against the real Prometheus, its variables
 real traffic. Prometheus reads its targets every few seconds: the tests wait until it has read them after the traffic.
 """
 
+import contextlib
 import json
 import re
 import secrets
@@ -121,7 +122,10 @@ def traffic(stack: Stack, prometheus: Prometheus, replicas: set[str]) -> None:
         unknown = chat(stack, "Hello", model="no-such-model")
         assert unknown.status_code == 404, unknown.text
         prometheus.await_scrape(time.time())
-        served = prometheus.vector("sum by (replica) (increase(vllm:request_success_total[1m])) > 0")
+        # Those alone: the requests that ask whether a replica still works reach each one, too.
+        chats = 'http_route="/v1/chat/completions",http_response_status_code="200"'
+        grown = f"increase(http_server_request_duration_seconds_count{{{chats}}}[1m])"
+        served = prometheus.vector(f"sum by (replica) ({grown}) > 0")
         if {labels["replica"] for labels, _ in served} == replicas:
             return
     pytest.fail(f"after {6 * ANSWERS} requests only these of {replicas} have served one: {served}")
@@ -208,29 +212,43 @@ def test_nothing_is_counted_twice(stack: Stack, prometheus: Prometheus) -> None:
     """A known number of requests raises every counter by exactly that.
 
     Requests for one token, by which the replica's health check and the gateway see whether it still works, are told
-    apart by their path: chats are what this test alone sends.
+    apart by their path and taken off: chats are what this test alone sends.
     """
     http = "http_server_request_duration_seconds_count"
-    chats = f'{http}{{http_route="/v1/chat/completions"}}'
-    checks = f'{http}{{http_route="/v1/completions"}}'
-    by_chat = [chats, 'gateway_requests_total{status="200"}', "gateway_request_duration_seconds_count"]
-    by_request = ["vllm:request_success_total", "vllm:e2e_request_latency_seconds_count"]
+    checks = f'sum({http}{{http_route="/v1/completions"}})'
+    chats = [
+        f'{http}{{http_route="/v1/chat/completions"}}',
+        'gateway_requests_total{status="200"}',
+        "gateway_request_duration_seconds_count",
+    ]
+    with_checks = ["vllm:request_success_total", "vllm:e2e_request_latency_seconds_count"]
     tokens = "vllm:generation_tokens_total"
 
     def read() -> dict[str, float]:
         now = time.time()
-        return {name: prometheus.number(f"sum({name})", now) for name in (*by_chat, *by_request, tokens, checks)}
+        found = {name: prometheus.number(f"sum({name})", now) for name in (*chats, *with_checks, tokens)}
+        one_token = prometheus.number(checks, now)
+        return found | {name: found[name] - one_token for name in (*with_checks, tokens)}
 
-    prometheus.await_scrape(time.time() + 1)
-    before = read()
+    def settled() -> dict[str, float]:
+        """What is counted, where a scrape later it is the same: the last scrape may have come amid a request."""
+        first = read()
+        prometheus.await_scrape(time.time() + 1)
+        second = read()
+        return second if second == first else {}
+
+    before = until(settled, 60, "the counters stand still")
     sent = send(stack)
+    right = dict.fromkeys([*chats, *with_checks], sent.answers) | {tokens: sent.generated_tokens}
+
+    def grown() -> dict[str, float]:
+        return {name: value - before[name] for name, value in read().items()}
+
     # A replica writes its counters just after the last byte; the scrape that counts is one begun later.
     prometheus.await_scrape(time.time() + 1)
-    grown = {name: value - before[name] for name, value in read().items()}
-
-    right = dict.fromkeys(by_chat, sent.answers) | dict.fromkeys(by_request, sent.answers + grown[checks])
-    right |= {tokens: sent.generated_tokens + grown[checks], checks: grown[checks]}
-    assert grown == right
+    with contextlib.suppress(AssertionError):
+        until(lambda: grown() == right, 30, "all is counted")
+    assert grown() == right
     copies = prometheus.vector('count by (replica) ({job="replicas",__name__="vllm:num_requests_running"})')
     assert all(count == 1 for _, count in copies), f"a replica shows one metric more than once: {copies}"
 

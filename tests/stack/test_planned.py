@@ -41,16 +41,20 @@ def compose(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(500)
 def test_the_planned_fleet_answers_through_its_gateway(planned: Path, stack: Stack) -> None:
+    """The default model (9 heads, 3 KV heads), split over three processes, answers a chat."""
     assert set(compose(planned, "config", "--services").stdout.split()) >= {"gateway", "vllm-0"}
     assert "vllm-1" not in compose(planned, "config", "--services").stdout
     up = compose(planned, "up", "--detach", "--no-build", "--wait", "--wait-timeout", "400", "gateway", "vllm-0")
     assert not up.returncode, up.stderr + compose(planned, "logs", "--tail", "40", "vllm-0").stdout
     processes = compose(planned, "top", "vllm-0").stdout
     assert {rank for rank in range(3) if f"TP{rank}" in processes} == {0, 1, 2}
-    ask = {"model": stack.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    ask = {"model": stack.model, "messages": messages, "max_tokens": 4, "temperature": 0}
     request = urllib.request.Request(
         f"http://127.0.0.1:{PORT}/v1/chat/completions", json.dumps(ask).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
         assert answer.headers["X-Replica"] == "vllm-0"
-        assert json.load(answer)["usage"]["completion_tokens"] == 4
+        said = json.load(answer)
+    assert said["usage"]["completion_tokens"] == 4
+    assert said["choices"][0]["message"]["content"].strip()

@@ -5,6 +5,7 @@ everything else is as the preset has it.
 """
 
 import contextlib
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -150,19 +151,38 @@ def test_each_preset_is_in_one_of_the_two_groups() -> None:
     assert sorted([*ON_A_CPU, *ON_GPUS_ONLY]) == sorted(PRESETS)
 
 
+def test_what_runs_beside_a_replica_gets_none_of_its_requests(stack: Stack) -> None:
+    """Under none of the names that Docker gives it: that of the container, its id, and its hostname."""
+    name = "vllm-fleet-test-beside"
+    command = ["docker", "compose", "run", "--detach", "--no-deps", "--name", name, "--entrypoint", "sleep"]
+    remove(name)
+    try:
+        run(*command, "vllm-0", "60")
+        networks = json.loads(run("docker", "inspect", "--format", "{{json .NetworkSettings.Networks}}", name))
+    finally:
+        remove(name)
+    # Docker 26 and later tell all of them as DNSNames, those before as Aliases.
+    names = {each for one in networks.values() for each in (*one["Aliases"], *(one.get("DNSNames") or ()))}
+    assert name in names
+    assert not names & set(stack.replicas()), "it would get requests from the gateway"
+
+
 @pytest.fixture(scope="module")
 def models(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of models with the real small one and the stand-ins."""
+    """A folder for the stand-ins, beside which the real small model is mounted."""
     folder = tmp_path_factory.mktemp("models")
     folder.chmod(0o755)
     (folder / SMOLLM2).mkdir(parents=True)  # mounted there
+    return folder
+
+
+def write_stand_ins(folder: Path) -> None:
     program = ROOT / "tests" / "stack" / "stand_ins.py"
     command = ["docker", "compose", "run", "--rm", "--no-deps", "--no-TTY", "--entrypoint", "python3"]
     # torch asks for the user's name, which the image does not know
     command += ["--user", str(os.getuid()), "--env", "USER=test"]
     command += ["--volume", f"{folder}:/stand-ins", "--volume", f"{program}:/stand_ins.py:ro"]
     run(*command, "vllm-0", "/stand_ins.py")
-    return folder
 
 
 @contextlib.contextmanager
@@ -205,10 +225,14 @@ def checks(request: pytest.FixtureRequest, models: Path) -> Iterator[dict[str, F
     names = [str(test.callspec.params["preset"]) for test in tests if isinstance(test, pytest.Function)]
 
     def check(preset: str) -> None:
+        if PRESETS[preset]["MODEL"] != SMOLLM2:
+            written.result()
         with replica_of(preset, models) as replica:
             ON_A_CPU[preset](replica)
 
     pool = ThreadPoolExecutor(AT_ONCE)
+    # The one preset that runs on the real model needs none, and comes up meanwhile.
+    written = pool.submit(write_stand_ins, models)
     yield {name: pool.submit(check, name) for name in names}
     pool.shutdown(cancel_futures=True)
 

@@ -12,15 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
 from vllm import launch
 
 HEADS = 9
-# A machine that is busy with something else is no failure.
-any_time = settings(deadline=None)
 Start = Callable[..., tuple[int, str, list[str]]]
 
 
@@ -367,7 +365,6 @@ def test_the_engine_files_that_we_ship_are_right(name: str) -> None:
     launch.read_settings(ROOT / "vllm" / name, {})
 
 
-@any_time
 @given(text=st.text() | st.text(st.sampled_from("model:- 0123{}[]'\"#&*!\n")))
 @example(text="max_model_len: 2001-99-99")
 def test_no_engine_file_makes_a_traceback(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
@@ -377,7 +374,6 @@ def test_no_engine_file_makes_a_traceback(tmp_path_factory: pytest.TempPathFacto
         launch.read_settings(path, {})
 
 
-@any_time
 @given(name=st.sampled_from(sorted(launch.Settings.model_fields)), value=st.text(st.characters(codec="utf-8")))
 def test_no_value_in_the_environment_makes_a_traceback(
     tmp_path_factory: pytest.TempPathFactory, name: str, value: str
@@ -404,7 +400,6 @@ def test_the_settings_for_gpus_start_on_one_without_bfloat16() -> None:
     assert launch.read_settings(ROOT / "vllm" / "engine.gpu.yaml", {}).dtype == "auto"
 
 
-@any_time
 @given(values=st.fixed_dictionaries({}, optional=VALUES))
 def test_a_value_means_the_same_in_the_file_and_in_the_environment(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]

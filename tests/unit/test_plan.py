@@ -178,7 +178,7 @@ READ = ["rope_scaling", "quantization_config", "layer_types", "architectures", "
 READ += ["sliding_window", "sliding_window_pattern", "mlp_only_layers", "kv_lora_rank", "torch_dtype", "text_config"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(changed=st.dictionaries(st.sampled_from([*LLAMA, *READ]), JSON, min_size=1, max_size=3) | JSON)
 def test_any_config_is_a_model_or_one_line(changed: Any) -> None:
     with contextlib.suppress(Problem):
@@ -478,7 +478,7 @@ WISHES = st.builds(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(machine=machines(), model=models(), wish=WISHES)
 def test_any_plan_is_sound(machine: Machine, model: Model, wish: Wish) -> None:
     plan = choose.best(machine, model, wish)
@@ -518,7 +518,7 @@ def weights(plan: Plan) -> int:
     return 3 if offloads else order.index(plan.quantization) + 1 if plan.quantization else 0
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(machine=machines(), model=models(), wish=WISHES, more=st.integers(1, 64))
 def test_more_memory_never_gives_a_worse_plan(machine: Machine, model: Model, wish: Wish, more: int) -> None:
     if before := choose.best(machine, model, wish):
@@ -606,7 +606,7 @@ HOSTS = machines() | st.integers(2, 64).map(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(machine=HOSTS, also=st.lists(further(), max_size=3), gpus=st.none() | st.just([0]), wish=WISHES)
 def test_no_gpu_and_no_memory_is_given_to_two_models(
     machine: Machine, also: list[str], gpus: list[int] | None, wish: Wish
@@ -625,7 +625,7 @@ def test_no_gpu_and_no_memory_is_given_to_two_models(
             assert all(one.account.used <= gpu.free for gpu in one.gpus)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(model=models(), tp=st.sampled_from([1, 2, 4, 8]), pp=st.sampled_from([1, 2, 4]))
 def test_no_weight_is_lost_over_the_gpus(model: Model, tp: int, pp: int) -> None:
     if tp not in model.tp_sizes(8) or pp > model.layers:

@@ -377,7 +377,7 @@ def test_mistakes_are_told_in_two_lines(args: list[str], words: str, server: Ser
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_the_planner_asks_the_hub_for_the_config_alone(server: Server, tmp_path: Path) -> None:
+def test_the_planner_asks_the_hub_for_a_config_and_says_why_it_cannot_have_it(server: Server, tmp_path: Path) -> None:
     server.content["/me/tiny/resolve/main/config.json"] = CONFIG
     machine = ROOT / "tests" / "machines" / "one-24gb.json"
     command = [sys.executable, str(ROOT / "scripts" / "plan.py"), "me/tiny", "--machine", str(machine), "--json"]

@@ -302,7 +302,7 @@ def cut_machines(draw: st.DrawFn) -> Machine:
 NAMES = ["bge-m3", "DeepSeek-R1-Distill-Qwen-1.5B", "Llama-3.1-8B-Instruct"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     machine=cut_machines(),
     name=st.sampled_from(NAMES),
