@@ -146,9 +146,9 @@ def bounded_hash(target: Target) -> AbstractContextManager[str]:
 
 
 @contextmanager
-def gateway(target: Target, policy: str = "prefix") -> Iterator[str]:
+def gateway(target: Target) -> Iterator[str]:
     assert target.fleet, "this gateway is measured over a fleet of its own"
-    with Gateway(target.fleet, env={"ROUTE_POLICY": policy}, cpus=target.cpus) as ours:
+    with Gateway(target.fleet, cpus=target.cpus) as ours:
         ours.wait_ready()
         yield ours.url
 

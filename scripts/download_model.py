@@ -18,14 +18,14 @@ import httpx
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from planner import hub
-from planner.hub import NAME, without_password
-from planner.sources import SUMS, File, Source, for_vllm, open_source
+from stack import hub
+from stack.checks import GIB
 from stack.console import Problem, console, one_line_for_mistakes
+from stack.hub import NAME, without_password
 from stack.model import let_replicas_read
+from stack.shell import ROOT
+from stack.sources import SUMS, File, Source, for_vllm, open_source
 
-ROOT = Path(__file__).resolve().parent.parent
-GIB = 1 << 30
 SPARE = GIB  # bytes of disk that stay free
 PARTIAL = ".partial"
 ABOUT = ".source.json"

@@ -21,8 +21,8 @@ from planner.model import Model, load_model
 from planner.nvml import read_machine
 from stack.console import Problem, one_line_for_mistakes
 from stack.settings import ENV_FILE, read
+from stack.shell import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "presets"
 # A preset's settings that the planner decides too, by their names there and in Wish; those that are its alone.
 WISHED = {

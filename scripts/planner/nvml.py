@@ -11,6 +11,7 @@ import pynvml
 
 from planner.machine import Gpu, Link, LinkKind, Machine
 from planner.ours import host_memory
+from stack.checks import meminfo
 from stack.console import Problem
 
 # Dense bf16 FLOP per clock and SM with 32-bit sums, from NVIDIA's papers on A100, GA102, Ada, H100 and Blackwell.
@@ -29,15 +30,12 @@ USUAL_PCIE, USUAL_LANES = 3, 16
 def read_machine(ours: frozenset[int] = frozenset()) -> Machine:
     """This host, as if the processes `ours` had ended. Without an NVIDIA driver it simply has no GPUs; a driver that
     does not work is a Problem."""
-    memory = {
-        key: int(value.split()[0]) * 1024
-        for key, _, value in (line.partition(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    }
+    free, total = meminfo(Path("/proc/meminfo").read_text())
     host: dict[str, Any] = {
         "name": platform.node(),
         "cpu_cores": len(os.sched_getaffinity(0)),
-        "memory": memory["MemTotal"],
-        "memory_free": min(memory["MemTotal"], memory["MemAvailable"] + host_memory(ours)),
+        "memory": total,
+        "memory_free": min(total, free + host_memory(ours)),
     }
     try:
         pynvml.nvmlInit()

@@ -19,8 +19,8 @@ from planner import memory
 from planner.choose import BFLOAT16, Plan, Replica
 from planner.machine import GIB, Machine
 from planner.memory import Account
+from planner.replica_gpus import dump_compose, gpu_service
 from planner.speed import ANSWER, CONCURRENT, PROMPT
-from stack.replica_gpus import dump_compose, gpu_service
 
 MIB = 1 << 20
 LINK_NAMES = {

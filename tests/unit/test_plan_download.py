@@ -20,9 +20,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 import download_model
-from planner.sources import sign_s3
 from stack import model
 from stack.compose import Config
+from stack.sources import sign_s3
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = (ROOT / "tests" / "models" / "SmolLM2-135M-Instruct" / "config.json").read_bytes()

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner import hub
-from stack import settings
+from stack import hub, settings
 from stack.console import Problem
 from stack.shell import ROOT
 

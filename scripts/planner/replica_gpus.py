@@ -1,4 +1,4 @@
-"""A replica on its GPUs, as Compose wants it: what docker-compose.gpu.yml says for two replicas, for any replica."""
+"""A replica on its GPUs, as Compose wants it: what docker-compose.gpu.yml says of two, for any."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-IMAGE = "vllm-fleet/replica:0.32.0-gpu"
+from stack.compose import GPU_FILE
+from stack.shell import ROOT
 
 
 class Override(list[Any]):
@@ -38,13 +39,9 @@ def gpu_service(
         raise ValueError(
             f"tp {tensor_parallel_size} x pp {pipeline_parallel_size} needs as many different GPUs, got {ids}"
         )
+    common = yaml.safe_load((ROOT / GPU_FILE).read_text())["x-gpu-replica"]
     return {
-        "image": IMAGE,
-        "build": {"args": {"DEVICE": "gpu"}},
-        "volumes": ["./vllm/engine.gpu.yaml:/etc/vllm/engine.yaml:ro"],
-        "mem_limit": "${REPLICA_MEMORY:-32g}",
-        "shm_size": "${REPLICA_SHM:-8g}",
-        "ulimits": {"memlock": -1, "stack": 67108864},
+        **common,
         "environment": {
             "TENSOR_PARALLEL_SIZE": str(tensor_parallel_size),
             "PIPELINE_PARALLEL_SIZE": str(pipeline_parallel_size),
