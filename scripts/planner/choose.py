@@ -126,6 +126,7 @@ class _Variant:
     quantization: str | None = None
     offload: int = 0  # bytes of weights a GPU keeps in host memory
     reason: str = ""
+    last: bool = True  # nothing but host memory comes after it, so small batches are tried too
 
 
 def choose(machine: Machine, model: Model, wish: Wish) -> Plan:
@@ -229,11 +230,12 @@ def _variants(machine: Machine, model: Model, wish: Wish) -> Iterator[_Variant]:
     if asked in ONLINE_BITS and model.quantization is None:
         yield _Variant(model.quantized(asked), asked, reason=f"{asked}: asked for")
         return
-    yield _Variant(model)
-    if asked is None and model.quantization is None and not model.pooling:
+    smaller = asked is None and model.quantization is None and not model.pooling
+    yield _Variant(model, last=not smaller)
+    if smaller:
         needed = f"its {memory.total_weight_bytes(model) / GIB:.1f} GiB of 16-bit weights leave too little room here"
         if all(gpu.compute_capability >= NATIVE_FP8 for gpu in machine.gpus):
-            yield _Variant(model.quantized("fp8"), "fp8", reason=f"8-bit weights: {needed}")
+            yield _Variant(model.quantized("fp8"), "fp8", reason=f"8-bit weights: {needed}", last=False)
         yield _Variant(model.quantized("bitsandbytes"), "bitsandbytes", reason=f"4-bit weights: {needed}")
 
 
@@ -252,7 +254,7 @@ def _offloading(machine: Machine, model: Model, wish: Wish) -> Iterator[_Variant
 def _sizes(gpu: Gpu, variant: _Variant, wish: Wish) -> list[Settings]:
     """What vLLM can be told on such a GPU, its own choice first."""
     model, found = variant.model, []
-    for own in Settings.choices(gpu):
+    for own in [*Settings.choices(gpu), *([memory.TIGHT] if variant.last else [])]:
         batched = wish.max_batched_tokens or own.max_batched_tokens
         batches = [batched]
         if model.whole_prompts:  # a step takes all of one; where memory is short, of shorter ones than the model allows

@@ -53,6 +53,10 @@ class Settings:
         return Settings.choices(gpu)[0]
 
 
+# For a model that nearly fills its GPU: few CUDA graphs, and short steps.
+TIGHT = Settings(64, 1024)
+
+
 @dataclass(frozen=True)
 class Account:
     """One GPU's memory, in bytes; the tightest GPU of the replica."""

@@ -436,7 +436,7 @@ def _bits(found: Quantization | None, model: Model, attention: int) -> float:
     if bits < 1:
         raise Problem(
             f"{model.name}: its config.json does not say how many bits {found.method} keeps of a weight",
-            "bring it with scripts/download_model.py: the planner sees it by the files, then",
+            "bring it with scripts/download_model.py: the planner then sees it from the files",
         )
     return min(16.0, bits)
 

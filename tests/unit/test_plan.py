@@ -218,6 +218,17 @@ def test_cuda_graphs_are_taken_off_before_the_kv_cache_on_a_small_gpu() -> None:
     assert bare.kv - account.kv == account.graphs
 
 
+@pytest.mark.parametrize(
+    ("model", "sizes"), [("Llama-3.1-8B-Instruct", (256, 2048)), ("Qwen2.5-32B-Instruct", (64, 1024))]
+)
+def test_a_model_that_nearly_fills_its_gpu_gets_few_graphs_and_short_steps(model: str, sizes: tuple[int, int]) -> None:
+    """A 32B in 4 bits leaves some 1.5 GiB of 24: CUDA graphs of 256 requests would take most of that."""
+    plan = choose.choose(MACHINES["one-24gb"], MODELS[model], Wish())
+    settings = plan.replicas[0].settings
+    assert (settings.max_num_seqs, settings.max_batched_tokens) == sizes
+    assert plan.max_length >= 4096
+
+
 @pytest.mark.parametrize("machine", ["one-24gb", "four-3090", "home-lab"])
 @pytest.mark.parametrize("context", [None, 16384])
 def test_a_length_that_memory_sets_leaves_room_for_an_error(machine: str, context: int | None) -> None:
