@@ -137,15 +137,21 @@ function serving(now, model) {
     return Object.hasOwn(now.models, model) ? now.models[model] : undefined;
 }
 
-// When this gateway began, in milliseconds; a reload does not count.
+// The time in milliseconds, for what is compared with a time noted earlier. It counts from the machine's start, so that a
+// step of the wall clock does not keep a replica from being watched for hours.
+function clock() {
+    return Math.round(parseFloat(fs.readFileSync('/proc/uptime', 'utf8')) * 1000);
+}
+
+// When this gateway began, by `clock`; a reload does not count.
 function started() {
-    shared.add('started', String(Date.now()));
+    shared.add('started', String(clock()));
     return Number(shared.get('started'));
 }
 
 // A connection to the replica failed: it leaves the route at once; health.js brings it back.
 function unreachable(name) {
-    set(`down:${name}`, { reason: 'a connection failed', at: Date.now() });
+    set(`down:${name}`, { reason: 'a connection failed', at: clock() });
     publish();
 }
 
@@ -188,6 +194,6 @@ function forgetDeadWorkers() {
 }
 
 export default {
-    read, parse, get, set, record, publish, table, serving, started, unreachable, enter, leave, inFlight, work, addWork, ageWork,
-    forgetDeadWorkers,
+    read, parse, get, set, record, publish, table, serving, clock, started, unreachable, enter, leave, inFlight, work, addWork,
+    ageWork, forgetDeadWorkers,
 };

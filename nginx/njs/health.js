@@ -68,7 +68,7 @@ async function ask(replica, path, body) {
 async function look(replica) {
     const name = replica.name;
     const old = fleet.record(name);
-    const began = Date.now();
+    const began = fleet.clock();
     const due = began - (old.asked || 0) > MODELS_MS;
     // Looking up the name, connecting and reading have a limit each; together they must not take longer than this.
     let timer = null;
@@ -192,7 +192,7 @@ function need(name, now) {
 
 async function oneToken(replica) {
     const model = fleet.record(replica.name).models[0];
-    const began = Date.now();
+    const began = fleet.clock();
     let answer = await ask(replica, '/v1/completions', { model, prompt: 'a', max_tokens: 1, user: 'gateway-probe' });
     if (answer.status >= 400 && answer.status < 500) {
         answer = await ask(replica, '/v1/embeddings', { model, input: 'a', user: 'gateway-probe' });
@@ -201,9 +201,9 @@ async function oneToken(replica) {
     metrics.probed(replica.name, ok);
     // Full is not wedged: what it was stays.
     if (answer.status !== 503) {
-        const seconds = ((Date.now() - began) / 1000).toFixed(1);
+        const seconds = ((fleet.clock() - began) / 1000).toFixed(1);
         const reason = ok ? '' : `no token for a one-token request in ${seconds} s (${answer.status || answer.text})`;
-        fleet.set(`probe:${replica.name}`, { ok, at: Date.now(), reason });
+        fleet.set(`probe:${replica.name}`, { ok, at: fleet.clock(), reason });
         fleet.publish();
     }
 }
@@ -214,18 +214,18 @@ function ending() {
 }
 
 async function probe() {
-    const turn = String(Date.now() + Math.random());
-    const end = Date.now() + TURN_MS;
+    const turn = String(fleet.clock() + Math.random());
+    const end = fleet.clock() + TURN_MS;
     const running = new Set();
     if (settings.complaint) {
         ngx.log(ngx.WARN, settings.complaint);
     }
     // Another turn that began later, in a new worker, takes over.
     shared.set('turn', turn);
-    while (Date.now() < end && shared.get('turn') === turn && !ending()) {
+    while (fleet.clock() < end && shared.get('turn') === turn && !ending()) {
         try {
             for (const replica of fleet.read()) {
-                if (!running.has(replica.name) && need(replica.name, Date.now())) {
+                if (!running.has(replica.name) && need(replica.name, fleet.clock())) {
                     running.add(replica.name);
                     oneToken(replica).catch((e) => ngx.log(ngx.ERR, `probing ${replica.name}: ${e.message}`))
                         .finally(() => running.delete(replica.name));

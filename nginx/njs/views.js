@@ -29,7 +29,7 @@ function status(r) {
         gateway: {
             version: ngx.version,
             policy: settings.policy,
-            uptime_s: Math.round((Date.now() - fleet.started()) / 1000),
+            uptime_s: Math.round((fleet.clock() - fleet.started()) / 1000),
             refused: metrics.refusals(),
         },
         models: Object.keys(table.models),

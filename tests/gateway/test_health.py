@@ -181,3 +181,8 @@ def test_the_watch_for_tokens_rests_for_a_few_seconds_in_minutes() -> None:
     interval = 60 * int(re.findall(r"interval=(\d+)m", location[1])[0])
     longest = int(re.findall(r"js_fetch_timeout (\d+)s", location[1])[0])
     assert longest < interval - int(turn[1]) / 1000 <= interval / 50
+
+
+def test_nothing_is_measured_by_the_wall_clock() -> None:
+    """A step of it would keep replicas from being watched for as long; `make chaos` has one, where libfaketime is."""
+    assert [path.name for path in (ROOT / "nginx" / "njs").glob("*.js") if "Date" in path.read_text()] == []
