@@ -11,6 +11,7 @@ from planner import memory, speed
 from planner.machine import GIB, LINK_ORDER, Gpu, Link, Machine
 from planner.memory import Account, Settings
 from planner.model import ONLINE_BITS, Model
+from planner.quantization import MXFP4_METHODS
 from planner.speed import Speed
 from stack.console import Problem
 
@@ -167,7 +168,7 @@ def choose(machine: Machine, model: Model, wish: Wish) -> Plan:
 def _too_old(gpu: Gpu, model: Model) -> str | None:
     """Why the GPU can do nothing for the model, however much memory it has."""
     needed, why = OLDEST, "vLLM"
-    if model.quantization == "mxfp4":
+    if model.quantization in MXFP4_METHODS:
         needed, why = BFLOAT16, "a checkpoint in mxfp4"
     elif model.kind in NO_FLOAT16:
         needed, why = BFLOAT16, f"{model.kind}, which does not work in float16,"

@@ -11,6 +11,7 @@ from math import ceil, floor
 
 from planner.machine import GIB, Gpu
 from planner.model import Model
+from planner.quantization import MXFP4_METHODS
 
 BLOCK = 16  # tokens; vLLM's KV block
 DEFAULT_UTILIZATION = 0.92  # vLLM's own default
@@ -21,7 +22,6 @@ NOT_TORCH = 256 << 20  # attention workspaces and the like, inside what vLLM ask
 # Patches that a vision tower sees while vLLM measures (`profile_run` in vllm/v1/worker/gpu/model_runner.py): pictures
 # that fill a step, in Gemma 3 16 patches a token; one of the largest size where that is more. An estimate.
 PATCHES_A_TOKEN = 16
-MXFP4 = ("mxfp4", "gpt_oss_mxfp4")
 # What a replica takes besides what it asks for: CUDA context, library handles; with several GPUs NCCL's buffers too.
 CONTEXT, CONTEXT_NCCL = 900 << 20, 1800 << 20
 
@@ -109,7 +109,7 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
     split = model.weights.split
     layer = split * (16 / 8 if model.quantized_experts_only else width)
     if model.quantized_experts_only:
-        padding = _mxfp4_padding(model, tp) if model.quantization in MXFP4 else 1.0
+        padding = _mxfp4_padding(model, tp) if model.quantization in MXFP4_METHODS else 1.0
         layer += model.weights.experts * (width * padding - 2)
     per_gpu = layer / tp + 2 * model.weights.replicated
     attention = model.attention

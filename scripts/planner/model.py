@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.pooling import Further, longest_prompt, read_pooling
-from planner.quantization import NF4, Quantization, read_quantization
+from planner.quantization import MXFP4_METHODS, NF4, Quantization, read_quantization
 from stack.console import Problem
 from stack.hub import fetch_config, fetch_further
 
@@ -85,7 +85,7 @@ USED_EXPERTS = (
 )
 SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope")
 # Methods whose groups do not keep experts from being split further.
-FINER = ("fp8", "mxfp4", "gpt_oss_mxfp4")
+FINER = ("fp8", *MXFP4_METHODS)
 NOT_A_MODEL = "give the folder or the hub's name of a language model"
 
 

@@ -19,7 +19,8 @@ BITS = {
     "gpt_oss_mxfp4": MXFP4,
 }
 GROUPED = ("gptq", "awq", "auto_gptq", "auto_awq", "gptq_marlin", "awq_marlin", "inc", "auto-round")
-EXPERTS_ONLY = ("mxfp4", "gpt_oss_mxfp4", "experts_int8")
+MXFP4_METHODS = ("mxfp4", "gpt_oss_mxfp4")
+EXPERTS_ONLY = (*MXFP4_METHODS, "experts_int8")
 
 
 @dataclass(frozen=True)

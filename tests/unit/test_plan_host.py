@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -225,6 +226,12 @@ def test_a_gpu_that_is_too_old_stays_idle(name: str, old: tuple[int, int], reaso
     assert plan.quantization == choose.choose(lab((8, 6)), model(name), wish).quantization
     with pytest.raises(Problem, match=rf"cannot run on GPU 0 .*{reason}: take a newer one"):
         choose.choose(lab(old, old), model(name), Wish())
+
+
+def test_mxfp4_by_its_other_name_needs_the_same_gpu() -> None:
+    renamed = replace(model("gpt-oss-20b"), quantization="gpt_oss_mxfp4")
+    with pytest.raises(Problem, match="a checkpoint in mxfp4 needs compute capability 8.0"):
+        choose.choose(lab((7, 5)), renamed, Wish())
 
 
 def test_a_gpu_of_7_5_runs_the_others() -> None:
