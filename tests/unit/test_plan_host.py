@@ -230,7 +230,7 @@ def test_a_gpu_that_is_too_old_stays_idle(name: str, old: tuple[int, int], reaso
 
 def test_mxfp4_by_its_other_name_needs_the_same_gpu() -> None:
     renamed = replace(model("gpt-oss-20b"), quantization="gpt_oss_mxfp4")
-    with pytest.raises(Problem, match="a checkpoint in mxfp4 needs compute capability 8.0"):
+    with pytest.raises(Problem, match=r"a checkpoint in mxfp4 needs compute capability 8\.0"):
         choose.choose(lab((7, 5)), renamed, Wish())
 
 
