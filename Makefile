@@ -20,8 +20,8 @@ plan: ## plan the fleet for this host's GPUs and a model
 roll: ## restart the replicas one by one without breaking a stream
 	scripts/bootstrap.sh && .venv/bin/python scripts/roll.py $(ARGS)
 bench: ## compare the gateway with its peers
-	scripts/bootstrap.sh bench && .venv/bin/python scripts/bench.py $(ARGS)
+	scripts/bootstrap.sh bench && PYTHONPATH=scripts .venv/bin/python -m lab.bench $(ARGS)
 chaos: ## run the fault table
-	scripts/bootstrap.sh test && .venv/bin/python scripts/chaos.py $(ARGS)
+	scripts/bootstrap.sh test && PYTHONPATH=scripts .venv/bin/python -m lab.chaos $(ARGS)
 bundle: ## pack images, models and this checkout for a host without a network
 	scripts/bootstrap.sh && .venv/bin/python scripts/bundle.py $(ARGS)

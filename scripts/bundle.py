@@ -21,11 +21,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from models.hub import without_password
+from models.served import of_fleet
 from stack.compose import Compose, Config, running_gpu_file
 from stack.console import Problem, console, one_line_for_mistakes, step
-from stack.hub import without_password
 from stack.images import RECIPE_LABEL, builds_of, label_of, present, recipe
-from stack.model import of_fleet
 from stack.settings import value_of
 from stack.shell import ROOT, ask
 

@@ -18,13 +18,13 @@ import httpx
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from stack import hub
+from models import hub
+from models.hub import NAME, without_password
+from models.served import let_replicas_read
+from models.sources import SUMS, File, Source, for_vllm, open_source
 from stack.checks import GIB
 from stack.console import Problem, console, one_line_for_mistakes
-from stack.hub import NAME, without_password
-from stack.model import let_replicas_read
 from stack.shell import ROOT
-from stack.sources import SUMS, File, Source, for_vllm, open_source
 
 SPARE = GIB  # bytes of disk that stay free
 PARTIAL = ".partial"

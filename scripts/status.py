@@ -8,7 +8,7 @@ from rich.table import Table
 from stack import fleet, images, settings
 from stack.compose import Compose, running_gpu_file
 from stack.console import Problem, console, one_line_for_mistakes
-from stack.engine import engine_version
+from stack.docker import engine_version
 
 
 def number(value: float | None, form: str = "{:g}") -> str:

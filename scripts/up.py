@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
-from stack import checks, engine, fleet, images, model, settings
+from models import served
+from stack import checks, docker, fleet, images, settings
 from stack.compose import OVERRIDE, Build, Compose, Config, running
 from stack.console import console, one_line_for_mistakes, step
 from stack.shell import CACHE, LOG, ROOT, ask, let_all_read, work
@@ -45,7 +46,7 @@ def check_ports(wanted: settings.Settings, own: set[int]) -> str:
 def check_memory(config: Config) -> str:
     """A Problem where the replicas do not fit into the memory that is free."""
     available, total = checks.meminfo(Path("/proc/meminfo").read_text())
-    checks.memory_suffices(available, total, [model.memory(config.services[name]) for name in config.replicas])
+    checks.memory_suffices(available, total, [served.memory(config.services[name]) for name in config.replicas])
     return f"{available / checks.GIB:.1f} of {total / checks.GIB:.1f} GiB free"
 
 
@@ -72,20 +73,20 @@ def choose_gpus(wanted: settings.Settings) -> tuple[bool, str]:
     if OVERRIDE.exists():
         config = Compose().config()
         override = "gpu" if any(config.services[name].on_gpus for name in config.replicas) else "cpu"
-    return checks.gpu_choice(wanted.gpu, gpus, override, toolkit=engine.gpu_toolkit())
+    return checks.gpu_choice(wanted.gpu, gpus, override, toolkit=docker.gpu_toolkit())
 
 
 def check_pins(config: Config) -> None:
     """A Problem where a replica is pinned to a GPU that is not there."""
     replicas = [config.services[name] for name in config.replicas]
     if pinned := {gpu for replica in replicas for gpu in replica.gpus}:
-        checks.gpus_are_there(pinned, listed_gpus(), model.of_replica(replicas[0])[0])
+        checks.gpus_are_there(pinned, listed_gpus(), served.of_replica(replicas[0])[0])
 
 
 def open_mounts(config: Config) -> None:
     """Lets containers read what they mount of this checkout: a clone under a strict umask keeps it to its owner."""
     sources = {Path(volume.source) for service in config.services.values() for volume in service.volumes}
-    for source in sources - {model.MODELS}:
+    for source in sources - {served.MODELS}:
         if source.is_relative_to(ROOT):
             let_all_read([source, *source.rglob("*")])
 
@@ -107,7 +108,7 @@ def give_back() -> None:
     """Gives what root made under sudo to the user whose checkout this is: their next run writes there too."""
     user = os.environ.get("SUDO_UID", "")
     if os.geteuid() == 0 and user == str(ROOT.stat().st_uid):
-        made = [str(folder) for folder in (CACHE, ROOT / ".venv", model.MODELS) if folder.exists()]
+        made = [str(folder) for folder in (CACHE, ROOT / ".venv", served.MODELS) if folder.exists()]
         owner = f"{user}:{os.environ.get('SUDO_GID', '')}"
         ask("chown", "--recursive", "--no-dereference", "--from=root", owner, *made)
 
@@ -118,13 +119,13 @@ def up() -> None:
         wanted = settings.load()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
     with step("Docker") as shown:
-        shown.result = engine.check()
+        shown.result = docker.check()
     own = published_ports()
     with step("Ports") as shown:
         shown.result = check_ports(wanted, own)
 
     with step("Docker engine and plugins") as shown:
-        shown.result = engine.bring(shown.say)
+        shown.result = docker.bring(shown.say)
     with step("GPUs") as shown:
         gpu, shown.result = choose_gpus(wanted)
         compose = Compose(gpu=gpu)
@@ -148,9 +149,9 @@ def up() -> None:
             " To add it later: `docker load` the image, then `make up`",
             soft_wrap=True,
         )
-    model.fetch(config)
+    served.fetch(config)
     with step("Model") as shown:
-        shown.result = model.bring(config, shown.say)
+        shown.result = served.bring(config, shown.say)
     with step("Containers") as shown:
         open_mounts(config)
         start = ("--progress", "plain", "up", "--detach", "--remove-orphans", *services)

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import requests
 
-from tests.waiting import until
+from lab.waiting import until
 
 ROOT = Path(__file__).resolve().parent.parent
 # How long an example takes is the host's business: with a deadline, a busy one would fail what is right.

@@ -8,10 +8,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from models.hub import fetch_config, fetch_further
 from planner.pooling import Further, longest_prompt, read_pooling
 from planner.quantization import MXFP4_METHODS, NF4, Quantization, read_quantization
 from stack.console import Problem
-from stack.hub import fetch_config, fetch_further
 
 DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
 # Layers that keep a state instead of keys and values, which this arithmetic does not describe: how they are named, and

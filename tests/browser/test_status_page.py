@@ -15,9 +15,9 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
+from lab.waiting import until
 from tests.browser.conftest import CONTENT_POLICY, HURRY, FakeGateway, errors, look, replica
 from tests.conftest import Stack
-from tests.waiting import until
 
 BUSY: dict[str, Any] = {
     "in_flight": 8,

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.chaos.rows import CASES, Case, play
+from lab.chaos.rows import CASES, Case, play
 
 
 @pytest.mark.usefixtures("gateway_image")

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.sim.fleet import Gateway, Replicas, Sim
+from lab.sim.fleet import Gateway, Replicas, Sim
 
 
 @pytest.fixture(scope="module")

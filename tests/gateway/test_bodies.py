@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lab.sim.fleet import Gateway, wait_until
 from tests.gateway.conftest import chat
-from tests.sim.fleet import Gateway, wait_until
 
 PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize"]
 BODIES = {

@@ -11,11 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lab.sim.fleet import Gateway, Replicas, Sim, wait_until
+from lab.sim.load import Outcome, SteadyLoad, session, stream
 from tests.gateway.conftest import chat, seen_by
 from tests.gateway.test_public import error_of
 from tests.gateway.test_routing import Held, ask, counted
-from tests.sim.fleet import Gateway, Replicas, Sim, wait_until
-from tests.sim.load import Outcome, SteadyLoad, session, stream
 
 
 def under_load(gateway: Gateway, act: Callable[[], object], seconds: float = 3.0, clients: int = 8) -> list[Outcome]:

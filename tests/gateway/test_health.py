@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from lab.sim.fleet import Gateway, Replicas, wait_until
 from tests.conftest import ROOT
 from tests.gateway.conftest import chat
 from tests.gateway.test_routing import ask, counted
-from tests.sim.fleet import Gateway, Replicas, wait_until
 
 
 def reason(gateway: Gateway, name: str) -> str:

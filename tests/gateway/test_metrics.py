@@ -6,9 +6,9 @@ import subprocess
 import httpx
 import pytest
 
+from lab.sim.fleet import Gateway, get, image, wait_until
 from tests.gateway.conftest import chat
 from tests.gateway.test_routing import counted
-from tests.sim.fleet import Gateway, get, image, wait_until
 
 LINE = re.compile(
     r'([a-z_]+)(?:\{([a-z]+="(?:[^"\\\n]|\\.)*"(?:,[a-z]+="(?:[^"\\\n]|\\.)*")*)\})? (-?[0-9.e+-]+|\+Inf|NaN)'

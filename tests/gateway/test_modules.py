@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.sim.fleet import Gateway, Replicas
+from lab.sim.fleet import Gateway, Replicas
 
 PORT = 8089
 Call = Callable[..., Any]

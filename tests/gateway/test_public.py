@@ -11,8 +11,8 @@ import time
 import httpx
 import pytest
 
+from lab.sim.fleet import Gateway, Replicas, wait_until
 from tests.gateway.conftest import chat, seen_by
-from tests.sim.fleet import Gateway, Replicas, wait_until
 
 
 def error_of(answer: httpx.Response) -> dict[str, object]:

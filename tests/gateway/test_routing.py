@@ -10,8 +10,8 @@ from typing import Self
 import httpx
 import pytest
 
+from lab.sim.fleet import Gateway, Replicas, get, wait_until
 from tests.gateway.conftest import chat
-from tests.sim.fleet import Gateway, Replicas, get, wait_until
 
 WORDS = "lorem ipsum dolor sit amet consectetur " * 20
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import pytest
 import requests
 
+from lab.sim.load import Outcome, SteadyLoad
+from lab.waiting import until
 from tests.conftest import ROOT, Stack, run
-from tests.sim.load import Outcome, SteadyLoad
-from tests.waiting import until
 
 VICTIM = "vllm-1"
 CLIENTS = 4

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import requests
 
+from lab.waiting import until
 from tests.conftest import Stack
-from tests.waiting import until
 
 
 def test_sixteen_at_once(stack: Stack, client: openai.OpenAI) -> None:

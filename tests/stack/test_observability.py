@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 import pytest
 
+from lab.waiting import until
 from tests.conftest import Stack
-from tests.waiting import until
 
 DASHBOARDS = Path(__file__).parents[2] / "grafana" / "dashboards"
 METRIC = re.compile(r"([a-zA-Z_:][\w:]*)\s*\{")

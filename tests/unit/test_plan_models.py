@@ -367,7 +367,7 @@ def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.Mo
         file = url.partition("/me/model/resolve/main/")[2]
         return httpx.Response(200, json=there[file]) if file in there else httpx.Response(404)
 
-    monkeypatch.setattr("stack.hub.httpx.Client.get", get)
+    monkeypatch.setattr("models.hub.httpx.Client.get", get)
     model = load_model("me/model", ROOT / "models")
     assert (model.bits, model.pooling, model.max_length) == (4.5, False, 131072)
     there |= {**LAST, "sentence_bert_config.json": {"max_seq_length": 4096}}
@@ -381,6 +381,6 @@ def test_a_hub_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPat
             return httpx.Response(200, json=LLAMA)
         raise httpx.ConnectError("gone")
 
-    monkeypatch.setattr("stack.hub.httpx.Client.get", get)
+    monkeypatch.setattr("models.hub.httpx.Client.get", get)
     with pytest.raises(Problem, match="cannot reach"):
         load_model("me/model", ROOT / "models")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import up
-from stack import checks, engine
+from stack import checks, docker
 from stack.console import Problem, one_line_for_mistakes
 from stack.shell import ROOT
 
@@ -55,18 +55,18 @@ def test_no_rights_on_the_socket_are_told_from_an_engine_that_is_down() -> None:
 def test_an_engine_that_was_started_and_is_not_this_users_is_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systemd: bool, where: str
 ) -> None:
-    monkeypatch.setattr(engine, "SYSTEMD", tmp_path / ("" if systemd else "none"))
-    monkeypatch.setattr(engine, "work", lambda *_, **__: None)
-    monkeypatch.setattr(engine, "as_root", lambda *args: args)
+    monkeypatch.setattr(docker, "SYSTEMD", tmp_path / ("" if systemd else "none"))
+    monkeypatch.setattr(docker, "work", lambda *_, **__: None)
+    monkeypatch.setattr(docker, "as_root", lambda *args: args)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
-    monkeypatch.setattr(engine, "engine_version", lambda: (None, "permission denied while trying to connect"))
+    monkeypatch.setattr(docker, "engine_version", lambda: (None, "permission denied while trying to connect"))
     with pytest.raises(Problem, match="no rights on the Docker socket"):
-        engine.start(print)
-    monkeypatch.setattr(engine, "engine_version", lambda: (None, "Cannot connect to the Docker daemon"))
+        docker.start(print)
+    monkeypatch.setattr(docker, "engine_version", lambda: (None, "Cannot connect to the Docker daemon"))
     clock = itertools.count(step=61)
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with pytest.raises(Problem, match=f"does not answer a minute after its start: see {where}"):
-        engine.start(print)
+        docker.start(print)
 
 
 @pytest.mark.parametrize(

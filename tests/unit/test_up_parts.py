@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 import up
-from stack import checks, compose, fleet, images, model, settings
+from models import served
+from stack import checks, compose, fleet, images, settings
 from stack.compose import Build, Compose, Config, Container, Service, Volume
 from stack.console import Problem
 from stack.shell import ROOT
@@ -61,9 +62,9 @@ def replica(tmp_path: Path, engine: str | bytes, **environment: str) -> Service:
 
 
 def test_the_model_is_that_of_the_environment_then_of_the_engine_file_then_the_default(tmp_path: Path) -> None:
-    assert model.of_replica(replica(tmp_path, "model: a/b\n", MODEL="c/d")) == ["c/d"]
-    assert model.of_replica(replica(tmp_path, "model: a/b\n")) == ["a/b"]
-    assert model.of_replica(replica(tmp_path, "# all defaults\n")) == [model.PACKAGED]
+    assert served.of_replica(replica(tmp_path, "model: a/b\n", MODEL="c/d")) == ["c/d"]
+    assert served.of_replica(replica(tmp_path, "model: a/b\n")) == ["a/b"]
+    assert served.of_replica(replica(tmp_path, "# all defaults\n")) == [served.PACKAGED]
 
 
 DEVICES = {"resources": {"reservations": {"devices": [{"driver": "nvidia", "device_ids": ["0"]}]}}}
@@ -93,7 +94,7 @@ def test_the_disk_that_is_needed_is_that_of_the_images_that_are_missing(
 def test_all_replicas_of_a_plan_are_counted_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = stack_of(Service(image="replica"))
     config.services |= {f"vllm-{n}": config.services["vllm-0"] for n in range(1, 200)}
-    monkeypatch.setattr(model, "memory", lambda _: 2**40)
+    monkeypatch.setattr(served, "memory", lambda _: 2**40)
     with pytest.raises(Problem, match="200 replicas and the rest need 204800"):
         up.check_memory(config)
 
@@ -182,33 +183,33 @@ def test_what_containers_mount_of_a_clone_under_a_strict_umask_is_opened_to_them
 
 def test_engine_settings_that_cannot_be_read_are_left_to_the_launcher(tmp_path: Path) -> None:
     for text in ("model: [a\n", "- model\n", "\ud800"):
-        assert model.of_replica(replica(tmp_path, text.encode("utf-8", "surrogatepass"))) == [model.PACKAGED]
+        assert served.of_replica(replica(tmp_path, text.encode("utf-8", "surrogatepass"))) == [served.PACKAGED]
 
 
 def test_a_draft_model_is_one_of_the_replicas_models(tmp_path: Path) -> None:
     draft = json.dumps({"method": "draft_model", "model": "a/draft"})
-    assert model.of_replica(replica(tmp_path, "model: a/b\n", SPECULATIVE_CONFIG=draft)) == ["a/b", "a/draft"]
+    assert served.of_replica(replica(tmp_path, "model: a/b\n", SPECULATIVE_CONFIG=draft)) == ["a/b", "a/draft"]
     in_file = 'model: a/b\nspeculative_config: {"method": "eagle", "model": "a/head"}\n'
-    assert model.of_replica(replica(tmp_path, in_file)) == ["a/b", "a/head"]
+    assert served.of_replica(replica(tmp_path, in_file)) == ["a/b", "a/head"]
     for none in ('{"method": "ngram"}', "not JSON", "[]"):
-        assert model.of_replica(replica(tmp_path, "model: a/b\n", SPECULATIVE_CONFIG=none)) == ["a/b"]
+        assert served.of_replica(replica(tmp_path, "model: a/b\n", SPECULATIVE_CONFIG=none)) == ["a/b"]
 
 
 def test_a_replica_needs_its_own_memory_its_cache_and_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "MODELS", tmp_path)
+    monkeypatch.setattr(served, "MODELS", tmp_path)
     (tmp_path / "a/b").mkdir(parents=True)
     with (tmp_path / "a/b/model.safetensors").open("wb") as weights:
         weights.truncate(5 * checks.GIB)
     own = checks.MEMORY_OF_VLLM
-    assert model.memory(replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n")) == own + 6 * checks.GIB
-    assert model.memory(replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n", KV_CACHE_GB="2")) == own + 7 * checks.GIB
+    assert served.memory(replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n")) == own + 6 * checks.GIB
+    assert served.memory(replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n", KV_CACHE_GB="2")) == own + 7 * checks.GIB
     for unknown in ("", "kv_cache_gb: lots\n"):
-        assert model.memory(replica(tmp_path, f"model: x/y\n{unknown}")) == own
+        assert served.memory(replica(tmp_path, f"model: x/y\n{unknown}")) == own
     on_gpus = replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n")
     on_gpus.deploy = {"resources": {"reservations": {"devices": [{"driver": "nvidia"}]}}}
-    assert model.memory(on_gpus) == own
+    assert served.memory(on_gpus) == own
 
 
 DOWNLOAD = """\
@@ -227,9 +228,9 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where what a stand-in for download_model.py was asked for is noted; it brings all models but gated ones."""
     script, asked, models = tmp_path / "download.py", tmp_path / "asked", tmp_path / "models"
     script.write_text(DOWNLOAD)
-    monkeypatch.setattr(model, "DOWNLOAD", script)
-    monkeypatch.setattr(model, "MODELS", models)
-    monkeypatch.setattr(model, "ROOT", tmp_path)
+    monkeypatch.setattr(served, "DOWNLOAD", script)
+    monkeypatch.setattr(served, "MODELS", models)
+    monkeypatch.setattr(served, "ROOT", tmp_path)
     monkeypatch.setenv("ASKED", str(asked))
     monkeypatch.setenv("MODELS", str(models))
     return asked
@@ -241,19 +242,19 @@ def stack_of(service: Service) -> Config:
 
 def test_a_model_from_the_hub_is_brought_into_models_once(tmp_path: Path, asked: Path) -> None:
     config = stack_of(replica(tmp_path, "model: a/b\n"))
-    model.fetch(config)
+    served.fetch(config)
     assert asked.read_text() == "a/b"
     asked.unlink()
-    model.fetch(config)
+    served.fetch(config)
     assert not asked.exists()  # it is there
-    assert model.bring(config, print) == "a/b: in models/a/b"
+    assert served.bring(config, print) == "a/b: in models/a/b"
 
 
 def test_a_model_that_cannot_be_had_ends_make_up_with_what_the_download_said(
     tmp_path: Path, asked: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        model.fetch(stack_of(replica(tmp_path, "model: a/gated\n")))
+        served.fetch(stack_of(replica(tmp_path, "model: a/gated\n")))
     assert end.value.code == 1
     assert asked.read_text() == "a/gated"
     assert "gated" in capfd.readouterr().err
@@ -262,16 +263,16 @@ def test_a_model_that_cannot_be_had_ends_make_up_with_what_the_download_said(
 def test_a_name_that_the_hub_cannot_have_is_not_asked_for(tmp_path: Path, asked: Path) -> None:
     for name in ("/etc/model", "model", "../a/b"):
         config = stack_of(replica(tmp_path, f"model: {name}\n"))
-        model.fetch(config)
+        served.fetch(config)
         with pytest.raises(Problem, match=re.escape(name)):
-            model.bring(config, print)
+            served.bring(config, print)
     assert not asked.exists()
 
 
 def test_the_default_model_is_of_the_pinned_revision(tmp_path: Path, asked: Path) -> None:
-    said = model.bring(stack_of(replica(tmp_path, "# all defaults\n")), print)
-    assert asked.read_text() == f"{model.PACKAGED} --revision abc1234def"
-    assert said == f"{model.PACKAGED}: revision abc1234 from the hub"
+    said = served.bring(stack_of(replica(tmp_path, "# all defaults\n")), print)
+    assert asked.read_text() == f"{served.PACKAGED} --revision abc1234def"
+    assert said == f"{served.PACKAGED}: revision abc1234 from the hub"
 
 
 def container(service: str, state: str = "running", health: str = "healthy", restarts: int = 0) -> Container:

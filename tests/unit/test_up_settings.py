@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stack import hub, settings
+from models import hub
+from stack import settings
 from stack.console import Problem
 from stack.shell import ROOT
 

@@ -8,7 +8,6 @@ A full run writes docs/benchmarks/chaos.md, or chaos-real.md. Exit 1 when a row 
 """
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,14 +15,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from lab.bench.report import provenance, table
+from lab.chaos import real, rows
+from lab.chaos.rows import Row
+from lab.sim.fleet import nginx_version
 
-from benchmark.report import provenance, table  # noqa: E402
-from tests.chaos import real, rows  # noqa: E402
-from tests.chaos.rows import Row  # noqa: E402
-from tests.sim.fleet import nginx_version  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "benchmarks"
 HEAD = [
     "fault",

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.sim.engine import BLOCK, TOKEN_BYTES, Blocks, block_hashes
-from tests.sim.fleet import Replicas, get, wait_until
-from tests.sim.load import Outcome, session, stream
+from lab.sim.engine import BLOCK, TOKEN_BYTES, Blocks, block_hashes
+from lab.sim.fleet import Replicas, get, wait_until
+from lab.sim.load import Outcome, session, stream
 
 PROMPT = "a prompt of some length " * 60
 

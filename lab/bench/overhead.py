@@ -15,10 +15,10 @@ from pathlib import Path
 
 import aiohttp
 
-from benchmark.instant import InstantReplicas
-from benchmark.peers import Start, Target
-from tests.sim.fleet import Gateway
-from tests.sim.load import session, text
+from lab.bench.instant import InstantReplicas
+from lab.bench.peers import Start, Target
+from lab.sim.fleet import Gateway
+from lab.sim.load import session, text
 
 SIZES = {"1 KB": 1_000, "10 KB": 10_000, "100 KB": 100_000}
 CONNECTIONS = 16

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
+from models.hub import is_repository
 from stack import checks
 from stack.compose import Config, Service
 from stack.console import Problem
-from stack.hub import is_repository
 from stack.shell import CACHE, ROOT, Say, let_all_read, work
 
 MODELS = ROOT / "models"

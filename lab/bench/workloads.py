@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from benchmark.overhead import quantile
-from tests.sim.fleet import get
-from tests.sim.load import Outcome, session, stream, text
+from lab.bench.overhead import quantile
+from lab.sim.fleet import get
+from lab.sim.load import Outcome, session, stream, text
 
 Message = dict[str, str]
 # What a client asks next, given the answer to what it asked last; and the most tokens it wants.

@@ -20,8 +20,8 @@ from xml.etree import ElementTree
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
+from models.hub import client, gated, is_repository, not_the_hub, read_token
 from stack.console import Problem
-from stack.hub import client, gated, is_repository, not_the_hub, read_token
 
 SUMS = "SHA256SUMS"
 WRITE_SUMS = f"write it with: find . -type f ! -name {SUMS} -exec sha256sum {{}} + > {SUMS}"

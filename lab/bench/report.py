@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.sim.fleet import ROOT
+from lab.sim.fleet import ROOT
 
 
 def machine() -> str:

@@ -34,7 +34,6 @@ from typing import Any, Self
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-REPLICA = Path(__file__).with_name("replica.py")
 START_SECONDS = 20.0
 
 
@@ -128,8 +127,8 @@ class Sim:
 
     def start(self, wait: bool = True) -> None:
         """Starts the process under the present address and gives it its name."""
-        command = [sys.executable, str(REPLICA), "--host", self.host, "--port", str(self.port), *self.args]
-        self.process = subprocess.Popen(command)
+        command = [sys.executable, "-m", "lab.sim.replica", "--host", self.host, "--port", str(self.port), *self.args]
+        self.process = subprocess.Popen(command, cwd=ROOT)
         self._dns.names[self.name] = self.host
         if wait:
             self.wait()
@@ -380,7 +379,7 @@ class Gateway(Nginx):
             path.write_text(text)
         # A test that quietly ran on the real ports would be worse than none.
         if missing:
-            raise RuntimeError(f"nothing in nginx/host matches {missing}: it and tests/sim/fleet.py are out of step")
+            raise RuntimeError(f"nothing in nginx/host matches {missing}: it and lab/sim/fleet.py are out of step")
 
     def write_fleet(self, upstreams: str) -> None:
         """Replaces the fleet file; `reload()` makes it count."""

@@ -12,14 +12,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, Self
 
-from benchmark.workloads import totals
+from lab.bench.workloads import totals
+from lab.sim.fleet import ROOT, get, wait_until
+from lab.sim.load import SYLLABLES
 from planner.machine import GIB
 from planner.nvml import read_machine
-from tests.sim.fleet import ROOT, get, wait_until
-from tests.sim.load import SYLLABLES
 
 PORT = 8000
 MAX_LENGTH = 16384
@@ -85,7 +86,7 @@ def four_characters() -> Iterator[str]:
 def write_model(folder: Path, model: str) -> Path:
     """A folder that vLLM serves with `--load-format dummy`: config.json, and a tokenizer of four characters a token.
 
-    That is what tests/sim/load.py calls a token. An answer's tokens are such too, so a conversation's next turn holds
+    That is what lab/sim/load.py calls a token. An answer's tokens are such too, so a conversation's next turn holds
     the very tokens of its last answer.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415 - only a GPU host has it
@@ -130,9 +131,14 @@ def write_weights(path: Path) -> None:
 
 def launcher() -> Any:
     """vllm/launch.py; `vllm` itself is the real package where engines run."""
-    if str(ROOT / "vllm") not in sys.path:
-        sys.path.append(str(ROOT / "vllm"))
-    return import_module("launch")
+    spec = spec_from_file_location("launch", ROOT / "vllm" / "launch.py")
+    assert spec
+    assert spec.loader
+    module = module_from_spec(spec)
+    # pydantic and dataclasses look a class's module up by its name
+    sys.modules["launch"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 # All engines come from one process that has vLLM imported: a start does not pay for that.

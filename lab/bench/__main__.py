@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -25,18 +24,16 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from lab.bench import overhead, peers, workloads
+from lab.bench.overhead import SIZES, Cost, quantile
+from lab.bench.peers import DESIGNS, OURS, PEERS, Start, Target
+from lab.bench.pictures import bars, line
+from lab.bench.report import provenance, table
+from lab.bench.workloads import WORKLOADS, Cell, Sizes
+from lab.chaos.real import Stack, StackError, run
+from lab.sim.fleet import Replicas, nginx_version
 
-from benchmark import overhead, peers, workloads  # noqa: E402
-from benchmark.overhead import SIZES, Cost, quantile  # noqa: E402
-from benchmark.peers import DESIGNS, OURS, PEERS, Start, Target  # noqa: E402
-from benchmark.pictures import bars, line  # noqa: E402
-from benchmark.report import provenance, table  # noqa: E402
-from benchmark.workloads import WORKLOADS, Cell, Sizes  # noqa: E402
-from tests.chaos.real import Stack, StackError, run  # noqa: E402
-from tests.sim.fleet import Replicas, nginx_version  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "benchmarks"
 PARTS = ("overhead", "workloads", "memory")
 # of the running stack, so not among those that `make bench` does alone
@@ -66,7 +63,7 @@ Milliseconds p50, p99 from when a request was due to its whole answer; in bracke
 LOADS = """# Workloads
 
 Written by `make bench`. {replicas} simulated replicas (`{shape}`;
-tests/sim/engine.py has their model of time), {clients} clients, {seconds:.0f} s each after a warm-up, new replicas and
+lab/sim/engine.py has their model of time), {clients} clients, {seconds:.0f} s each after a warm-up, new replicas and
 a new gateway for each row. Direct: clients take the replicas in turn. {designs} are other
 designs of this gateway's affinity. vllm-router's {best} is the best of {others}
 in this run.
@@ -334,7 +331,7 @@ def first_token(stack: Stack, gateway: str, urls: Sequence[str], count: int) -> 
         "python3",
         image.strip(),
     ]
-    script = (ROOT / "benchmark" / "first_token.py").read_text()
+    script = (ROOT / "lab" / "bench" / "first_token.py").read_text()
     done = subprocess.run([*command, "-", gateway, str(count), *urls], input=script, capture_output=True, text=True)
     if done.returncode:
         raise StackError(f"first_token.py: {done.stderr[-500:]}")

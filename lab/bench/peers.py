@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.plain import write_plain
-from tests.sim.fleet import ROOT, Gateway, Nginx, Replicas, answers, get, wait_until
+from lab.bench.plain import write_plain
+from lab.sim.fleet import ROOT, Gateway, Nginx, Replicas, answers, get, wait_until
 
 VENV = ROOT / ".cache" / "bench-venv"
 REQUIREMENTS = Path(__file__).with_name("peers.requirements.txt")

@@ -8,7 +8,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmark.peers import OURS
+from lab.bench.peers import OURS
 
 matplotlib.use("svg")
 # Else the names inside a picture are new each time. With no date in it either, the same figures give the same file.

@@ -1,6 +1,6 @@
 """A simulated replica: vLLM's HTTP face over the simulated engine of `engine.py`, with faults on command.
 
-    python tests/sim/replica.py --host 127.0.0.1 --port 8000 --model sim
+    python lab/sim/replica.py --host 127.0.0.1 --port 8000 --model sim
 
 It answers /health, /v1/models, /v1/chat/completions, /v1/completions (streamed and whole), /tokenize, /metrics with
 vLLM's own metric names, and on `/_sim` its own control: GET gives what it saw, POST a JSON object sets faults:
@@ -21,21 +21,17 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import time
 import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, cast
 
 import uvloop
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from tests.sim.engine import BLOCK, TOKEN_BYTES, Engine, QueueFullError, Request, Shape
+from lab.sim.engine import BLOCK, TOKEN_BYTES, Engine, QueueFullError, Request, Shape
 
 WORDS = b"the and for are but not you all any can had her was one our out day get has him his how man new now".split()
 TTFT_BUCKETS = (

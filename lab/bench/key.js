@@ -1,4 +1,4 @@
-// The other designs' affinity (benchmark/peers.py): what a conversation begins with is the key of where it goes.
+// The other designs' affinity (lab/bench/peers.py): what a conversation begins with is the key of where it goes.
 
 const routes = ngx.shared.routes;
 

@@ -108,7 +108,7 @@ async def events(answer: aiohttp.ClientResponse, patience: float) -> AsyncGenera
             data = await asyncio.wait_for(answer.content.readany(), patience)
         except aiohttp.ClientPayloadError as why:
             # aiohttp tells of the break before it gives the data that came ahead of it.
-            data, broken = b"".join(answer.content._buffer), why
+            data, broken = b"".join(answer.content._buffer), why  # noqa: SLF001 - nothing else has it
         if not data and not broken:
             return
         *whole, rest = (rest + data).split(b"\n\n")

@@ -3,8 +3,8 @@
 import json
 from typing import Self
 
-from benchmark.plain import write_plain
-from tests.sim.fleet import Nginx, Replicas
+from lab.bench.plain import write_plain
+from lab.sim.fleet import Nginx, Replicas
 
 ANSWER = json.dumps(
     {

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from tests.sim.fleet import ROOT, Gateway, Replicas, Sim
-from tests.sim.load import Outcome, SteadyLoad
+from lab.sim.fleet import ROOT, Gateway, Replicas, Sim
+from lab.sim.load import Outcome, SteadyLoad
 
 PATIENCE = 60.0
 WARM_REQUESTS = 40

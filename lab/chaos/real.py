@@ -8,9 +8,9 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from tests.chaos.rows import Row, Watch, judge
-from tests.sim.fleet import ROOT, get
-from tests.sim.load import SteadyLoad
+from lab.chaos.rows import Row, Watch, judge
+from lab.sim.fleet import ROOT, get
+from lab.sim.load import SteadyLoad
 
 VICTIM = "vllm-0"
 # A replica loads its model for a minute or more.

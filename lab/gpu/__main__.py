@@ -31,23 +31,22 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from lab.bench import peers, workloads
+from lab.bench.peers import OURS, PEERS, Target
+from lab.bench.report import table
+from lab.bench.workloads import WORKLOADS, Cell, Client, Sizes, Workload, user
+from lab.gpu import engines
+from lab.gpu.engines import MAX_LENGTH, PORT, SHAPES, TP_SAFE, Engine
+from lab.sim.fleet import Dns, Gateway, get, nginx_version, wait_until
+from lab.sim.load import Outcome, SteadyLoad, session, stream
+from planner import choose, memory, speed
+from planner.choose import Wish
+from planner.machine import GIB, Machine
+from planner.memory import Settings
+from planner.model import Model, read_model
+from planner.nvml import read_machine
 
-from benchmark import engines, peers, workloads  # noqa: E402
-from benchmark.engines import MAX_LENGTH, PORT, SHAPES, TP_SAFE, Engine  # noqa: E402
-from benchmark.peers import OURS, PEERS, Target  # noqa: E402
-from benchmark.report import table  # noqa: E402
-from benchmark.workloads import WORKLOADS, Cell, Client, Sizes, Workload, user  # noqa: E402
-from planner import choose, memory, speed  # noqa: E402
-from planner.choose import Wish  # noqa: E402
-from planner.machine import GIB, Machine  # noqa: E402
-from planner.memory import Settings  # noqa: E402
-from planner.model import Model, read_model  # noqa: E402
-from planner.nvml import read_machine  # noqa: E402
-from tests.sim.fleet import Dns, Gateway, get, nginx_version, wait_until  # noqa: E402
-from tests.sim.load import Outcome, SteadyLoad, session, stream  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "docs" / "benchmarks" / "gpu.md"
 PROCESSES = 12  # that send the load: reading every token's event costs more than one core
 PER_GPU = speed.CONCURRENT
@@ -543,7 +542,7 @@ PICTURES: list[tuple[str, str, Callable[[Cell], float]]] = [
 
 
 def report_gateway(found: dict[str, Any]) -> str:
-    from benchmark.pictures import bars  # noqa: PLC0415 - a GPU host has no matplotlib
+    from lab.bench.pictures import bars  # noqa: PLC0415 - a GPU host has no matplotlib
 
     text = ""
     if rows := found.get("throughput"):
@@ -595,7 +594,7 @@ def report(results: Path) -> None:
     link = f"{machine.links[0].kind}, {machine.links[0].gb_s:g} GB/s one way"
     text = f"""# On real GPUs
 
-Written by `scripts/gpu_bench.py report` from [gpu.json](gpu.json): shapes with random weights, so speeds are real and
+Written by `lab/gpu report` from [gpu.json](gpu.json): shapes with random weights, so speeds are real and
 answers are not. Replicas start as the launcher starts them.
 
 - machine: {gpus} ({link}), {machine.cpu_cores} cores, driver {machine.driver}

@@ -1,0 +1,1 @@
+"""What measures and what breaks. Never part of a running stack."""

@@ -1,0 +1,1 @@
+"""Faults under load, and what became of every request: `make chaos`."""

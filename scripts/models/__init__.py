@@ -1,0 +1,1 @@
+"""What the model is called, where its weights are, and how they get there."""
