@@ -34,7 +34,7 @@ def published_ports() -> set[int]:
 def check_ports(wanted: settings.Settings, own: set[int]) -> str:
     """A Problem where a port that the stack publishes is taken by something else."""
     sockets = psutil.net_connections("tcp")
-    taken = [(socket.laddr.ip, socket.laddr.port) for socket in sockets if socket.status == psutil.CONN_LISTEN]
+    taken = [socket.laddr[:2] for socket in sockets if socket.laddr and socket.status == psutil.CONN_LISTEN]
     ports = {
         "HTTP_PORT": (wanted.bind_address, wanted.http_port),
         "GRAFANA_PORT": (ip_address("127.0.0.1"), wanted.grafana_port),
