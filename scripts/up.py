@@ -9,16 +9,17 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
 from models import served
-from stack import checks, docker, fleet, images, settings
-from stack.compose import OVERRIDE, Build, Compose, Config, running
-from stack.console import console, one_line_for_mistakes, step
-from stack.shell import CACHE, LOG, ROOT, ask, let_all_read, work
+from stack import checks, docker, images, settings
+from stack.compose import OVERRIDE, Build, Compose, Config, Container, is_replica, running, stays_down
+from stack.console import Problem, console, one_line_for_mistakes, step
+from stack.gateway import Gateway, check_named
+from stack.shell import CACHE, LOG, ROOT, Say, ask, let_all_read, wait_for, work
 
 QUESTION = "What is the capital of France?"
 
@@ -91,6 +92,50 @@ def open_mounts(config: Config) -> None:
             let_all_read([source, *source.rglob("*")])
 
 
+def not_ready(
+    services: list[str], containers: Mapping[str, Container], states: Mapping[str, str], began: Mapping[str, Container]
+) -> list[str]:
+    """What is still missing, in words; empty when every service is healthy and every replica ready.
+
+    `states` are those that the gateway gives its replicas, `began` the containers at the beginning of the wait. A
+    service that waiting will not bring up is a Problem.
+    """
+    missing = []
+    for service in services:
+        container = containers.get(service)
+        if container is None or stays_down(container, began.get(service)):
+            what = "stops instead of starting" if container else "was removed"
+            raise Problem(
+                f"{service} {what}", f"see why (docker compose logs {service}), correct it, and run `make up` again"
+            )
+        if container.health == "unhealthy":
+            raise Problem(f"{service} runs but is unwell", f"see why: docker compose logs {service}")
+        state = states.get(service, "not in the route yet") if is_replica(service) else "ready"
+        if not container.well:
+            missing.append(f"{service} {states.get(service) or container.health or container.state}")
+        elif state != "ready":
+            missing.append(f"{service} {state}")
+    return missing
+
+
+def wait_until_ready(compose: Compose, gateway: Gateway, services: list[str], say: Say) -> None:
+    """Returns when every service is healthy and every replica ready; a Problem has the last words of its service."""
+    began = compose.containers()
+
+    def ready() -> bool:
+        replicas = gateway.published()
+        states = {replica.name: replica.state for replica in replicas or ()}
+        try:
+            missing = not_ready(services, compose.containers(), states, began)
+        except Problem as problem:
+            service = problem.what.split()[0]
+            raise Problem(f"{problem.what}: {compose.last_words(service)}", problem.fix) from None
+        say(", ".join(missing) or "the gateway does not answer yet")
+        return replicas is not None and not missing
+
+    wait_for(ready, every_s=1)
+
+
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Waits for another `make up` of this checkout to end."""
@@ -131,7 +176,8 @@ def up() -> None:
         compose = Compose(gpu=gpu)
         config = compose.config()
         check_pins(config)
-    fleet.check_named(config)
+    check_named(config)
+    gateway = Gateway(compose, wanted.url)
     if not own:
         with step("Memory") as shown:
             shown.result = check_memory(config)
@@ -158,12 +204,12 @@ def up() -> None:
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)
     with step("Gateway's configuration") as shown:
-        shown.result = fleet.reload_if_changed(compose, config)
+        shown.result = gateway.reload_if_changed(config)
     with step("Ready") as shown:
-        fleet.wait_until_ready(compose, services, wanted.url, shown.say)
+        wait_until_ready(compose, gateway, services, shown.say)
         shown.result = "every service is healthy, every replica answers"
     with step(QUESTION) as shown:
-        shown.result = fleet.first_answer(wanted.url, QUESTION)
+        shown.result = gateway.first_answer(QUESTION)
 
     console.print(f"\n[bold]API[/]         {wanted.url}/v1")
     console.print(f"[bold]Status[/]      {wanted.url}/status")

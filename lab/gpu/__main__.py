@@ -44,6 +44,7 @@ from planner.machine import GIB, Machine
 from planner.memory import Settings
 from planner.model import Model, read_model
 from planner.nvml import read_machine
+from stack.gateway import fleet_line
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "docs" / "benchmarks" / "gpu.md"
@@ -121,10 +122,7 @@ class Fleet:
         dns.names.update({f"vllm-{n}": engine.host for n, engine in enumerate(every)})
 
     def upstreams(self, names: Sequence[str] | None = None) -> str:
-        return "".join(
-            f"upstream {name} {{ zone {name} 64k; server {name}:{PORT} resolve; keepalive 64; }}\n"
-            for name in names or [f"vllm-{n}" for n in range(len(self.every))]
-        )
+        return "".join(fleet_line(name, PORT) + "\n" for name in names or [f"vllm-{n}" for n in range(len(self.every))])
 
     def target(self) -> Target:
         cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))))

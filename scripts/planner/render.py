@@ -21,6 +21,7 @@ from planner.machine import GIB, Machine
 from planner.memory import Account
 from planner.replica_gpus import dump_compose, gpu_service
 from planner.speed import ANSWER, CONCURRENT, PROMPT
+from stack.gateway import fleet_line
 
 MIB = 1 << 20
 LINK_NAMES = {
@@ -366,8 +367,7 @@ def fleet_file(parts: list[Part]) -> str:
     lines = []
     weighted = any(replica.weight > 1 for _, _, replica in _named(parts))
     for name, _, replica in _named(parts):
-        weight = f" weight={replica.weight}" if weighted else ""
-        lines.append(f"upstream {name} {{ zone {name} 64k; server {name}:8000 resolve{weight}; keepalive 64; }}")
+        lines.append(fleet_line(name, weight=replica.weight if weighted else None))
     return "\n".join(lines) + "\n"
 
 
