@@ -40,9 +40,10 @@ from lab.sim.fleet import Dns, Gateway, get, nginx_version, wait_until
 from lab.sim.load import Outcome, SteadyLoad, session, stream
 from planner import choose, memory, speed
 from planner.choose import Wish
+from planner.config import read_model
 from planner.machine import GIB, Machine
 from planner.memory import Settings
-from planner.model import Model, read_model
+from planner.model import Model
 from planner.nvml import read_machine
 from stack.gateway import fleet_line
 
