@@ -38,6 +38,11 @@ def test_a_line_that_is_no_setting_is_refused() -> None:
         settings.parse_env("HTTP_PORT 81\n", KNOWN)
 
 
+def test_the_line_of_a_mistake_is_counted_from_the_top() -> None:
+    with pytest.raises(Problem, match=r"\.env, line 6: nothing reads HTTP_PROT"):
+        settings.parse_env("MODEL='a\nb'\n# comment\n\n\nHTTP_PROT=81\n", KNOWN)
+
+
 def test_composes_own_names_pass() -> None:
     assert settings.parse_env("COMPOSE_PROJECT_NAME=mine\n", KNOWN) == {"COMPOSE_PROJECT_NAME": "mine"}
 
@@ -47,7 +52,9 @@ def test_composes_own_names_pass() -> None:
     [
         ("a # comment", "a"),
         ("a#b", "a#b"),
-        ("# comment", ""),
+        ("# no comment", "# no comment"),
+        ('"two\nlines" # comment', "two\nlines"),
+        (r"'it\'s'", "it's"),
         ('"a # b" # comment', "a # b"),
         ("'{\"x\": 1}'", '{"x": 1}'),
         ("", ""),
