@@ -7,11 +7,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pynvml
 
 from planner.machine import Gpu, Link, LinkKind, Machine
 from planner.replica_processes import host_memory
-from stack.checks import meminfo
 from stack.console import Problem
 
 # Dense bf16 FLOP per clock and SM with 32-bit sums, from NVIDIA's papers on A100, GA102, Ada, H100 and Blackwell.
@@ -30,12 +30,12 @@ USUAL_PCIE, USUAL_LANES = 3, 16
 def read_machine(ending: frozenset[int] = frozenset()) -> Machine:
     """This host, as if the processes `ending` had ended. Without an NVIDIA driver it simply has no GPUs; a driver that
     does not work is a Problem."""
-    free, total = meminfo(Path("/proc/meminfo").read_text())
+    memory = psutil.virtual_memory()
     host: dict[str, Any] = {
         "name": platform.node(),
         "cpu_cores": len(os.sched_getaffinity(0)),
-        "memory": total,
-        "memory_free": min(total, free + host_memory(ending)),
+        "memory": memory.total,
+        "memory_free": min(memory.total, memory.available + host_memory(ending)),
     }
     try:
         pynvml.nvmlInit()
