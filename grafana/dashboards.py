@@ -418,7 +418,7 @@ FLEET = Dashboard(
                 Panel(
                     "Retries",
                     "Tries a second that failed on a replica before the first byte and went on to the next, by cause:"
-                    " connect, no connection; reset, it broke; timeout; refused, the replica was full.",
+                    " connect, no connection; reset, it broke; timeout; failed, its engine did; refused, the replica was full.",
                     [
                         Query(
                             f"sum by (replica, cause) ({rate('gateway_retries_total', GATEWAY)})",
@@ -430,7 +430,7 @@ FLEET = Dashboard(
                 Panel(
                     "Refusals",
                     "Requests a second that the gateway refused itself: full, every replica refused; none_ready;"
-                    " unknown_model;"
+                    " failed, on two replicas; unknown_model;"
                     " closed, published without keys.",
                     [Query(f"sum by (cause) ({rate('gateway_refusals_total', GATEWAY_ALL)})", "{{cause}}")],
                     unit="reqps",

@@ -10,7 +10,8 @@ vLLM's own metric names, and on `/_sim` its own control: GET gives what it saw, 
      "after_tokens": 5,    how far a stream gets under fault `cut`
      "slow": 1.0,          factor on every time
      "health": 200,        the answer of /health
-     "models": null}       the body of /v1/models, if it is not the list of its models
+     "models": null,       the body of /v1/models, if it is not the list of its models
+     "deadly": "text"}     a request with this text in its body ends the replica
 
 A stream's headers come with its first token, as this project's replica sends them (vllm/begin.py); vLLM alone sends
 them at once. Answers depend on the prompt alone: the same prompt gets the same text. HTTP is done by hand on asyncio,
@@ -100,6 +101,7 @@ class Faults:
     slow: float = 1.0
     health: int = 200
     models: str | None = None
+    deadly: str = ""
 
 
 @dataclass
@@ -343,6 +345,8 @@ class Connection(asyncio.Protocol):
 
     def _generate(self, method: str, path: str, body: bytes) -> None:
         replica, faults = self.replica, self.replica.faults
+        if faults.deadly and faults.deadly.encode() in body:
+            os._exit(1)
         if faults.fault == "reset":
             self.transport.abort()
             return
@@ -351,7 +355,9 @@ class Connection(asyncio.Protocol):
             self.transport.close()
             return
         if faults.fault == "status":
-            self._send_json(*error(faults.status, "simulated fault"))
+            status, body_of = error(faults.status, "simulated fault")
+            # As vllm/begin.py says of an engine that failed.
+            self._send(status, json.dumps(body_of).encode(), failure="simulated fault" if status >= 500 else "")
             return
         if method != "POST":
             self._send_json(405, {"detail": "Method Not Allowed"})
@@ -457,9 +463,10 @@ class Connection(asyncio.Protocol):
     def _send_json(self, status: int, data: object) -> None:
         self._send(status, json.dumps(data, separators=(",", ":")).encode())
 
-    def _send(self, status: int, body: bytes, kind: str = "application/json") -> None:
+    def _send(self, status: int, body: bytes, kind: str = "application/json", failure: str = "") -> None:
         reason = REASONS.get(status, "Error")
-        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
+        said = f"x-failure: {failure}\r\n" if failure else ""
+        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: {kind}\r\n{said}content-length: {len(body)}\r\n\r\n"
         self.transport.write(head.encode() + body)
 
 
