@@ -98,7 +98,7 @@ function refusals() {
 // ---- the text
 
 function escape(value) {
-    return String(value).replace(/\\/g, '\\\\').replace(/"/g, '\\"').replace(/\n/g, '\\n');
+    return !/[\\"\n]/.test(value) ? value : String(value).replace(/\\/g, '\\\\').replace(/"/g, '\\"').replace(/\n/g, '\\n');
 }
 
 function line(name, labels, value) {
@@ -137,8 +137,10 @@ function text() {
     for (const [key, value] of counters.items(fleet.ALL)) {
         const [kind, replica, ...rest] = key.split('|');
         if (kind === 'request') {
-            const labels = { replica, model: rest.slice(2).join('|'), status: rest[0], reason: rest[1] };
-            requests.push(line('gateway_requests_total', labels, value));
+            // There may be thousands: line() would take its time.
+            const model = rest.length === 3 ? rest[2] : rest.slice(2).join('|');
+            requests.push(`gateway_requests_total{replica="${replica}",model="${escape(model)}",status="${rest[0]}",`
+                + `reason="${rest[1]}"} ${value}\n`);
         } else if (kind === 'buckets') {
             if (rest[0] !== '') {
                 plus(first[replica] = first[replica] || {}, rest[0], value);

@@ -180,19 +180,14 @@ function models(r) {
         return;
     }
     const table = fleet.table();
-    const cards = Object.create(null);
-    for (const replica of table.replicas) {
-        for (const card of fleet.record(replica.name).cards) {
-            cards[card.id] = card;
-        }
-    }
+    const names = Object.keys(table.models);
     const wanted = r.uri.slice('/v1/models/'.length);
-    if (!wanted && Object.keys(cards).length) {
-        answers.json(r, { object: 'list', data: Object.values(cards) });
+    if (!wanted && names.length) {
+        answers.json(r, { object: 'list', data: names.map(fleet.card) });
     } else if (!wanted) {
         refuseNone(r, table);
-    } else if (cards[wanted]) {
-        answers.json(r, cards[wanted]);
+    } else if (fleet.serving(table, wanted)) {
+        answers.json(r, fleet.card(wanted));
     } else {
         refuseModel(r, table, wanted);
     }
