@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 import plan as command
 from planner import choose, memory, render
 from planner.choose import DoesNotFitError, Plan, Wish
+from planner.config import load_model, read_model
 from planner.machine import GIB, Gpu, Link, Machine, load_machine
 from planner.memory import Settings
-from planner.model import Model, load_model, read_model
+from planner.model import Cached, Model
 from stack.console import Problem
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -44,7 +45,9 @@ def check(machine: Machine, plan: Plan) -> None:
         assert one.account.max_requests >= (1.05 if machine.gpus else 1), "no room for a request of full length"
         if model.whole_prompts and machine.gpus:
             assert one.settings.max_batched_tokens >= plan.max_length, "its prompts are not cut into pieces"
-        assert model.encoder or one.account.kv_tokens >= plan.max_length, "KV cache for less than one request"
+        assert (model.pooling and model.pooling.encoder) or one.account.kv_tokens >= plan.max_length, (
+            "KV cache for less than one request"
+        )
         if machine.gpus:
             assert len(one.gpus) == one.tp * one.pp
             for gpu in one.gpus:
@@ -90,10 +93,14 @@ def test_every_machine_with_every_model_gets_a_sound_plan_or_a_way_out(
         ("Mixtral-8x7B-Instruct-v0.1", 46.7, 12.9),
         ("DeepSeek-V3", 671.0, 37.0),
         ("bge-m3", 0.568, None),
+        ("gemma-4-E4B-it", 8.0, None),
+        ("gemma-4-31B-it", 31.0, None),
+        ("Nemotron-Super-49B", 49.9, None),
     ],
 )
 def test_parameters_are_counted_as_published(name: str, billions: float, active: float | None) -> None:
-    assert MODELS[name].parameters / 1e9 == pytest.approx(billions, rel=0.02)
+    found = MODELS[name].all_parameters if "gemma-4" in name else MODELS[name].parameters
+    assert found / 1e9 == pytest.approx(billions, rel=0.02)
     if active:
         assert MODELS[name].active_parameters / 1e9 == pytest.approx(active, rel=0.1)
 
@@ -115,11 +122,13 @@ def test_kv_bytes_of_a_token(name: str, tp: int, bytes_: int) -> None:
 
 def test_a_sliding_window_keeps_little_of_a_long_request() -> None:
     gemma = MODELS["gemma-3-27b-it"]
-    assert (gemma.window, gemma.sliding_layers) == (1024, 52)
+    assert (gemma.attention.window, gemma.attention.sliding_layers) == (1024, 52)
     settings = Settings(256, 2048)
-    everything = memory.request_bytes(replace(gemma, sliding_layers=0), 1, 62, 131072, settings)
+    everything = memory.request_bytes(
+        replace(gemma, attention=replace(gemma.attention, cached=(Cached(62, 16, 128),))), 1, 62, 131072, settings
+    )
     assert memory.request_bytes(gemma, 1, 62, 131072, settings) < everything / 5
-    assert MODELS["Qwen2.5-32B-Instruct"].sliding_layers == 0, "use_sliding_window is false there"
+    assert MODELS["Qwen2.5-32B-Instruct"].attention.sliding_layers == 0, "use_sliding_window is false there"
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,23 @@
 """What the planner reads in a model's files, as vLLM 0.32 reads it."""
 
+import contextlib
 import json
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from planner import choose, memory
 from planner.choose import Wish
-from planner.machine import load_machine
+from planner.config import HARMLESS, SIZES, load_model, read_model, weight_files_bytes
+from planner.machine import GIB, load_machine
 from planner.memory import Settings
-from planner.model import Model, load_model, read_model, weight_files_bytes
+from planner.model import Cached, Model
 from stack.console import Problem
 from tests.conftest import ROOT
 
@@ -73,6 +79,109 @@ def test_the_same_weights_for_another_program_are_counted_once(tmp_path: Path) -
     assert weight_files_bytes(tmp_path) == 300, "nothing else is there"
 
 
+# ---- keys that may change sizes
+
+# Read, but without effect: all layers have experts of another width; MLA keeps one vector for all heads.
+IDLE = [("Qwen3-30B-A3B", "intermediate_size"), ("DeepSeek-V3", "num_key_value_heads")]
+SIZED = [
+    (name, key)
+    for name, config in CONFIGS.items()
+    for key, value in (config.get("text_config") or config).items()
+    if SIZES.search(key) and key not in HARMLESS and isinstance(value, int) and value
+    if name != "mamba-2.8b" and (name, key) not in IDLE
+]
+
+
+def changed(name: str, **keys: Any) -> Model:
+    """The model of a recorded config with some keys of its language model changed."""
+    config = CONFIGS[name]
+    part = {"text_config": config["text_config"] | keys} if "text_config" in config else keys
+    return read_model(config | part, "x")
+
+
+@given(
+    name=st.sampled_from([name for name in CONFIGS if name != "mamba-2.8b"]),
+    key=st.text("abcdefgh_", min_size=1, max_size=12),
+    kind=st.sampled_from(["_dim", "_size", "_heads", "_layers", "_groups", "_ratio", "_ratios", "_rank"]),
+    value=st.integers(1, 10**6) | st.lists(st.integers(), min_size=1),
+)
+def test_a_key_of_a_size_that_is_not_known_is_refused_by_its_name(name: str, key: str, kind: str, value: Any) -> None:
+    unknown = f"x_{key}{kind}"
+    with pytest.raises(Problem, match=f"{unknown}, which may change sizes"):
+        changed(name, **{unknown: value})
+    config = CONFIGS[name]
+    part = {"text_config": config["text_config"] | {unknown: value}} if "text_config" in config else {unknown: value}
+    trusted = read_model(config | part, "x", trust=True)
+    assert trusted.unread == (unknown,)
+    assert replace(trusted, unread=()) == read_model(config, "x"), "planned without it"
+
+
+def test_a_list_with_a_value_for_each_layer_is_read_or_refused() -> None:
+    with pytest.raises(Problem, match="x_kinds"):
+        llama(x_kinds=["a"] * 32)
+    assert llama(x_words=["a"] * 3), "of another length it is not one a layer"
+
+
+@pytest.mark.parametrize(("name", "key"), SIZED)
+def test_a_key_of_a_size_changes_the_model_or_is_refused(name: str, key: str) -> None:
+    """Whatever a recorded config says of sizes is read."""
+    value = (CONFIGS[name].get("text_config") or CONFIGS[name])[key]
+    with contextlib.suppress(Problem):
+        assert changed(name, **{key: 2 * value}) != read_model(CONFIGS[name], "x")
+
+
+# ---- layers of several kinds
+
+
+def test_an_embedding_for_each_layer_is_never_quantized() -> None:
+    """Of Gemma's E-models it is a third of all, and looked up in 16 bits."""
+    model = read_model(CONFIGS["gemma-4-E4B-it"], "x")
+    assert model.weights.look_up == 262144 * 256 * 42
+    assert model.tower
+    whole = 2 * (model.weights.look_up + model.weights.embedding + model.tower.parameters)
+    for tp in (1, 2):
+        small = memory.weight_bytes(model.quantized("bitsandbytes"), tp, 1, 0)
+        assert small > whole / tp + model.layers * model.weights.split * 4.5 / 8 / tp
+    assert memory.weight_bytes(model, 1, 1, 0) > 14.5 * GIB
+
+
+@pytest.mark.parametrize("machine", ["t4", "5080"])
+def test_an_e_model_is_not_planned_whole_where_it_runs_out_of_memory(machine: str) -> None:
+    host = load_machine(ROOT / "tests" / "machines" / "cases" / f"{machine}.json")
+    with pytest.raises(Problem, match="does not fit"):
+        choose.choose(host, read_model(CONFIGS["gemma-4-E4B-it"], "x"), Wish(quantization="none"))
+
+
+def test_layers_that_see_all_have_a_shape_of_their_own() -> None:
+    model = read_model(CONFIGS["gemma-4-31B-it"], "x")
+    assert set(model.attention.cached) == {Cached(50, 16, 256, window=1024), Cached(10, 4, 512)}
+    # a page of these holds twice the tokens of one with a window
+    blocks = 5 * (ceil((1023 + 2 * 2048) / 16) + 1) + 262144 // 32
+    assert memory.request_bytes(model, 1, 60, 262144, Settings(256, 2048)) == blocks * 10 * 16 * 2 * 16 * 256 * 2
+
+
+def test_layers_that_share_what_others_keep_keep_nothing() -> None:
+    model = read_model(CONFIGS["gemma-4-E4B-it"], "x")
+    assert set(model.attention.cached) == {Cached(20, 2, 256, window=512), Cached(4, 2, 512)}
+
+
+def test_a_dense_mlp_beside_experts_is_counted() -> None:
+    text = CONFIGS["gemma-4-31B-it"]["text_config"]
+    experts = {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704, "enable_moe_block": True}
+    shape = {"hidden_size": 2816, "intermediate_size": 2112, "num_attention_heads": 16, "num_key_value_heads": 8}
+    layers = {"num_hidden_layers": 30, "layer_types": text["layer_types"][:30], "num_global_key_value_heads": 2}
+    model = changed("gemma-4-31B-it", **experts, **shape, **layers)
+    assert model.parameters / 1e9 == pytest.approx(25.2, rel=0.03)
+    assert model.active_parameters / 1e9 == pytest.approx(3.8, rel=0.05)
+
+
+def test_layers_without_attention_keep_nothing() -> None:
+    """Of Nemotron's 80 layers 49 have one, and their MLPs are of many widths."""
+    model = read_model(CONFIGS["Nemotron-Super-49B"], "x")
+    assert model.attention.cached == (Cached(49, 8, 128),)
+    assert model.tp_sizes(8) == [1, 2, 4, 8]
+
+
 # ---- quantized checkpoints
 
 
@@ -111,8 +220,8 @@ MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NV
 )
 def test_bits_of_quantized_checkpoints(found: dict[str, Any], bits: float, group: int) -> None:
     model = llama(quantization_config=found)
-    assert (model.bits, model.group_size) == (bits, group)
     assert model.quantization, "it is not quantized again while it loads"
+    assert (model.bits, model.quantization.group) == (bits, group)
 
 
 def test_attention_that_is_left_out_keeps_its_bits() -> None:
@@ -121,7 +230,8 @@ def test_attention_that_is_left_out_keeps_its_bits() -> None:
     tower = {"quant_method": "fp8", "modules_to_not_convert": ["vision_tower.layers.0.self_attn.q_proj"]}
     assert llama(quantization_config=tower).bits == 8
     experts = read_model(CONFIGS["Qwen3-30B-A3B"] | {"quantization_config": left_out}, "x")
-    assert experts.quantized_experts_only
+    assert experts.quantization
+    assert experts.quantization.experts_only
 
 
 def test_files_at_hand_tell_the_bits() -> None:
@@ -144,7 +254,8 @@ def test_nvidias_older_checkpoints_are_known_as_quantized(tmp_path: Path) -> Non
     assert load_model(str(tmp_path), tmp_path).quantization is None
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
     model = load_model(str(tmp_path), tmp_path)
-    assert (model.quantization, model.bits) == ("modelopt", 4.5)
+    assert model.quantization
+    assert (model.quantization.method, model.bits) == ("modelopt", 4.5)
 
 
 # ---- models that give vectors or scores
@@ -187,8 +298,9 @@ def test_models_that_are_pooled_are_known(
     architecture: str, changed: dict[str, Any], files: dict[str, Any], expected: tuple[bool, bool, bool]
 ) -> None:
     model = read_model(LLAMA | changed | {"architectures": [architecture]}, "x", further=files.get)
-    assert (model.pooling, model.encoder, model.whole_prompts) == expected
-    assert (memory.kv_bytes_per_token(model, 1, model.layers) == 0) == model.encoder
+    encoder = bool(model.pooling and model.pooling.encoder)
+    assert (model.pooling is not None, encoder, model.whole_prompts) == expected
+    assert (memory.kv_bytes_per_token(model, 1, model.layers) == 0) == encoder
 
 
 @pytest.mark.parametrize("machine", ["one-24gb", "two-h200", "home-lab"])
@@ -274,8 +386,13 @@ def test_configs_that_leave_much_to_their_class(config: dict[str, Any], billions
 def test_gemma_3_is_read_from_the_little_that_it_says() -> None:
     model = read_model(GEMMA3_4B, "x")
     assert (model.attention.heads, model.attention.kv_heads, model.attention.head_dim) == (8, 4, 256)
-    assert (model.window, model.sliding_layers, model.max_length, model.weights.head) == (1024, 29, 131072, 0)
-    assert read_model(GEMMA2_9B, "x").sliding_layers == 21
+    assert (model.attention.window, model.attention.sliding_layers, model.max_length, model.weights.head) == (
+        1024,
+        29,
+        131072,
+        0,
+    )
+    assert read_model(GEMMA2_9B, "x").attention.sliding_layers == 21
 
 
 @pytest.mark.parametrize(
@@ -314,18 +431,19 @@ def test_layers_that_only_guess_tokens_are_not_loaded() -> None:
 
 
 def test_qwen_has_a_window_only_where_it_says_so() -> None:
-    assert llama(model_type="qwen2", sliding_window=4096).sliding_layers == 0
-    assert llama(model_type="mistral", sliding_window=4096).sliding_layers == 32
+    assert llama(model_type="qwen2", sliding_window=4096).attention.sliding_layers == 0
+    assert llama(model_type="mistral", sliding_window=4096).attention.sliding_layers == 32
 
 
 def test_a_vision_tower_is_reserved_for() -> None:
     """Its weights whole on each GPU, and a step of pictures that vLLM lets it see before it lays out the KV cache."""
     gemma = read_model(CONFIGS["gemma-3-27b-it"], "x")
     blind = read_model({**CONFIGS["gemma-3-27b-it"], "vision_config": None}, "x")
-    assert 0.42e9 < gemma.tower < 0.6e9, "0.42 billion, and what is not known of it"
+    assert gemma.tower
+    assert 0.42e9 < gemma.tower.parameters < 0.6e9, "0.42 billion, and what is not known of it"
     for tp in (1, 2):
         more = memory.weight_bytes(gemma, tp, 1, 0) - memory.weight_bytes(blind, tp, 1, 0)
-        assert more == 2 * gemma.tower
+        assert more == 2 * gemma.tower.parameters
     for batch, pictures in ((2048, 8), (8192, 32)):
         # its MLP's input and output of the activation, of 4096 patches a picture
         mlp = 2 * 2 * 4304 * 4096 * pictures
@@ -345,18 +463,21 @@ def test_a_tower_that_takes_pictures_of_any_size_is_shown_a_large_one() -> None:
 def test_a_vision_tower_is_counted_once_where_the_files_are_at_hand() -> None:
     config = CONFIGS["gemma-3-27b-it"]
     plain = read_model(config, "x")
+    assert plain.tower
     files = 2 * plain.parameters + 840_000_000
     assert memory.total_weight_bytes(read_model(config, "x", files)) == pytest.approx(files, rel=0.001)
     quantized = {**config, "quantization_config": {"quant_method": "fp8"}}
-    eight = 2 * plain.parameters - plain.layers * plain.weights.split + 2 * plain.tower
+    eight = 2 * plain.parameters - plain.layers * plain.weights.split + 2 * plain.tower.parameters
     assert memory.total_weight_bytes(read_model(quantized, "x", eight)) == pytest.approx(eight, rel=0.001)
 
 
 def test_a_tower_that_says_nothing_of_itself_is_a_large_one() -> None:
-    assert llama(vision_config={}).tower > 0.6e9
-    assert llama(vision_config={"embed_dim": 1280, "depth": 32, "hidden_size": 3584}).tower < 1e9, (
-        "hidden is not its own"
-    )
+    silent = llama(vision_config={}).tower
+    own = llama(vision_config={"embed_dim": 1280, "depth": 32, "hidden_size": 3584}).tower
+    assert silent
+    assert own
+    assert silent.parameters > 0.6e9
+    assert own.parameters < 1e9, "hidden is not its own"
 
 
 def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,10 +490,11 @@ def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("models.hub.httpx.Client.get", get)
     model = load_model("me/model", ROOT / "models")
-    assert (model.bits, model.pooling, model.max_length) == (4.5, False, 131072)
+    assert (model.bits, model.pooling, model.max_length) == (4.5, None, 131072)
     there |= {**LAST, "sentence_bert_config.json": {"max_seq_length": 4096}}
     model = load_model("me/model", ROOT / "models")
-    assert (model.pooling, model.max_length) == (True, 4096)
+    assert model.pooling
+    assert model.max_length == 4096
 
 
 def test_a_hub_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
