@@ -1,27 +1,41 @@
 """Where a model can be brought from: the hub, a folder, or an HTTP or S3 mirror.
 
-Each source lists its files with their size and what it knows of their content, and gives a file's bytes from an offset,
-so that a download can be resumed and checked whatever it came from. Where a source does not answer, httpx's errors
-come through."""
+Each source lists its files with their size and what it knows of their content, and goes on with a file where it ended,
+so that a download can be resumed and checked whatever it came from."""
 
 import hashlib
-import hmac
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from fnmatch import fnmatch
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Protocol
-from urllib.parse import quote
-from xml.etree import ElementTree
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-import httpx
-from pydantic import BaseModel, Field, ValidationError
+import huggingface_hub
 
-from models.hub import client, gated, is_repository, not_the_hub, read_token
+from models.hub import (
+    CHECK,
+    REFUSED,
+    endpoint,
+    gated,
+    headers,
+    is_repository,
+    not_the_hub,
+    reaching,
+    read_token,
+    unusable_proxy,
+)
 from stack.console import Problem
+
+if TYPE_CHECKING:
+    import httpx2
 
 SUMS = "SHA256SUMS"
 WRITE_SUMS = f"write it with: find . -type f ! -name {SUMS} -exec sha256sum {{}} + > {SUMS}"
@@ -29,10 +43,14 @@ CHUNK = 1 << 20
 # What vLLM loads; of weights in both formats, the first.
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 WANTED = (*WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
-TIMEOUT = httpx.Timeout(30, connect=10, read=120)
-# compressed on the way, sizes and offsets would mean something else
-PLAIN = {"Accept-Encoding": "identity"}
-REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+TIMEOUT = 30  # seconds without an answer
+AGAIN = "run this again: it goes on where it ended"
+CHECK_ADDRESS = f"check the address and the network, then {AGAIN}"
+CHECK_S3 = (
+    "check the address, the network, AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, then "
+    + AGAIN
+)
+Advance = Callable[[int], object]  # takes the bytes that have arrived since it was called
 
 
 @dataclass(frozen=True)
@@ -55,12 +73,12 @@ class Source(Protocol):
     def files(self) -> list[File]:
         """What there is of WANTED."""
 
-    def read(self, file: File, offset: int) -> Iterator[bytes]:
-        """The file's bytes from `offset`."""
+    def fetch(self, file: File, stream: BinaryIO, advance: Advance) -> None:
+        """Appends to `stream`, which stands at its end, what it lacks of the file. A Problem where that breaks off."""
 
 
-def open_source(text: str, revision: str | None, token_file: Path | None, endpoint: str) -> Source:
-    """The source that `text` names: a folder, an http(s):// or s3:// address, or a repository of the hub `endpoint`."""
+def open_source(text: str, revision: str | None, token_file: Path | None, at: str | None) -> Source:
+    """The source that `text` names: a folder, an address (http, https, s3), or a repository of the hub, or of `at`."""
     folder = Path(text)
     is_address = text.startswith(("http://", "https://", "s3://"))
     if revision and (is_address or folder.is_dir()):
@@ -71,10 +89,10 @@ def open_source(text: str, revision: str | None, token_file: Path | None, endpoi
         return S3.from_address(text)
     if is_address:
         # HF_TOKEN_FILE's token is for the hub alone
-        return Http(text.rstrip("/"), read_token(token_file) if token_file else None)
+        return Web(text.rstrip("/"), read_token(token_file) if token_file else None)
     if not is_repository(text):
         raise Problem(f"{text} is neither a folder, an address nor a name like owner/model", "correct it")
-    return Hub(text, revision or "main", read_token(token_file), endpoint.rstrip("/"))
+    return Hub(text, revision or "main", read_token(token_file), endpoint(at))
 
 
 def wanted(path: str) -> bool:
@@ -131,30 +149,23 @@ def _sum_of(files: list[File]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _client(token: str | None) -> httpx.Client:
-    headers = PLAIN | ({"Authorization": f"Bearer {token}"} if token else {})
-    return client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
+def _fetch(
+    url: str, token: str | None, stream: BinaryIO, advance: Advance, refused: Callable[[int], Problem], fix: str
+) -> None:
+    """Appends to `stream` what it lacks of a file on the web; a connection that breaks is tried again a few times.
 
+    Not by hf_hub_download: what arrived before a run ended it throws away.
+    """
+    with reaching(url, fix):
+        from huggingface_hub.file_download import http_get  # noqa: PLC0415 - ends where HF_ENDPOINT is no address
 
-def _stream(
-    client: httpx.Client,
-    url: str,
-    offset: int,
-    refused: Callable[[int], Problem],
-    headers: dict[str, str] | None = None,
-) -> Iterator[bytes]:
-    """A file's bytes from `offset`; where the server knows no ranges, the first bytes are skipped."""
-    asked = {**(headers or {}), **({"Range": f"bytes={offset}-"} if offset else {})}
-    with client.stream("GET", url, headers=asked) as answer:
-        if answer.status_code not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
-            raise refused(answer.status_code)
-        skip = offset if answer.status_code == httpx.codes.OK else 0
-        for chunk in answer.iter_raw(CHUNK):
-            if skip >= len(chunk):
-                skip -= len(chunk)
-            else:
-                yield chunk[skip:]
-                skip = 0
+        # it warns of each new try, with the whole address
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        try:
+            bar = cast(Any, lambda **_: nullcontext(SimpleNamespace(update=advance)))
+            http_get(url, stream, resume_size=stream.tell(), headers=headers(token), tqdm_class=bar)
+        except huggingface_hub.errors.HfHubHTTPError as error:
+            raise refused(error.response.status_code) from error
 
 
 @dataclass
@@ -181,15 +192,15 @@ class Folder:
         self.revision = _sum_of(found)
         return found
 
-    def read(self, file: File, offset: int) -> Iterator[bytes]:
-        with (self.folder / file.path).open("rb") as stream:
-            stream.seek(offset)
-            while chunk := stream.read(CHUNK):
-                yield chunk
+    def fetch(self, file: File, stream: BinaryIO, advance: Advance) -> None:
+        with (self.folder / file.path).open("rb") as source:
+            source.seek(stream.tell())
+            while chunk := source.read(CHUNK):
+                advance(stream.write(chunk))
 
 
 @dataclass
-class Http:
+class Web:
     """A folder on a web server. Its SHA256SUMS says which files there are."""
 
     url: str
@@ -198,49 +209,38 @@ class Http:
     revision: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        self.name = httpx.URL(self.url).path.rsplit("/", 1)[-1]
-        self._client = _client(self.token)
+        self.name = self.url.partition("://")[2].partition("/")[2].rsplit("/", 1)[-1]
 
     def files(self) -> list[File]:
-        sums = b"".join(self.read(File(SUMS, 0), 0))
         found = []
-        for path, digest in parse_sums(sums, f"{self.url}/{SUMS}").items():
+        for path, digest in parse_sums(self._ask("GET", SUMS).content, f"{self.url}/{SUMS}").items():
             if wanted(path):
-                head = self._client.head(f"{self.url}/{quote(path)}")
-                if head.status_code != httpx.codes.OK:
-                    raise self._refused(path, head.status_code)
-                size = head.headers.get("content-length", "")
+                size = self._ask("HEAD", path).headers.get("content-length", "")
                 if not size.isdecimal():
                     raise Problem(f"{self.url}/{path}: the server tells no size", "let it answer HEAD with a length")
                 found.append(File(path, int(size), digest))
         self.revision = _sum_of(found)
         return found
 
-    def read(self, file: File, offset: int) -> Iterator[bytes]:
-        url = f"{self.url}/{quote(file.path)}"
-        yield from _stream(self._client, url, offset, lambda status: self._refused(file.path, status))
+    def _ask(self, method: str, path: str) -> "httpx2.Response":
+        url = f"{self.url}/{quote(path)}"
+        with reaching(url, CHECK_ADDRESS) as client:
+            answer = client.request(method, url, headers=headers(self.token), timeout=TIMEOUT)
+        if answer.status_code != 200:
+            raise self._refused(path, answer.status_code)
+        return answer
+
+    def fetch(self, file: File, stream: BinaryIO, advance: Advance) -> None:
+        def refused(status: int) -> Problem:
+            return self._refused(file.path, status)
+
+        _fetch(f"{self.url}/{quote(file.path)}", self.token, stream, advance, refused, CHECK_ADDRESS)
 
     def _refused(self, path: str, status: int) -> Problem:
         what = f"{self.url}/{path}: status {status}"
         if status in REFUSED:
             return Problem(what, "name a file with the mirror's token: --token-file FILE")
         return Problem(what, f"put there {SUMS} and each file that it names; {WRITE_SUMS}")
-
-
-class _Lfs(BaseModel):
-    sha256: str
-
-
-class _Sibling(BaseModel):
-    rfilename: str
-    size: int
-    blobId: str  # noqa: N815 - the hub's name
-    lfs: _Lfs | None = None
-
-
-class _About(BaseModel):
-    sha: str = Field(pattern="^[0-9a-f]+$")
-    siblings: list[_Sibling]
 
 
 @dataclass
@@ -252,42 +252,46 @@ class Hub:
     token: str | None
     endpoint: str
 
-    def __post_init__(self) -> None:
-        self._client = _client(self.token)
-
     def files(self) -> list[File]:
-        asked = f"{self.endpoint}/api/models/{self.name}/revision/{quote(self.revision, safe='')}?blobs=true"
-        answer = self._client.get(asked)
-        if answer.status_code != httpx.codes.OK:
-            raise self._refused(asked, answer.status_code)
-        try:
-            about = _About.model_validate_json(answer.content)
-        except ValidationError as error:
-            raise not_the_hub(asked) from error
+        asked = f"{self.endpoint}/api/models/{self.name}/revision/{quote(self.revision, safe='')}"
+        with reaching(asked):
+            hub = huggingface_hub.HfApi(self.endpoint, token=self.token or False)
+            try:
+                about: Any = hub.model_info(self.name, revision=self.revision, files_metadata=True, timeout=TIMEOUT)
+                # git has large files as a pointer, their content has a SHA-256
+                found = [
+                    File(one.rfilename, one.size, one.lfs and one.lfs.sha256, None if one.lfs else one.blob_id)
+                    for one in about.siblings
+                    if wanted(one.rfilename)
+                ]
+            except huggingface_hub.errors.HfHubHTTPError as error:
+                raise self._refused(asked, error.response.status_code) from error
+            except huggingface_hub.errors.HFValidationError as error:
+                raise Problem(f"{self.name} is no name of a model on the hub: {error}", "correct it") from error
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise not_the_hub(asked) from error
+        whole = all(isinstance(file.size, int) and (file.sha256 or file.git) for file in found)
+        if not whole or not re.fullmatch("[0-9a-f]+", str(about.sha)):
+            raise not_the_hub(asked)
         # from here on the commit, so that all files are of one
         self.revision = about.sha
-        return [
-            # git has large files as a pointer, their content has a SHA-256
-            File(one.rfilename, one.size, one.lfs.sha256) if one.lfs else File(one.rfilename, one.size, git=one.blobId)
-            for one in about.siblings
-            if wanted(one.rfilename)
-        ]
+        return found
 
-    def read(self, file: File, offset: int) -> Iterator[bytes]:
+    def fetch(self, file: File, stream: BinaryIO, advance: Advance) -> None:
         url = f"{self.endpoint}/{self.name}/resolve/{self.revision}/{quote(file.path)}"
-        yield from _stream(self._client, url, offset, lambda status: self._refused(url, status))
+        _fetch(url, self.token, stream, advance, lambda status: self._refused(url, status), f"{CHECK}; {AGAIN}")
 
     def _refused(self, url: str, status: int) -> Problem:
         # of a gated model the hub lists the files for everyone, and refuses them
         if status in REFUSED:
             return gated(self.name)
-        return Problem(f"{url}: status {status}", "correct the name or --revision, or try again later")
+        return Problem(f"{url}: status {status}", f"correct the name or --revision, or {AGAIN}")
 
 
 @dataclass
 class S3:
-    """A prefix of an S3 bucket, at Amazon or at AWS_ENDPOINT_URL. Keys from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
-    (and AWS_SESSION_TOKEN); without them the bucket has to be public. Its SHA256SUMS is used where there is one."""
+    """A prefix of an S3 bucket, at Amazon or at AWS_ENDPOINT_URL, with the keys that boto3 finds. Without any the
+    bucket has to be public. Its SHA256SUMS is used where there is one."""
 
     bucket: str
     prefix: str
@@ -302,93 +306,73 @@ class S3:
         return S3(bucket, folder.strip("/") + "/")
 
     def __post_init__(self) -> None:
+        # takes half a second that other sources need not wait for
+        import boto3  # noqa: PLC0415
+        from botocore import UNSIGNED, config  # noqa: PLC0415
+
         self.name = self.prefix.rstrip("/").rsplit("/", 1)[-1]
-        self._region = os.environ.get("AWS_REGION", "us-east-1")
-        endpoint = os.environ.get("AWS_ENDPOINT_URL")
-        # an endpoint of one's own rarely has a name for each bucket
-        amazon = f"https://{self.bucket}.s3.{self._region}.amazonaws.com"
-        self._base = f"{endpoint.rstrip('/')}/{self.bucket}" if endpoint else amazon
-        self._client = client(headers=PLAIN, timeout=TIMEOUT)
+        with self._reaching(""):
+            session = boto3.Session()
+            region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+            endpoint = os.environ.get("AWS_ENDPOINT_URL")
+            options: dict[str, Any] = {"retries": {"mode": "standard"}, "connect_timeout": 10, "read_timeout": 120}
+            if not session.get_credentials():
+                options["signature_version"] = UNSIGNED
+            # an endpoint of one's own rarely has a name for each bucket
+            if endpoint:
+                options["s3"] = {"addressing_style": "path"}
+            host = urlsplit(endpoint).hostname if endpoint else f"{self.bucket}.s3.{region}.amazonaws.com"
+            proxies = {} if proxy_bypass(host or "") else getproxies()
+            # boto3 does not look at ALL_PROXY
+            if proxy := proxies.pop("all", None):
+                options["proxies"] = {"http": proxy, "https": proxy} | proxies
+            if other := next((one for one in {proxy or "", *proxies.values()} if one.startswith("socks")), None):
+                raise unusable_proxy(f"S3 is reached through http:// proxies, not through {other}")
+            self._client = session.client("s3", region_name=region, config=config.Config(**options))
 
     def files(self) -> list[File]:
-        found: list[File] = []
-        sums = None
-        more = ""
-        while True:
-            query = {"list-type": "2", "prefix": self.prefix}
-            if more:
-                query["continuation-token"] = more
-            text = "&".join(f"{key}={quote(value, safe='')}" for key, value in sorted(query.items()))
-            answer = self._client.get(f"{self._base}/?{text}", headers=self._signed("/", text))
-            if answer.status_code != httpx.codes.OK:
-                raise self._refused("", answer.status_code)
-            try:
-                page = ElementTree.fromstring(answer.content)  # noqa: S314 - of the user's own storage
-                listed = [self._listed(one) for one in page.iterfind("{*}Contents")]
-            except (ElementTree.ParseError, ValueError) as error:
-                raise Problem(
-                    f"{self._base} answers something else than S3 does", "correct AWS_ENDPOINT_URL"
-                ) from error
-            found += [file for file in listed if wanted(file.path)]
-            sums = next((file for file in listed if file.path == SUMS), sums)
-            more = page.findtext("{*}NextContinuationToken") or ""
-            if not more:
-                break
-        if sums:
-            found = with_sums(found, b"".join(self.read(sums, 0)), f"s3://{self.bucket}/{self.prefix}{SUMS}")
+        with self._reaching(""):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
+            listed = [
+                File(row["Key"].removeprefix(self.prefix), row["Size"], version=row["ETag"])
+                for page in pages
+                for row in page.get("Contents", ())
+            ]
+        if not listed:
+            raise Problem(f"s3://{self.bucket}/{self.prefix} is empty, or no S3 answers", CHECK_S3)
+        found = [file for file in listed if wanted(file.path)]
+        if sums := next((file for file in listed if file.path == SUMS), None):
+            content = BytesIO()
+            self.fetch(sums, content, lambda _: None)
+            found = with_sums(found, content.getvalue(), f"s3://{self.bucket}/{self.prefix}{SUMS}")
         self.revision = _sum_of(found)
         return found
 
-    def _listed(self, row: ElementTree.Element) -> File:
-        path = row.findtext("{*}Key", "").removeprefix(self.prefix)
-        return File(path, int(row.findtext("{*}Size", "")), version=row.findtext("{*}ETag", ""))
+    def fetch(self, file: File, stream: BinaryIO, advance: Advance) -> None:
+        with self._reaching(file.path):
+            # an object that was replaced since it was listed is refused
+            answer = self._client.get_object(
+                Bucket=self.bucket,
+                Key=self.prefix + file.path,
+                IfMatch=file.version,
+                **({"Range": f"bytes={stream.tell()}-"} if stream.tell() else {}),
+            )
+            for chunk in answer["Body"].iter_chunks(CHUNK):
+                advance(stream.write(chunk))
 
-    def read(self, file: File, offset: int) -> Iterator[bytes]:
-        path = "/" + quote(self.prefix + file.path)
-        # an object that was replaced since it was listed is refused
-        headers = self._signed(path, "") | ({"If-Match": file.version} if file.version else {})
-        yield from _stream(
-            self._client, self._base + path, offset, lambda status: self._refused(file.path, status), headers
-        )
+    @contextmanager
+    def _reaching(self, path: str) -> Iterator[None]:
+        """Turns boto3's errors on the way to an object into Problems."""
+        from botocore import exceptions  # noqa: PLC0415 - as above
 
-    def _refused(self, path: str, status: int) -> Problem:
-        what = f"s3://{self.bucket}/{self.prefix}{path}: status {status}"
-        if status == httpx.codes.PRECONDITION_FAILED:
-            return Problem(f"{what}, it has changed meanwhile", "run this again: it begins anew")
-        return Problem(
-            what,
-            "check the address, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL",
-        )
-
-    def _signed(self, path: str, query: str) -> dict[str, str]:
-        key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
-        if not key or not secret:
-            return {}
-        base = httpx.URL(self._base)
-        headers = {"host": base.netloc.decode()}
-        if token := os.environ.get("AWS_SESSION_TOKEN"):
-            headers["x-amz-security-token"] = token
-        # at the root of a bucket's own host there is no path
-        return sign_s3(base.path.rstrip("/") + path, query, headers, key, secret, self._region, datetime.now(UTC))
-
-
-EMPTY = hashlib.sha256(b"").hexdigest()
-
-
-def sign_s3(
-    path: str, query: str, headers: dict[str, str], key: str, secret: str, region: str, now: datetime
-) -> dict[str, str]:
-    """The headers of a GET with those of AWS Signature Version 4. `headers` has lower-case names, `host` among them."""
-    stamp, day = f"{now:%Y%m%dT%H%M%SZ}", f"{now:%Y%m%d}"
-    every = headers | {"x-amz-content-sha256": EMPTY, "x-amz-date": stamp}
-    names = ";".join(sorted(every))
-    lines = "".join(f"{name}:{every[name]}\n" for name in sorted(every))
-    canonical = f"GET\n{path}\n{query}\n{lines}\n{names}\n{EMPTY}"
-    scope = f"{day}/{region}/s3/aws4_request"
-    text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
-    signing = f"AWS4{secret}".encode()
-    for part in (day, region, "s3", "aws4_request"):
-        signing = hmac.digest(signing, part.encode(), "sha256")
-    signature = hmac.digest(signing, text.encode(), "sha256").hex()
-    authorization = f"AWS4-HMAC-SHA256 Credential={key}/{scope},SignedHeaders={names},Signature={signature}"
-    return every | {"authorization": authorization}
+        where = f"s3://{self.bucket}/{self.prefix}{path}"
+        try:
+            yield
+        except exceptions.ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status == 412:
+                raise Problem(f"{where} has changed meanwhile", "run this again: it begins anew") from error
+            raise Problem(f"{where}: status {status}, {error}", CHECK_S3) from error
+        # a ValueError where AWS_ENDPOINT_URL is no address
+        except (exceptions.BotoCoreError, ValueError) as error:
+            raise Problem(f"cannot reach {where}, it does not answer or broke off: {error}", CHECK_S3) from error
