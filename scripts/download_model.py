@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from models import download
-from models.sources import AGAIN, open_source
+from models.sources import AGAIN, name_of, open_source
 from stack.console import Problem, one_line_for_mistakes
 from stack.shell import ROOT
 
@@ -34,8 +34,9 @@ def main(
     """Bring a model into models/: resumed, checked, and only put in place when whole."""
     with one_line_for_mistakes():
         try:
-            found = open_source(source, revision, token_file, endpoint)
-            download.bring(found, source, name or found.name, models)
+            name = name or name_of(source)
+            download.check_name(name)
+            download.bring(open_source(source, revision, token_file, endpoint), source, name, models)
         except OSError as error:
             raise Problem(
                 f"{error.filename or models}: {error.strerror or error}",

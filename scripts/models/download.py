@@ -24,15 +24,19 @@ ABOUT = ".source.json"
 INDEX = "model.safetensors.index.json"
 
 
+def check_name(name: str) -> None:
+    """A Problem unless a folder under models/ may be called so."""
+    if not re.fullmatch(f"{NAME}(/{NAME})?", name):
+        raise Problem(f"{name!r} is no name for a model", "give one like owner/model: --name owner/model")
+
+
 def bring(found: Source, source: str, name: str, models: Path) -> None:
     """Brings what is at `found`, which the user calls `source`, into the folder `name` of `models`.
 
     Raises Problem where it cannot be had whole, and OSError where the disk refuses it; what has arrived stays in
     .partial/, from where the next run goes on.
     """
-    if not re.fullmatch(f"{NAME}(/{NAME})?", name):
-        raise Problem(f"{name!r} is no name for a model", "give one like owner/model: --name owner/model")
-    files = for_vllm(found.files(), source)
+    files = for_vllm(found.files, source)
     with _one_at_a_time(models, name):
         _bring(found, files, models, name, source)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 HUB = "https://huggingface.co"
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 REFUSED = (401, 403)
+TIMEOUT = 30  # seconds without an answer
 OTHERWISE = "put the model's folder into models/, or bring both from another machine with `make bundle`"
 CHECK = f"check the network, and HF_ENDPOINT if it is set; or {OTHERWISE}"
 
@@ -79,14 +80,6 @@ def not_the_hub(url: str) -> Problem:
     )
 
 
-def unusable_proxy(why: str) -> Problem:
-    """For a proxy in the environment that the client cannot speak to."""
-    return Problem(
-        f"the proxy that ALL_PROXY, HTTPS_PROXY or HTTP_PROXY names cannot be used: {without_password(why)}",
-        "name an http:// proxy, unset it, or (not for S3) for socks5:// run .venv/bin/pip install socksio",
-    )
-
-
 def headers(token: str | None) -> dict[str, str]:
     """The headers of a request, with the token if there is one."""
     # compressed on the way, sizes and offsets would mean something else
@@ -105,8 +98,11 @@ def reaching(where: str, fix: str = CHECK) -> Iterator[httpx2.Client]:
         client = huggingface_hub.get_session()
     # it needs a package for one kind of proxy, and does not know others
     except (ImportError, ValueError) as error:
-        socks = "a socks proxy needs the package socksio"
-        raise unusable_proxy(socks if isinstance(error, ImportError) else str(error)) from error
+        why = "a socks proxy needs the package socksio" if isinstance(error, ImportError) else str(error)
+        raise Problem(
+            f"the proxy that ALL_PROXY, HTTPS_PROXY or HTTP_PROXY names cannot be used: {without_password(why)}",
+            "name an http:// proxy, unset it, or for socks5:// run .venv/bin/pip install socksio",
+        ) from error
     try:
         yield client
     except huggingface_hub.errors.OfflineModeIsEnabled as error:
@@ -114,6 +110,12 @@ def reaching(where: str, fix: str = CHECK) -> Iterator[httpx2.Client]:
     except (httpx2.RequestError, httpx2.InvalidURL) as error:
         what = f"cannot reach {where}, it does not answer or broke off: {error}"
         raise Problem(without_password(what), fix) from error
+
+
+def ask(url: str, token: str | None, fix: str = CHECK, method: str = "GET") -> httpx2.Response:
+    """What a web server says to a small request, whatever its status."""
+    with reaching(url, fix) as client:
+        return client.request(method, url, headers=headers(token), timeout=TIMEOUT)
 
 
 def fetch_config(repository: str) -> Mapping[str, Any]:
@@ -139,8 +141,7 @@ def fetch_further(repository: str, file: str) -> Mapping[str, Any] | None:
 def _json(repository: str, file: str) -> tuple[int, object, str]:
     """What the hub answers for a file: the status, its JSON where that is 200, and its address."""
     url = f"{endpoint()}/{repository}/resolve/main/{file}"
-    with reaching(url) as client:
-        answer = client.get(url, headers=headers(read_token()), timeout=20)
+    answer = ask(url, read_token())
     try:
         return answer.status_code, json.loads(answer.content) if answer.status_code == 200 else None, url
     except ValueError as error:

@@ -9,33 +9,19 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import huggingface_hub
 
-from models.hub import (
-    CHECK,
-    REFUSED,
-    endpoint,
-    gated,
-    headers,
-    is_repository,
-    not_the_hub,
-    reaching,
-    read_token,
-    unusable_proxy,
-)
+from models import hub
 from stack.console import Problem
-
-if TYPE_CHECKING:
-    import httpx2
 
 SUMS = "SHA256SUMS"
 WRITE_SUMS = f"write it with: find . -type f ! -name {SUMS} -exec sha256sum {{}} + > {SUMS}"
@@ -43,14 +29,12 @@ CHUNK = 1 << 20
 # What vLLM loads; of weights in both formats, the first.
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 WANTED = (*WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
-TIMEOUT = 30  # seconds without an answer
 AGAIN = "run this again: it goes on where it ended"
 CHECK_ADDRESS = f"check the address and the network, then {AGAIN}"
 CHECK_S3 = (
-    "check the address, the network, AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, then "
-    + AGAIN
+    "check the address, the network (proxies have to be http:// ones), AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID"
+    f" and AWS_SECRET_ACCESS_KEY, then {AGAIN}"
 )
-Advance = Callable[[int], object]  # takes the bytes that have arrived since it was called
 
 
 @dataclass(frozen=True)
@@ -64,17 +48,29 @@ class File:
     version: str = ""  # where there is no sum: changes when the file does
 
 
-class Source(Protocol):
-    """A place that has a model."""
+# Appends to the stream, which stands at its end, what it lacks of the file, and tells each time how many bytes came.
+# A Problem where that breaks off.
+Fetch = Callable[[File, BinaryIO, Callable[[int], object]], None]
 
-    name: str  # OWNER/NAME, the folder under models/
-    revision: str  # what exactly was taken: a commit, or the sum of all sums
 
-    def files(self) -> list[File]:
-        """What there is of WANTED."""
+@dataclass(frozen=True)
+class Source:
+    """A place that has a model: what there is of WANTED, how to get it, and at the hub of which commit it is."""
 
-    def fetch(self, file: File, stream: BinaryIO, advance: Advance) -> None:
-        """Appends to `stream`, which stands at its end, what it lacks of the file. A Problem where that breaks off."""
+    files: list[File]
+    fetch: Fetch
+    commit: str = ""
+
+    @property
+    def revision(self) -> str:
+        """What exactly is there: the commit, or the sum of all sums."""
+        lines = sorted(f"{file.sha256 or file.version} {file.size} {file.path}\n" for file in self.files)
+        return self.commit or hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def name_of(text: str) -> str:
+    """What the model at the source `text` is called under models/, if the user gives it no other name."""
+    return text if hub.is_repository(text) and not Path(text).is_dir() else PurePosixPath(Path(text).resolve()).name
 
 
 def open_source(text: str, revision: str | None, token_file: Path | None, at: str | None) -> Source:
@@ -84,15 +80,15 @@ def open_source(text: str, revision: str | None, token_file: Path | None, at: st
     if revision and (is_address or folder.is_dir()):
         raise Problem(f"{text} has no revisions: --revision is the hub's", "leave --revision out")
     if folder.is_dir():
-        return Folder(folder.resolve())
+        return _folder(folder)
     if text.startswith("s3://"):
-        return S3.from_address(text)
+        return _s3(text)
     if is_address:
         # HF_TOKEN_FILE's token is for the hub alone
-        return Web(text.rstrip("/"), read_token(token_file) if token_file else None)
-    if not is_repository(text):
+        return _web(text.rstrip("/"), hub.read_token(token_file) if token_file else None)
+    if not hub.is_repository(text):
         raise Problem(f"{text} is neither a folder, an address nor a name like owner/model", "correct it")
-    return Hub(text, revision or "main", read_token(token_file), endpoint(at))
+    return _hub(text, revision or "main", hub.read_token(token_file), hub.endpoint(at))
 
 
 def wanted(path: str) -> bool:
@@ -144,235 +140,171 @@ def with_sums(found: list[File], content: bytes, where: str) -> list[File]:
     return [replace(file, sha256=sums.get(file.path)) for file in found]
 
 
-def _sum_of(files: list[File]) -> str:
-    lines = sorted(f"{file.sha256 or file.version} {file.size} {file.path}\n" for file in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _fetch(
-    url: str, token: str | None, stream: BinaryIO, advance: Advance, refused: Callable[[int], Problem], fix: str
-) -> None:
-    """Appends to `stream` what it lacks of a file on the web; a connection that breaks is tried again a few times.
-
-    Not by hf_hub_download: what arrived before a run ended it throws away.
-    """
-    with reaching(url, fix):
-        from huggingface_hub.file_download import http_get  # noqa: PLC0415 - ends where HF_ENDPOINT is no address
-
-        # it warns of each new try, with the whole address
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        try:
-            bar = cast(Any, lambda **_: nullcontext(SimpleNamespace(update=advance)))
-            http_get(url, stream, resume_size=stream.tell(), headers=headers(token), tqdm_class=bar)
-        except huggingface_hub.errors.HfHubHTTPError as error:
-            raise refused(error.response.status_code) from error
-
-
-@dataclass
-class Folder:
+def _folder(folder: Path) -> Source:
     """A folder on this host, a USB disk say. Its SHA256SUMS is used where there is one."""
 
-    folder: Path
-    name: str = field(init=False)
-    revision: str = field(init=False, default="")
-
-    def __post_init__(self) -> None:
-        self.name = self.folder.name
-
-    def files(self) -> list[File]:
-        found = []
-        for path in self.folder.rglob("*"):
-            inside = str(path.relative_to(self.folder))
-            if wanted(inside) and path.is_file():
-                about = path.stat()
-                found.append(File(inside, about.st_size, version=str(about.st_mtime_ns)))
-        sums = self.folder / SUMS
-        if sums.is_file():
-            found = with_sums(found, sums.read_bytes(), str(sums))
-        self.revision = _sum_of(found)
-        return found
-
-    def fetch(self, file: File, stream: BinaryIO, advance: Advance) -> None:
-        with (self.folder / file.path).open("rb") as source:
+    def fetch(file: File, stream: BinaryIO, advance: Callable[[int], object]) -> None:
+        with (folder / file.path).open("rb") as source:
             source.seek(stream.tell())
             while chunk := source.read(CHUNK):
                 advance(stream.write(chunk))
 
+    found = []
+    for path in folder.rglob("*"):
+        inside = str(path.relative_to(folder))
+        if wanted(inside) and path.is_file():
+            about = path.stat()
+            found.append(File(inside, about.st_size, version=str(about.st_mtime_ns)))
+    sums = folder / SUMS
+    return Source(with_sums(found, sums.read_bytes(), str(sums)) if sums.is_file() else found, fetch)
 
-@dataclass
-class Web:
+
+def _fetch_from(base: str, token: str | None, refused: Callable[[str, int], Problem], fix: str) -> Fetch:
+    """How to get files below the address `base`. A connection that breaks is tried again a few times.
+
+    Not by hf_hub_download: what arrived before a run ended it throws away.
+    """
+
+    def fetch(file: File, stream: BinaryIO, advance: Callable[[int], object]) -> None:
+        url = f"{base}/{quote(file.path)}"
+        with hub.reaching(url, fix):
+            from huggingface_hub.file_download import http_get  # noqa: PLC0415 - it does not load in every environment
+
+            # it warns of each new try, with the whole address
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+            bar = cast(Any, lambda **_: nullcontext(SimpleNamespace(update=advance)))
+            try:
+                http_get(url, stream, resume_size=stream.tell(), headers=hub.headers(token), tqdm_class=bar)
+            except huggingface_hub.errors.HfHubHTTPError as error:
+                raise refused(file.path, error.response.status_code) from error
+
+    return fetch
+
+
+def _web(url: str, token: str | None) -> Source:
     """A folder on a web server. Its SHA256SUMS says which files there are."""
 
-    url: str
-    token: str | None
-    name: str = field(init=False)
-    revision: str = field(init=False, default="")
-
-    def __post_init__(self) -> None:
-        self.name = self.url.partition("://")[2].partition("/")[2].rsplit("/", 1)[-1]
-
-    def files(self) -> list[File]:
-        found = []
-        for path, digest in parse_sums(self._ask("GET", SUMS).content, f"{self.url}/{SUMS}").items():
-            if wanted(path):
-                size = self._ask("HEAD", path).headers.get("content-length", "")
-                if not size.isdecimal():
-                    raise Problem(f"{self.url}/{path}: the server tells no size", "let it answer HEAD with a length")
-                found.append(File(path, int(size), digest))
-        self.revision = _sum_of(found)
-        return found
-
-    def _ask(self, method: str, path: str) -> "httpx2.Response":
-        url = f"{self.url}/{quote(path)}"
-        with reaching(url, CHECK_ADDRESS) as client:
-            answer = client.request(method, url, headers=headers(self.token), timeout=TIMEOUT)
-        if answer.status_code != 200:
-            raise self._refused(path, answer.status_code)
-        return answer
-
-    def fetch(self, file: File, stream: BinaryIO, advance: Advance) -> None:
-        def refused(status: int) -> Problem:
-            return self._refused(file.path, status)
-
-        _fetch(f"{self.url}/{quote(file.path)}", self.token, stream, advance, refused, CHECK_ADDRESS)
-
-    def _refused(self, path: str, status: int) -> Problem:
-        what = f"{self.url}/{path}: status {status}"
-        if status in REFUSED:
+    def refused(path: str, status: int) -> Problem:
+        what = f"{url}/{path}: status {status}"
+        if status in hub.REFUSED:
             return Problem(what, "name a file with the mirror's token: --token-file FILE")
         return Problem(what, f"put there {SUMS} and each file that it names; {WRITE_SUMS}")
 
+    def ask(method: str, path: str) -> Any:
+        answer = hub.ask(f"{url}/{quote(path)}", token, CHECK_ADDRESS, method)
+        if answer.status_code != 200:
+            raise refused(path, answer.status_code)
+        return answer
 
-@dataclass
-class Hub:
+    found = []
+    for path, digest in parse_sums(ask("GET", SUMS).content, f"{url}/{SUMS}").items():
+        if wanted(path):
+            size = ask("HEAD", path).headers.get("content-length", "")
+            if not size.isdecimal():
+                raise Problem(f"{url}/{path}: the server tells no size", "let it answer HEAD with a length")
+            found.append(File(path, int(size), digest))
+    return Source(found, _fetch_from(url, token, refused, CHECK_ADDRESS))
+
+
+def _hub(name: str, revision: str, token: str | None, endpoint: str) -> Source:
     """A repository on the Hugging Face hub, or on a mirror that speaks its API."""
 
-    name: str
-    revision: str
-    token: str | None
-    endpoint: str
-
-    def files(self) -> list[File]:
-        asked = f"{self.endpoint}/api/models/{self.name}/revision/{quote(self.revision, safe='')}"
-        with reaching(asked):
-            hub = huggingface_hub.HfApi(self.endpoint, token=self.token or False)
-            try:
-                about: Any = hub.model_info(self.name, revision=self.revision, files_metadata=True, timeout=TIMEOUT)
-                # git has large files as a pointer, their content has a SHA-256
-                found = [
-                    File(one.rfilename, one.size, one.lfs and one.lfs.sha256, None if one.lfs else one.blob_id)
-                    for one in about.siblings
-                    if wanted(one.rfilename)
-                ]
-            except huggingface_hub.errors.HfHubHTTPError as error:
-                raise self._refused(asked, error.response.status_code) from error
-            except huggingface_hub.errors.HFValidationError as error:
-                raise Problem(f"{self.name} is no name of a model on the hub: {error}", "correct it") from error
-            except (ValueError, TypeError, LookupError, AttributeError) as error:
-                raise not_the_hub(asked) from error
-        whole = all(isinstance(file.size, int) and (file.sha256 or file.git) for file in found)
-        if not whole or not re.fullmatch("[0-9a-f]+", str(about.sha)):
-            raise not_the_hub(asked)
-        # from here on the commit, so that all files are of one
-        self.revision = about.sha
-        return found
-
-    def fetch(self, file: File, stream: BinaryIO, advance: Advance) -> None:
-        url = f"{self.endpoint}/{self.name}/resolve/{self.revision}/{quote(file.path)}"
-        _fetch(url, self.token, stream, advance, lambda status: self._refused(url, status), f"{CHECK}; {AGAIN}")
-
-    def _refused(self, url: str, status: int) -> Problem:
+    def refused(path: str, status: int) -> Problem:
         # of a gated model the hub lists the files for everyone, and refuses them
-        if status in REFUSED:
-            return gated(self.name)
-        return Problem(f"{url}: status {status}", f"correct the name or --revision, or {AGAIN}")
+        if status in hub.REFUSED:
+            return hub.gated(name)
+        return Problem(
+            f"{path} of {name} at {endpoint}: status {status}", f"correct the name or --revision, or {AGAIN}"
+        )
 
-
-@dataclass
-class S3:
-    """A prefix of an S3 bucket, at Amazon or at AWS_ENDPOINT_URL, with the keys that boto3 finds. Without any the
-    bucket has to be public. Its SHA256SUMS is used where there is one."""
-
-    bucket: str
-    prefix: str
-    name: str = field(init=False)
-    revision: str = field(init=False, default="")
-
-    @staticmethod
-    def from_address(text: str) -> "S3":
-        bucket, _, folder = text.removeprefix("s3://").partition("/")
-        if not bucket or not folder.strip("/"):
-            raise Problem(f"{text} names no bucket with a folder", "write it as s3://BUCKET/FOLDER")
-        return S3(bucket, folder.strip("/") + "/")
-
-    def __post_init__(self) -> None:
-        # takes half a second that other sources need not wait for
-        import boto3  # noqa: PLC0415
-        from botocore import UNSIGNED, config  # noqa: PLC0415
-
-        self.name = self.prefix.rstrip("/").rsplit("/", 1)[-1]
-        with self._reaching(""):
-            session = boto3.Session()
-            region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
-            endpoint = os.environ.get("AWS_ENDPOINT_URL")
-            options: dict[str, Any] = {"retries": {"mode": "standard"}, "connect_timeout": 10, "read_timeout": 120}
-            if not session.get_credentials():
-                options["signature_version"] = UNSIGNED
-            # an endpoint of one's own rarely has a name for each bucket
-            if endpoint:
-                options["s3"] = {"addressing_style": "path"}
-            host = urlsplit(endpoint).hostname if endpoint else f"{self.bucket}.s3.{region}.amazonaws.com"
-            proxies = {} if proxy_bypass(host or "") else getproxies()
-            # boto3 does not look at ALL_PROXY
-            if proxy := proxies.pop("all", None):
-                options["proxies"] = {"http": proxy, "https": proxy} | proxies
-            if other := next((one for one in {proxy or "", *proxies.values()} if one.startswith("socks")), None):
-                raise unusable_proxy(f"S3 is reached through http:// proxies, not through {other}")
-            self._client = session.client("s3", region_name=region, config=config.Config(**options))
-
-    def files(self) -> list[File]:
-        with self._reaching(""):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
-            listed = [
-                File(row["Key"].removeprefix(self.prefix), row["Size"], version=row["ETag"])
-                for page in pages
-                for row in page.get("Contents", ())
+    with hub.reaching(endpoint):
+        try:
+            api = huggingface_hub.HfApi(endpoint, token=token or False)
+            about: Any = api.model_info(name, revision=revision, files_metadata=True, timeout=hub.TIMEOUT)
+            # git has large files as a pointer, their content has a SHA-256
+            found = [
+                File(one.rfilename, one.size, one.lfs and one.lfs.sha256, None if one.lfs else one.blob_id)
+                for one in about.siblings
+                if wanted(one.rfilename)
             ]
-        if not listed:
-            raise Problem(f"s3://{self.bucket}/{self.prefix} is empty, or no S3 answers", CHECK_S3)
-        found = [file for file in listed if wanted(file.path)]
-        if sums := next((file for file in listed if file.path == SUMS), None):
-            content = BytesIO()
-            self.fetch(sums, content, lambda _: None)
-            found = with_sums(found, content.getvalue(), f"s3://{self.bucket}/{self.prefix}{SUMS}")
-        self.revision = _sum_of(found)
-        return found
+        except huggingface_hub.errors.HfHubHTTPError as error:
+            raise refused(f"revision {revision}", error.response.status_code) from error
+        except huggingface_hub.errors.HFValidationError as error:
+            raise Problem(f"{name} is no name of a model on the hub: {error}", "correct it") from error
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise hub.not_the_hub(endpoint) from error
+    whole = all(isinstance(file.size, int) and (file.sha256 or file.git) for file in found)
+    if not whole or not re.fullmatch("[0-9a-f]+", str(about.sha)):
+        raise hub.not_the_hub(endpoint)
+    # by the commit, so that all files are of one
+    address = f"{endpoint}/{name}/resolve/{about.sha}"
+    return Source(found, _fetch_from(address, token, refused, f"{hub.CHECK}; then {AGAIN}"), about.sha)
 
-    def fetch(self, file: File, stream: BinaryIO, advance: Advance) -> None:
-        with self._reaching(file.path):
-            # an object that was replaced since it was listed is refused
-            answer = self._client.get_object(
-                Bucket=self.bucket,
-                Key=self.prefix + file.path,
-                IfMatch=file.version,
-                **({"Range": f"bytes={stream.tell()}-"} if stream.tell() else {}),
-            )
-            for chunk in answer["Body"].iter_chunks(CHUNK):
+
+@contextmanager
+def _reaching_s3(where: str) -> Iterator[None]:
+    """Turns boto3's errors on the way to an object into Problems."""
+    from botocore import exceptions  # noqa: PLC0415 - half a second that other sources need not wait for
+
+    try:
+        yield
+    except exceptions.ClientError as error:
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if status == 412:
+            raise Problem(f"{where} has changed meanwhile", "run this again: it begins anew") from error
+        raise Problem(f"{where}: status {status}, {error}", CHECK_S3) from error
+    # a ValueError where AWS_ENDPOINT_URL is no address
+    except (exceptions.BotoCoreError, ValueError) as error:
+        raise Problem(f"cannot reach {where}, it does not answer or broke off: {error}", CHECK_S3) from error
+
+
+def _s3_client(bucket: str) -> Any:
+    """With the keys that boto3 finds; without any the bucket has to be public."""
+    import boto3  # noqa: PLC0415 - as above
+    from botocore import UNSIGNED, config  # noqa: PLC0415
+
+    session = boto3.Session()
+    region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+    endpoint = os.environ.get("AWS_ENDPOINT_URL") or f"https://{bucket}.s3.{region}.amazonaws.com"
+    options: dict[str, Any] = {"connect_timeout": 10}
+    if not session.get_credentials():
+        options["signature_version"] = UNSIGNED
+    # boto3 does not look at ALL_PROXY
+    if (proxy := getproxies().get("all")) and not proxy_bypass(urlsplit(endpoint).hostname or ""):
+        options["proxies"] = {"http": proxy, "https": proxy} | getproxies()
+    return session.client("s3", region_name=region, config=config.Config(**options))
+
+
+def _s3(text: str) -> Source:
+    """A folder in an S3 bucket, at Amazon or at AWS_ENDPOINT_URL. Its SHA256SUMS is used where there is one."""
+    bucket, _, folder = text.removeprefix("s3://").partition("/")
+    folder = folder.strip("/")
+    if not bucket or not folder:
+        raise Problem(f"{text} names no bucket with a folder", "write it as s3://BUCKET/FOLDER")
+
+    def fetch(file: File, stream: BinaryIO, advance: Callable[[int], object]) -> None:
+        # an object that was replaced since it was listed is refused
+        asked = {"Bucket": bucket, "Key": f"{folder}/{file.path}", "IfMatch": file.version}
+        if have := stream.tell():
+            asked["Range"] = f"bytes={have}-"
+        with _reaching_s3(f"s3://{bucket}/{folder}/{file.path}"):
+            for chunk in client.get_object(**asked)["Body"].iter_chunks(CHUNK):
                 advance(stream.write(chunk))
 
-    @contextmanager
-    def _reaching(self, path: str) -> Iterator[None]:
-        """Turns boto3's errors on the way to an object into Problems."""
-        from botocore import exceptions  # noqa: PLC0415 - as above
-
-        where = f"s3://{self.bucket}/{self.prefix}{path}"
-        try:
-            yield
-        except exceptions.ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status == 412:
-                raise Problem(f"{where} has changed meanwhile", "run this again: it begins anew") from error
-            raise Problem(f"{where}: status {status}, {error}", CHECK_S3) from error
-        # a ValueError where AWS_ENDPOINT_URL is no address
-        except (exceptions.BotoCoreError, ValueError) as error:
-            raise Problem(f"cannot reach {where}, it does not answer or broke off: {error}", CHECK_S3) from error
+    with _reaching_s3(text):
+        client = _s3_client(bucket)
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{folder}/")
+        rows = [row for page in pages for row in page.get("Contents", ())]
+    if not rows:
+        raise Problem(f"{text} is empty, or no S3 answers", CHECK_S3)
+    listed = {
+        path: File(path, row["Size"], version=row["ETag"])
+        for row in rows
+        if (path := row["Key"].removeprefix(f"{folder}/"))
+    }
+    found = [file for path, file in listed.items() if wanted(path)]
+    if SUMS in listed:
+        sums = BytesIO()
+        fetch(listed[SUMS], sums, int)
+        found = with_sums(found, sums.getvalue(), f"s3://{bucket}/{folder}/{SUMS}")
+    return Source(found, fetch)
