@@ -8,30 +8,18 @@ replicas not yet rolled go on serving as they are. So does the only replica of a
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from stack.compose import Compose, crash_loops, running_gpu_file
+from stack.compose import Compose, running_gpu_file, stays_down
 from stack.console import Problem, Step, console, one_line_for_mistakes, step
 from stack.gateway import Gateway, Replica
+from stack.shell import wait_for
 
 RECREATE = ("up", "--detach", "--force-recreate", "--no-deps")
-POLL_S = 0.5
 # The gateway looks at each replica once a second.
 ROUTE_S = 30
-
-
-def await_that(condition: Callable[[], bool], within_s: float) -> bool:
-    """Whether the condition came true within so many seconds."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_S)
-    return True
 
 
 def alone_in(replicas: list[Replica], name: str) -> str:
@@ -59,7 +47,7 @@ def drain(gateway: Gateway, name: str, within_s: float, shown: Step) -> None:
         return in_flight == 0
 
     gateway.drain(name)
-    if not await_that(is_idle, within_s):
+    if not wait_for(is_idle, within_s):
         raise Problem(
             f"{name} still has {gateway.replica(name).in_flight} requests after {within_s:.0f} s; it was left running",
             "run `make roll` again when it has less to do, or give it longer with ARGS='--drain-seconds …'",
@@ -73,11 +61,7 @@ def recreate(compose: Compose, name: str, within_s: float, shown: Step) -> None:
 
     def is_well() -> bool:
         container = compose.containers().get(name)
-        if (
-            container is None
-            or container.state in ("restarting", "exited", "dead")
-            or crash_loops(container, began.get(name))
-        ):
+        if container is None or stays_down(container, began.get(name)):
             state = container.status if container else "it is gone"
             raise Problem(
                 f"{name} did not come back ({state}): {compose.last_words(name)}",
@@ -86,7 +70,7 @@ def recreate(compose: Compose, name: str, within_s: float, shown: Step) -> None:
         shown.say(container.status)
         return container.well
 
-    if not await_that(is_well, within_s):
+    if not wait_for(is_well, within_s):
         raise Problem(
             f"{name} was not ready within {within_s:.0f} s: {compose.last_words(name)}",
             f"see `docker compose logs {name}`; give it longer with ARGS='--ready-seconds …'; the others serve on",
@@ -95,7 +79,7 @@ def recreate(compose: Compose, name: str, within_s: float, shown: Step) -> None:
 
 def await_route(gateway: Gateway, name: str) -> None:
     """Waits until the gateway sends requests to the replica again."""
-    if not await_that(lambda: gateway.replica(name).state == "ready", ROUTE_S):
+    if not wait_for(lambda: gateway.replica(name).state == "ready", ROUTE_S):
         replica = gateway.replica(name)
         raise Problem(
             f"{name} is healthy, but the gateway says {replica.state}: {replica.reason}",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from stack import fleet, images, settings
+from stack import images, settings
 from stack.compose import Compose, running_gpu_file
 from stack.console import Problem, console, one_line_for_mistakes
 from stack.docker import engine_version
+from stack.gateway import Gateway, Replica
 
 
 def number(value: float | None, form: str = "{:g}") -> str:
@@ -21,17 +22,17 @@ def coloured(text: str, *, well: bool) -> str:
     return f"[{'green' if well else 'red'}]{text}[/]"
 
 
-def replica_table(seen: fleet.FleetStatus) -> Table:
+def replica_table(replicas: list[Replica]) -> Table:
     """The replicas as the gateway sees them."""
-    replicas = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("replica", "state"):
-        replicas.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=True)
     for column in ("weight", "in\nflight", "running", "waiting", "KV\nuse"):
-        replicas.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True)
     # the one that gives way on a narrow screen
-    replicas.add_column("model", overflow="fold")
-    for replica in seen.replicas:
-        replicas.add_row(
+    table.add_column("model", overflow="fold")
+    for replica in replicas:
+        table.add_row(
             replica.name,
             coloured(replica.state, well=replica.state == "ready"),
             number(replica.weight),
@@ -41,7 +42,7 @@ def replica_table(seen: fleet.FleetStatus) -> Table:
             number(replica.kv_usage, "{:.0%}"),
             "\n".join(replica.models) or "–",
         )
-    return replicas
+    return table
 
 
 def status() -> bool:
@@ -52,7 +53,7 @@ def status() -> bool:
     compose = Compose(gpu=running_gpu_file())
     config = compose.config()
     containers = compose.containers()
-    seen = fleet.fleet_status(wanted.url)
+    replicas = Gateway(compose, wanted.url).published()
     all_well = True
 
     parts = Table("part", "health", "", box=SIMPLE_HEAD)
@@ -66,12 +67,12 @@ def status() -> bool:
         health = (container.health or container.state) if container else "not started"
         note = container.status.partition(" (")[0] if container else "`make up` starts it"
         parts.add_row(name, coloured(health, well=well), note)
-    console.print(parts, f"  [bold]{wanted.url}[/]" if seen else f"  [red]no answer from {wanted.url}[/]")
-
-    if seen is None:
+    if replicas is None:
+        console.print(parts, f"  [red]no answer from {wanted.url}[/]")
         return False
-    console.print(replica_table(seen))
-    unready = [replica for replica in seen.replicas if replica.state != "ready"]
+    console.print(parts, f"  [bold]{wanted.url}[/]")
+    console.print(replica_table(replicas))
+    unready = [replica for replica in replicas if replica.state != "ready"]
     for replica in unready:
         console.print(f"  [red]{replica.name} is {replica.state}[/] {replica.reason or ''}")
     return all_well and not unready

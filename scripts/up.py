@@ -9,16 +9,19 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
+import psutil
+
 from models import served
-from stack import checks, docker, fleet, images, settings
-from stack.compose import OVERRIDE, Build, Compose, Config, running
-from stack.console import console, one_line_for_mistakes, step
-from stack.shell import CACHE, LOG, ROOT, ask, let_all_read, work
+from stack import checks, docker, images, settings
+from stack.compose import OVERRIDE, Build, Compose, Config, Container, is_replica, running, stays_down
+from stack.console import Problem, console, one_line_for_mistakes, step
+from stack.gateway import Gateway, check_named
+from stack.shell import CACHE, LOG, ROOT, Say, ask, let_all_read, wait_for, work
 
 QUESTION = "What is the capital of France?"
 
@@ -30,8 +33,8 @@ def published_ports() -> set[int]:
 
 def check_ports(wanted: settings.Settings, own: set[int]) -> str:
     """A Problem where a port that the stack publishes is taken by something else."""
-    tables = [table.read_text() for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if table.exists()]
-    taken = [listener for table in tables for listener in checks.listeners(table)]
+    sockets = psutil.net_connections("tcp")
+    taken = [socket.laddr[:2] for socket in sockets if socket.laddr and socket.status == psutil.CONN_LISTEN]
     ports = {
         "HTTP_PORT": (wanted.bind_address, wanted.http_port),
         "GRAFANA_PORT": (ip_address("127.0.0.1"), wanted.grafana_port),
@@ -45,9 +48,11 @@ def check_ports(wanted: settings.Settings, own: set[int]) -> str:
 
 def check_memory(config: Config) -> str:
     """A Problem where the replicas do not fit into the memory that is free."""
-    available, total = checks.meminfo(Path("/proc/meminfo").read_text())
-    checks.memory_suffices(available, total, [served.memory(config.services[name]) for name in config.replicas])
-    return f"{available / checks.GIB:.1f} of {total / checks.GIB:.1f} GiB free"
+    memory = psutil.virtual_memory()
+    checks.memory_suffices(
+        memory.available, memory.total, [served.memory(config.services[name]) for name in config.replicas]
+    )
+    return f"{memory.available / checks.GIB:.1f} of {memory.total / checks.GIB:.1f} GiB free"
 
 
 def check_disk(missing: Iterable[Build]) -> str:
@@ -91,6 +96,50 @@ def open_mounts(config: Config) -> None:
             let_all_read([source, *source.rglob("*")])
 
 
+def not_ready(
+    services: list[str], containers: Mapping[str, Container], states: Mapping[str, str], began: Mapping[str, Container]
+) -> list[str]:
+    """What is still missing, in words; empty when every service is healthy and every replica ready.
+
+    `states` are those that the gateway gives its replicas, `began` the containers at the beginning of the wait. A
+    service that waiting will not bring up is a Problem.
+    """
+    missing = []
+    for service in services:
+        container = containers.get(service)
+        if container is None or stays_down(container, began.get(service)):
+            what = "stops instead of starting" if container else "was removed"
+            raise Problem(
+                f"{service} {what}", f"see why (docker compose logs {service}), correct it, and run `make up` again"
+            )
+        if container.health == "unhealthy":
+            raise Problem(f"{service} runs but is unwell", f"see why: docker compose logs {service}")
+        state = states.get(service, "not in the route yet") if is_replica(service) else "ready"
+        if not container.well:
+            missing.append(f"{service} {states.get(service) or container.health or container.state}")
+        elif state != "ready":
+            missing.append(f"{service} {state}")
+    return missing
+
+
+def wait_until_ready(compose: Compose, gateway: Gateway, services: list[str], say: Say) -> None:
+    """Returns when every service is healthy and every replica ready; a Problem has the last words of its service."""
+    began = compose.containers()
+
+    def ready() -> bool:
+        replicas = gateway.published()
+        states = {replica.name: replica.state for replica in replicas or ()}
+        try:
+            missing = not_ready(services, compose.containers(), states, began)
+        except Problem as problem:
+            service = problem.what.split()[0]
+            raise Problem(f"{problem.what}: {compose.last_words(service)}", problem.fix) from None
+        say(", ".join(missing) or "the gateway does not answer yet")
+        return replicas is not None and not missing
+
+    wait_for(ready, every_s=1)
+
+
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Waits for another `make up` of this checkout to end."""
@@ -131,7 +180,8 @@ def up() -> None:
         compose = Compose(gpu=gpu)
         config = compose.config()
         check_pins(config)
-    fleet.check_named(config)
+    check_named(config)
+    gateway = Gateway(compose, wanted.url)
     if not own:
         with step("Memory") as shown:
             shown.result = check_memory(config)
@@ -158,12 +208,12 @@ def up() -> None:
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)
     with step("Gateway's configuration") as shown:
-        shown.result = fleet.reload_if_changed(compose, config)
+        shown.result = gateway.reload_if_changed(config)
     with step("Ready") as shown:
-        fleet.wait_until_ready(compose, services, wanted.url, shown.say)
+        wait_until_ready(compose, gateway, services, shown.say)
         shown.result = "every service is healthy, every replica answers"
     with step(QUESTION) as shown:
-        shown.result = fleet.first_answer(wanted.url, QUESTION)
+        shown.result = gateway.first_answer(QUESTION)
 
     console.print(f"\n[bold]API[/]         {wanted.url}/v1")
     console.print(f"[bold]Status[/]      {wanted.url}/status")

@@ -13,10 +13,9 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
 from typing import Annotated
 
@@ -27,14 +26,12 @@ from rich.markdown import Markdown
 from lab.bench import overhead, peers, workloads
 from lab.bench.overhead import SIZES, Cost, quantile
 from lab.bench.peers import DESIGNS, OURS, PEERS, Start, Target
-from lab.bench.pictures import bars, line
+from lab.bench.pictures import DOCS, draw
 from lab.bench.report import provenance, table
 from lab.bench.workloads import WORKLOADS, Cell, Sizes
 from lab.chaos.real import Stack, StackError, run
-from lab.sim.fleet import Replicas, nginx_version
+from lab.sim.fleet import ROOT, Replicas, nginx_version
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs" / "benchmarks"
 PARTS = ("overhead", "workloads", "memory")
 # of the running stack, so not among those that `make bench` does alone
 FIRST = "first-token"
@@ -140,10 +137,6 @@ def run_overhead(chosen: dict[str, Start], rounds: int, seconds: float, seed: in
     console.print(Markdown(report))
     if write:
         intro = OVERHEAD.format(connections=overhead.CONNECTIONS)
-        picture = {
-            name: [median(costs[size].rates) for size in SIZES] for name, costs in found.items() if name != "direct"
-        }
-        bars(DOCS / "overhead.svg", "highest rate, requests/s", list(SIZES), picture, log=True)
         save("overhead.md", intro, seed, "![highest rate](overhead.svg)\n\n" + report)
 
 
@@ -151,12 +144,12 @@ def run_overhead(chosen: dict[str, Start], rounds: int, seconds: float, seed: in
 
 HEAD = ["", "requests", "lost", "prefix hits", "TTFT p50", "p90", "p99", "tokens/s", "busiest / mean"]
 
+PICTURES = """![TTFT p90, ms](workloads-ttft.svg)
 
-PICTURES: list[tuple[str, str, Callable[[Cell], float]]] = [
-    ("workloads-ttft.svg", "TTFT p90, ms", lambda cell: cell.ttft_p90 * 1000),
-    ("workloads-tokens.svg", "tokens/s", lambda cell: cell.tokens_per_s),
-    ("workloads-hits.svg", "prefix hits, %", lambda cell: cell.hit_rate * 100),
-]
+![tokens/s](workloads-tokens.svg)
+
+![prefix hits, %](workloads-hits.svg)
+"""
 
 
 def cell_row(name: str, cell: Cell) -> list[str]:
@@ -224,11 +217,7 @@ def run_workloads(chosen: dict[str, Start], names: Sequence[str], seconds: float
         shape = " ".join(workloads.SHAPE)
         known = {"replicas": REPLICAS, "shape": shape, "clients": CLIENTS, "seconds": seconds, "best": best}
         intro = LOADS.format(**known, others=others, designs=" and ".join(DESIGNS))
-        for file, title, value in PICTURES:
-            series = {name: [value(cells[workload]) for workload in WORKLOADS] for name, cells in found.items()}
-            bars(DOCS / file, title, list(WORKLOADS), series, log="ms" in title)
-        pictures = "\n".join(f"![{title}]({file})\n" for file, title, _ in PICTURES)
-        save("workloads.md", intro, seed, f"{pictures}\n{report}")
+        save("workloads.md", intro, seed, f"{PICTURES}\n{report}")
 
 
 # Memory
@@ -241,8 +230,6 @@ def run_memory(requests: int, seed: int, write: bool) -> None:
     console.print(Markdown(report))
     if write:
         intro = MEMORY.format(requests=samples[-1].requests)
-        series = {"private": [sample.private for sample in samples], "shared": [sample.shared for sample in samples]}
-        line(DOCS / "memory.svg", "requests", "MiB", [sample.requests for sample in samples], series)
         save("memory.md", intro, seed, "![memory](memory.svg)\n\n" + report)
 
 
@@ -342,6 +329,7 @@ def first_token(stack: Stack, gateway: str, urls: Sequence[str], count: int) -> 
 def save(name: str, intro: str, seed: int, report: str) -> None:
     DOCS.mkdir(parents=True, exist_ok=True)
     (DOCS / name).write_text(f"{intro}\n{provenance([nginx_version(), *peers.versions()], seed)}\n{report}")
+    draw(name)
     console.print(f"written: docs/benchmarks/{name}", highlight=False)
 
 

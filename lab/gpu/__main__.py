@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Measures the planner and the gateway on two real GPUs, and writes the report.
 
-    gpu_bench.py run --out DIR --work DIR    on the host with the GPUs, vLLM, and Nginx at $NGINX, $NGINX_MODULES
-    gpu_bench.py report DIR/gpu.json         writes docs/benchmarks/gpu.md from what was measured
+    python -m lab.gpu run --out DIR --work DIR    on the host with the GPUs, vLLM, and Nginx at $NGINX, $NGINX_MODULES
+    python -m lab.gpu report DIR/gpu.json         writes docs/benchmarks/gpu.md from what was measured
 
 Models are shapes with random weights, so nothing has to be fetched. What is measured is written after each step: a run
 that is cut off keeps what it has."""
@@ -41,10 +40,12 @@ from lab.sim.fleet import Dns, Gateway, get, nginx_version, wait_until
 from lab.sim.load import Outcome, SteadyLoad, session, stream
 from planner import choose, memory, speed
 from planner.choose import Wish
+from planner.config import read_model
 from planner.machine import GIB, Machine
 from planner.memory import Settings
-from planner.model import Model, read_model
+from planner.model import Model
 from planner.nvml import read_machine
+from stack.gateway import fleet_line
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "docs" / "benchmarks" / "gpu.md"
@@ -122,10 +123,7 @@ class Fleet:
         dns.names.update({f"vllm-{n}": engine.host for n, engine in enumerate(every)})
 
     def upstreams(self, names: Sequence[str] | None = None) -> str:
-        return "".join(
-            f"upstream {name} {{ zone {name} 64k; server {name}:{PORT} resolve; keepalive 64; }}\n"
-            for name in names or [f"vllm-{n}" for n in range(len(self.every))]
-        )
+        return "".join(fleet_line(name, PORT) + "\n" for name in names or [f"vllm-{n}" for n in range(len(self.every))])
 
     def target(self) -> Target:
         cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))))
@@ -453,7 +451,7 @@ def run(
     })  # fmt: skip
     # `timeout` sends SIGTERM: engines are ended then too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))
-    writing = subprocess.Popen([sys.executable, __file__, "weights", str(work / "models")])
+    writing = subprocess.Popen([sys.executable, "-m", "lab.gpu", "weights", str(work / "models")])
     try:
         for name in parts.split(","):
             when, start = f"{datetime.now(UTC):%Y-%m-%d %H:%M}", time.monotonic()
@@ -535,15 +533,7 @@ def cell_row(name: str, cell: Cell) -> list[str]:
 CELL = ["", "prefix hits", "TTFT p50 ms", "p90", "p99", "tokens/s", "requests", "lost"]
 
 
-PICTURES: list[tuple[str, str, Callable[[Cell], float]]] = [
-    ("gpu-ttft.svg", "TTFT p90, ms", lambda cell: cell.ttft_p90 * 1000),
-    ("gpu-tokens.svg", "tokens/s", lambda cell: cell.tokens_per_s),
-]
-
-
 def report_gateway(found: dict[str, Any]) -> str:
-    from lab.bench.pictures import bars  # noqa: PLC0415 - a GPU host has no matplotlib
-
     text = ""
     if rows := found.get("throughput"):
         text += f"### Two replicas behind the gateway, {PER_GPU} clients a replica\n\n" + table(
@@ -560,10 +550,7 @@ def report_gateway(found: dict[str, Any]) -> str:
         ) + "\n"  # fmt: skip
     if rows := found.get("workloads"):
         text += f"### Workloads of `make bench`, {CLIENTS} clients, {WORKLOAD_SECONDS:.0f} s each after a warm-up\n\n"
-        for name, title, value in PICTURES:
-            series = {system: [value(Cell(**rows[workload][system])) for workload in rows] for system in COMPARED}
-            bars(REPORT.parent / name, title, list(rows), series)
-            text += f"![{title}]({name})\n\n"
+        text += "![TTFT p90, ms](gpu-ttft.svg)\n\n![tokens/s](gpu-tokens.svg)\n\n"
         for workload, systems in rows.items():
             text += f"**{workload}**\n\n"
             text += table(CELL, [cell_row(name, Cell(**one)) for name, one in systems.items()]) + "\n"
@@ -585,6 +572,8 @@ def report_presets(found: dict[str, Any]) -> str:
 @app.command()
 def report(results: Path) -> None:
     """Write docs/benchmarks/gpu.md from measured results, predictions by the planner as it is now."""
+    from lab.bench.pictures import draw  # noqa: PLC0415 - a GPU host has no matplotlib
+
     found = json.loads(results.read_text())
     machine = Machine.model_validate(found["machine"])
     versions = found["versions"]
@@ -594,7 +583,7 @@ def report(results: Path) -> None:
     link = f"{machine.links[0].kind}, {machine.links[0].gb_s:g} GB/s one way"
     text = f"""# On real GPUs
 
-Written by `lab/gpu report` from [gpu.json](gpu.json): shapes with random weights, so speeds are real and
+Written by `python -m lab.gpu report` from [gpu.json](gpu.json): shapes with random weights, so speeds are real and
 answers are not. Replicas start as the launcher starts them.
 
 - machine: {gpus} ({link}), {machine.cpu_cores} cores, driver {machine.driver}
@@ -628,6 +617,7 @@ answers are not. Replicas start as the launcher starts them.
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(text.rstrip() + "\n")
     (REPORT.parent / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(REPORT.name)
     print(f"wrote {REPORT.relative_to(ROOT)}")
 
 

@@ -33,6 +33,8 @@ from typing import Any, Self
 
 import yaml
 
+from stack.gateway import fleet_line
+
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 20.0
 
@@ -223,11 +225,7 @@ class Replicas:
 
     def upstreams(self, names: Sequence[str] | None = None) -> str:
         """The fleet file: one line a replica, for all replicas or those of `names`."""
-        return "".join(
-            f"upstream {sim.name} {{ zone {sim.name} 64k; server {sim.name}:{sim.port} resolve; keepalive 64; }}\n"
-            for sim in self.all
-            if names is None or sim.name in names
-        )
+        return "".join(fleet_line(sim.name, sim.port) + "\n" for sim in self.all if names is None or sim.name in names)
 
 
 class Nginx:

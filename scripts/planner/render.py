@@ -21,6 +21,7 @@ from planner.machine import GIB, Machine
 from planner.memory import Account
 from planner.replica_gpus import dump_compose, gpu_service
 from planner.speed import ANSWER, CONCURRENT, PROMPT
+from stack.gateway import fleet_line
 
 MIB = 1 << 20
 LINK_NAMES = {
@@ -47,9 +48,9 @@ def reasons(plan: Plan) -> list[tuple[str, str, str]]:
     """(number, its value, why) of the fleet, and of each kind of replica in it."""
     model = plan.model
     rows = [("layout", plan.layout, _layout_reason(plan))]
-    if plan.quantization or model.quantization:
+    if model.quantization:
         why = "; ".join(plan.reasons) or "the checkpoint is quantized"
-        rows.append(("quantization", f"{plan.quantization or model.quantization}, {model.bits:.3g} bits a weight", why))
+        rows.append(("quantization", f"{model.quantization.method}, {model.bits:.3g} bits a weight", why))
     rows.append(("max model length", f"{plan.max_length:,} tokens", _length_reason(plan)))
     if len({one.weight for one in plan.replicas}) > 1:
         weights = ", ".join(str(one.weight) for one in plan.replicas)
@@ -175,8 +176,8 @@ def _kv_reason(plan: Plan, replica: Replica, layers: int, per_token: int) -> str
     if draft:
         kib = memory.kv_bytes_per_token(draft, replica.tp, draft.layers, kv_bytes) / 1024
         text += f", and {kib:g} KiB of the draft model"
-    if plan.model.sliding_layers:
-        text += f"; {plan.model.sliding_layers} of {plan.model.layers} layers keep only {plan.model.window:,} tokens"
+    if attention.sliding_layers:
+        text += f"; {attention.sliding_layers} of {plan.model.layers} layers keep only {attention.window:,} tokens"
     return text
 
 
@@ -366,8 +367,7 @@ def fleet_file(parts: list[Part]) -> str:
     lines = []
     weighted = any(replica.weight > 1 for _, _, replica in _named(parts))
     for name, _, replica in _named(parts):
-        weight = f" weight={replica.weight}" if weighted else ""
-        lines.append(f"upstream {name} {{ zone {name} 64k; server {name}:8000 resolve{weight}; keepalive 64; }}")
+        lines.append(fleet_line(name, weight=replica.weight if weighted else None))
     return "\n".join(lines) + "\n"
 
 

@@ -103,11 +103,14 @@ class Container(BaseModel):
         return self.state == "running" and self.health in ("healthy", "")
 
 
-def crash_loops(now: Container, began: Container | None) -> bool:
-    """Whether a container has started again and again since a wait began; once alone may be the machine's doing.
+def stays_down(now: Container | None, began: Container | None) -> bool:
+    """Whether waiting will not bring a container up: it is gone, has ended, or has started again and again.
 
-    Its state does not tell: after any 10 s of running Docker pauses for a tenth of a second only.
+    `began` is the container when the wait began. One new start alone may be the machine's doing. The state does not
+    tell of them: after any 10 s of running Docker pauses for a tenth of a second only.
     """
+    if now is None or now.state in ("restarting", "exited", "dead"):
+        return True
     return now.restarts - (began.restarts if began and began.id == now.id else 0) >= 2
 
 

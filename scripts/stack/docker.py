@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 from stack import checks
 from stack.console import Problem
 from stack.images import debian_mirror
-from stack.shell import CACHE, Say, apt_install, as_root, ask, work
+from stack.shell import CACHE, Say, apt_install, as_root, ask, wait_for, work
 
 PLUGINS = {"compose": checks.OLDEST_COMPOSE, "buildx": checks.OLDEST_BUILDX}
 PLUGIN_FOLDER = Path("/usr/local/lib/docker/cli-plugins")
@@ -89,16 +88,16 @@ def start(say: Say) -> None:
         # It outlives this command, and a Ctrl-C here.
         detached = f"exec setsid dockerd >{ENGINE_LOG} 2>&1 </dev/null"
         subprocess.Popen(as_root("sh", "-c", detached), start_new_session=True)
-    deadline = time.monotonic() + 60
-    while True:
+
+    def answers() -> bool:
         found, error = engine_version()
-        if found:
-            return
-        # it may run by now, and not for this user
-        checks.engine_answers(error)
-        if time.monotonic() > deadline:
-            raise Problem("the Docker engine does not answer a minute after its start", see)
-        time.sleep(0.3)
+        if not found:
+            # it may run by now, and not for this user
+            checks.engine_answers(error)
+        return bool(found)
+
+    if not wait_for(answers, 60):
+        raise Problem("the Docker engine does not answer a minute after its start", see)
 
 
 def install_plugins(names: list[str], say: Say) -> None:

@@ -1,48 +1,119 @@
-"""The gateway's admin interface, which only this host can reach: through the gateway's own container."""
+"""The gateway as the operator commands see it: its files, its configuration, and the replicas behind it."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from stack.compose import Compose
+from stack.compose import Compose, Config
 from stack.console import Problem
+from stack.shell import CACHE, ask
+
+# its time is when the gateway was last told to read its files again
+RELOADED = CACHE / "gateway-reloaded"
+NGINX = ("exec", "-T", "gateway", "nginx", "-p", "/etc/nginx/")
+# the admin interface, which only the gateway's own container reaches
+ADMIN = "http://127.0.0.1:8081"
+# A first answer on a busy machine without a GPU.
+ANSWER_SECONDS = 120
+# What vLLM says to a request that a model cannot answer: an embedding model to a chat, one without a chat template too.
+NOT_THIS_WAY = {httpx.codes.BAD_REQUEST, httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED}
+
+
+class Way(NamedTuple):
+    """A way to put a question to a model."""
+
+    path: str
+    body: Callable[[str], dict[str, Any]]
+    said: Callable[[Any, str], str]  # of the answer and the model's name
+
+
+WAYS = (
+    Way(
+        "/v1/chat/completions",
+        lambda question: {"messages": [{"role": "user", "content": question}], "max_tokens": 32, "temperature": 0},
+        lambda answer, _: str(answer["choices"][0]["message"]["content"]).strip(),
+    ),
+    Way(
+        "/v1/completions",
+        lambda question: {"prompt": question, "max_tokens": 32, "temperature": 0},
+        lambda answer, _: str(answer["choices"][0]["text"]).strip(),
+    ),
+    Way(
+        "/v1/embeddings",
+        lambda question: {"input": question},
+        lambda answer, model: f"a vector of {len(answer['data'][0]['embedding'])} numbers from {model}",
+    ),
+    Way(
+        "/v1/rerank",
+        lambda question: {"query": question, "documents": [question]},
+        lambda answer, model: f"a score of {answer['results'][0]['relevance_score']:.2f} from {model}",
+    ),
+)
+
+
+def fleet_line(name: str, port: int = 8000, weight: int | None = None) -> str:
+    """A replica's line in the gateway's fleet file, without its end; `name` is its host too, `weight` its share."""
+    share = f" weight={weight}" if weight is not None else ""
+    return f"upstream {name} {{ zone {name} 64k; server {name}:{port} resolve{share}; keepalive 64; }}"
+
+
+def mounted(config: Config) -> dict[str, Path]:
+    """The folders of this host that the gateway reads, by where it sees them."""
+    return {volume.target: Path(volume.source) for volume in config.services["gateway"].volumes}
+
+
+def check_named(config: Config) -> None:
+    """A Problem where the gateway's fleet files do not name a replica: it would start and get no request."""
+    folders = mounted(config)
+    folder = folders.get("/etc/nginx/fleet", folders["/etc/nginx"] / "fleet")
+    lines = "".join(file.read_text() for file in folder.glob("*.conf"))
+    for name in sorted(set(config.replicas) - set(re.findall(r"^\s*upstream\s+(\S+)", lines, re.MULTILINE))):
+        raise Problem(
+            f"{folder}/ does not name {name}, so it would get no request",
+            f"add this line there, or plan the fleet again (`make plan`): {fleet_line(name)}",
+        )
 
 
 class Replica(BaseModel):
-    """A replica as the gateway sees it now."""
+    """A replica as the gateway sees it now. Counts are requests, `kv_usage` is the share of its KV cache in use."""
 
     name: str
     state: str
-    reason: str
-    models: list[str]
-    in_flight: int
+    reason: str | None = None
+    models: list[str] = []
+    weight: float | None = None
+    in_flight: int | None = None
+    running: float | None = None
+    waiting: float | None = None
+    kv_usage: float | None = None
 
 
 class Gateway:
-    """The running gateway of a stack. Every call raises a Problem where it does not answer."""
+    """The gateway of a stack, asked as users do at its `url`, and through its container where only that may."""
 
-    def __init__(self, compose: Compose) -> None:
+    def __init__(self, compose: Compose, url: str = "") -> None:
         self._compose = compose
+        self._url = url
 
-    def _call(self, method: str, path: str) -> Any:
-        curl = [
-            "curl",
-            "--silent",
-            "--show-error",
-            "--max-time",
-            "5",
-            "--request",
-            method,
-            f"http://127.0.0.1:8081{path}",
-        ]
-        return json.loads(self._compose.ask("exec", "-T", "gateway", *curl))
+    def published(self) -> list[Replica] | None:
+        """All replicas, as whoever reaches the gateway's port is told; None where it does not answer."""
+        try:
+            answer = self._http("GET", "/status.json", timeout_s=5).raise_for_status()
+        except httpx.HTTPError:
+            return None
+        return TypeAdapter(list[Replica]).validate_python(answer.json()["replicas"])
 
     def replicas(self) -> list[Replica]:
-        """All replicas, in the order of the fleet's file."""
-        answer = self._call("GET", "/replicas")
+        """All replicas, in the order of the fleet's file, whatever port is published; a Problem without an answer."""
+        answer = self._admin("GET", "/replicas")
         try:
             return TypeAdapter(list[Replica]).validate_python(answer)
         except ValidationError:
@@ -56,8 +127,58 @@ class Gateway:
 
     def drain(self, name: str) -> None:
         """Takes a replica out of the route; it finishes what it has."""
-        self._call("PUT", f"/replicas/{name}/drain")
+        self._admin("PUT", f"/replicas/{name}/drain")
 
     def undrain(self, name: str) -> None:
         """Puts a replica back into the route."""
-        self._call("DELETE", f"/replicas/{name}/drain")
+        self._admin("DELETE", f"/replicas/{name}/drain")
+
+    def reload_if_changed(self, config: Config) -> str:
+        """Makes the gateway read its files again if one is newer than what it last read; says in words what was done.
+
+        A mistake in them is a Problem; the gateway then goes on as it was.
+        """
+        container = self._compose.containers()["gateway"].id
+        began = ask("docker", "inspect", "--format", "{{.State.StartedAt}}", container).stdout.strip()
+        read = max(datetime.fromisoformat(began).timestamp(), RELOADED.stat().st_mtime if RELOADED.exists() else 0)
+        # a folder's own time tells of files that went
+        files = [path for folder in mounted(config).values() for path in (folder, *folder.rglob("*"))]
+        if max(path.stat().st_mtime for path in files) <= read:
+            return "unchanged"
+        check = ask(*self._compose.command(*NGINX, "-t"))
+        if check.returncode:
+            error = next((line for line in check.stderr.splitlines() if "[emerg]" in line), check.stderr.strip())
+            raise Problem(
+                f"the gateway's files have a mistake, so it keeps its old configuration: {error}",
+                "correct it and run `make up` again",
+            )
+        self._compose.ask(*NGINX, "-s", "reload")
+        RELOADED.touch()
+        return "read again, as its files changed"
+
+    def first_answer(self, question: str) -> str:
+        """What the fleet says to a question that is put as users do: a chat where a model chats. None is a Problem."""
+        fix = "see `make status` and `docker compose logs gateway`"
+        said = f"{self._url}/v1/models lists no model"
+        try:
+            models = self._http("GET", "/v1/models", timeout_s=10).raise_for_status().json()["data"]
+            for way in WAYS:
+                for model in models:
+                    asked = {"model": model["id"], **way.body(question)}
+                    answer = self._http("POST", way.path, asked, timeout_s=ANSWER_SECONDS)
+                    if answer.status_code == httpx.codes.OK:
+                        return way.said(answer.json(), model["id"])
+                    said = f"{self._url}{way.path} answered {answer.status_code}: {answer.text.strip()[:300]}"
+                    if answer.status_code not in NOT_THIS_WAY:
+                        raise Problem(said, fix)
+        except (httpx.HTTPError, LookupError) as error:
+            raise Problem(f"{self._url} does not answer: {error}", fix) from None
+        raise Problem(said, fix)
+
+    def _http(self, method: str, path: str, body: object = None, *, timeout_s: float) -> httpx.Response:
+        # The gateway is on this host: the proxy that the environment may name is for others.
+        return httpx.request(method, self._url + path, json=body, timeout=timeout_s, trust_env=False)
+
+    def _admin(self, method: str, path: str) -> Any:
+        curl = ("curl", "--silent", "--show-error", "--max-time", "5", "--request", method, ADMIN + path)
+        return json.loads(self._compose.ask("exec", "-T", "gateway", *curl))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from stack.console import Problem
 
+T = TypeVar("T")
 # takes what a step is doing right now
 Say = Callable[[str], None]
 
@@ -28,6 +32,14 @@ def ask(*args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(args, 127, "", f"{args[0]} is not installed")
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(args, 124, "", f"{args[0]} did not answer within {timeout:.0f} s")
+
+
+def wait_for(condition: Callable[[], T], within_s: float = math.inf, every_s: float = 0.5) -> T:
+    """Calls `condition` until it returns something true, and gives that; its last, false value after `within_s`."""
+    deadline = time.monotonic() + within_s
+    while not (value := condition()) and time.monotonic() <= deadline:
+        time.sleep(every_s)
+    return value
 
 
 def work(

@@ -8,18 +8,16 @@ import pytest
 from rich.console import Console
 
 import status
-from stack.fleet import FleetStatus, ReplicaStatus
+from stack.gateway import Replica
 
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_a_models_name_is_folded_not_cut(width: int) -> None:
-    replicas = [
-        ReplicaStatus(name=f"vllm-{n}", state="unreachable", models=[MODEL], weight=1, kv_usage=0.5) for n in (0, 1)
-    ]
+    replicas = [Replica(name=f"vllm-{n}", state="unreachable", models=[MODEL], weight=1, kv_usage=0.5) for n in (0, 1)]
     page = io.StringIO()
-    Console(file=page, width=width).print(status.replica_table(FleetStatus(replicas=replicas)))
+    Console(file=page, width=width).print(status.replica_table(replicas))
     lines = page.getvalue().splitlines()
     # the last column, below its heading
     (top,) = (number for number, line in enumerate(lines) if "model" in line)

@@ -21,9 +21,10 @@ import yaml
 
 import up
 from models import served
-from stack import checks, compose, fleet, images, settings
+from stack import checks, compose, gateway, images, settings
 from stack.compose import Build, Compose, Config, Container, Service, Volume
 from stack.console import Problem
+from stack.gateway import Gateway
 from stack.shell import ROOT
 
 PINS: dict[str, str] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["x-pins"]
@@ -282,17 +283,17 @@ def container(service: str, state: str = "running", health: str = "healthy", res
 
 def test_the_stack_is_ready_when_all_are_healthy_and_the_gateway_has_every_replica() -> None:
     containers = {name: container(name) for name in ("gateway", "vllm-0")}
-    assert fleet.not_ready(["gateway", "vllm-0"], containers, {"vllm-0": "ready"}, {}) == []
+    assert up.not_ready(["gateway", "vllm-0"], containers, {"vllm-0": "ready"}, {}) == []
 
 
 def test_a_replica_that_docker_calls_healthy_counts_only_once_the_gateway_sends_to_it() -> None:
     containers = {"vllm-0": container("vllm-0")}
-    assert fleet.not_ready(["vllm-0"], containers, {"vllm-0": "loading"}, {}) == ["vllm-0 loading"]
+    assert up.not_ready(["vllm-0"], containers, {"vllm-0": "loading"}, {}) == ["vllm-0 loading"]
 
 
 def test_a_replica_that_the_gateway_does_not_name_is_not_ready() -> None:
     containers = {name: container(name) for name in ("vllm-0", "vllm-1")}
-    missing = fleet.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready"}, {})
+    missing = up.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready"}, {})
     assert missing == ["vllm-1 not in the route yet"]
 
 
@@ -312,12 +313,12 @@ def planned(tmp_path: Path, fleet_file: str, *replicas: str) -> Config:
 def test_a_replica_that_no_line_of_the_mounted_fleet_names_is_a_problem_at_once(tmp_path: Path) -> None:
     config = planned(tmp_path, "# the plan's\nupstream vllm-0 { server vllm-0:8000 resolve; }\n", "vllm-0", "vllm-1")
     with pytest.raises(Problem, match=rf"{tmp_path}/fleet/ does not name vllm-1, .*upstream vllm-1"):
-        fleet.check_named(config)
+        gateway.check_named(config)
     del config.services["vllm-1"]
-    fleet.check_named(config)
+    gateway.check_named(config)
 
 
-class Gateway(Compose):
+class Running(Compose):
     """A gateway that runs since an hour ago; `said` are the commands that it was given."""
 
     def __init__(self) -> None:
@@ -339,19 +340,19 @@ def test_a_new_plan_makes_the_gateway_read_its_fleet_again(tmp_path: Path, monke
     for path in tmp_path.rglob("*"):
         os.utime(path, (now - 7200, now - 7200))
     began = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(now - 3600))
-    monkeypatch.setattr(fleet, "RELOADED", tmp_path / "reloaded")
-    monkeypatch.setattr(fleet, "ask", lambda *_: subprocess.CompletedProcess([], 0, began, ""))
-    gateway = Gateway()
-    assert fleet.reload_if_changed(gateway, config) == "unchanged"
+    monkeypatch.setattr(gateway, "RELOADED", tmp_path / "reloaded")
+    monkeypatch.setattr(gateway, "ask", lambda *_: subprocess.CompletedProcess([], 0, began, ""))
+    running = Running()
+    assert Gateway(running).reload_if_changed(config) == "unchanged"
     (tmp_path / "fleet" / "default.conf").write_text("upstream vllm-2 { }\n")
-    assert fleet.reload_if_changed(gateway, config).startswith("read again")
-    assert gateway.said == ["-t", "reload"]
-    assert fleet.reload_if_changed(gateway, config) == "unchanged"
+    assert Gateway(running).reload_if_changed(config).startswith("read again")
+    assert running.said == ["-t", "reload"]
+    assert Gateway(running).reload_if_changed(config) == "unchanged"
 
 
 def test_a_service_that_still_starts_is_waited_for() -> None:
     containers = {"prometheus": container("prometheus", health="starting")}
-    assert fleet.not_ready(["prometheus"], containers, {}, {}) == ["prometheus starting"]
+    assert up.not_ready(["prometheus"], containers, {}, {}) == ["prometheus starting"]
 
 
 @pytest.mark.parametrize(
@@ -365,11 +366,11 @@ def test_a_service_that_still_starts_is_waited_for() -> None:
 )
 def test_a_service_that_waiting_will_not_bring_up_is_a_problem(containers: dict[str, Container], message: str) -> None:
     with pytest.raises(Problem, match=message):
-        fleet.not_ready(["vllm-0"], containers, {}, {})
+        up.not_ready(["vllm-0"], containers, {}, {})
 
 
 def test_a_service_of_the_users_without_a_health_check_is_ready_when_it_runs() -> None:
-    assert fleet.not_ready(["mine"], {"mine": container("mine", health="")}, {}, {}) == []
+    assert up.not_ready(["mine"], {"mine": container("mine", health="")}, {}, {}) == []
 
 
 def test_a_service_of_the_users_that_is_built_is_left_to_compose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,10 +389,10 @@ def test_a_service_of_the_users_that_is_built_is_left_to_compose(monkeypatch: py
 def test_a_service_that_starts_again_and_again_is_a_problem_though_it_runs_whenever_one_looks() -> None:
     began = {"vllm-0": container("vllm-0", health="starting", restarts=3)}
     once = {"vllm-0": container("vllm-0", health="starting", restarts=4)}
-    assert fleet.not_ready(["vllm-0"], once, {}, began) == ["vllm-0 starting"]
+    assert up.not_ready(["vllm-0"], once, {}, began) == ["vllm-0 starting"]
     again = {"vllm-0": container("vllm-0", health="starting", restarts=5)}
     with pytest.raises(Problem, match="vllm-0 stops instead of starting"):
-        fleet.not_ready(["vllm-0"], again, {}, began)
+        up.not_ready(["vllm-0"], again, {}, began)
 
 
 def test_a_crash_loop_ends_the_wait_with_the_last_words_of_its_service(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,10 +407,10 @@ def test_a_crash_loop_ends_the_wait_with_the_last_words_of_its_service(monkeypat
         def last_words(self, service: str) -> str:
             return f"{service}: out of memory"
 
-    monkeypatch.setattr(fleet, "fleet_status", lambda _: None)
+    monkeypatch.setattr(Gateway, "published", lambda _: None)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(Problem, match="vllm-0 stops instead of starting: vllm-0: out of memory"):
-        fleet.wait_until_ready(Crashing(), ["vllm-0"], "", print)
+        up.wait_until_ready(Crashing(), Gateway(Crashing()), ["vllm-0"], print)
 
 
 def test_docker_is_asked_how_often_it_started_each_container_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +429,7 @@ RANKS = {"results": [{"index": 0, "relevance_score": 0.75}]}
 
 
 @contextmanager
-def gateway(models: Mapping[str, Mapping[str, tuple[int, object]]]) -> Iterator[str]:
+def served_at(models: Mapping[str, Mapping[str, tuple[int, object]]]) -> Iterator[str]:
     """The address of a gateway with these models: status and answer by path, 404 on every other path."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -473,8 +474,8 @@ def gateway(models: Mapping[str, Mapping[str, tuple[int, object]]]) -> Iterator[
 def test_the_question_is_put_the_way_a_model_of_the_fleet_can_answer(
     models: Mapping[str, Mapping[str, tuple[int, object]]], said: str
 ) -> None:
-    with gateway(models) as url:
-        assert fleet.first_answer(url, "What is the capital of France?") == said
+    with served_at(models) as url:
+        assert Gateway(Compose(), url).first_answer("What is the capital of France?") == said
 
 
 @pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
@@ -483,9 +484,9 @@ def test_the_gateway_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, proxy)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with gateway({"a": {"/v1/chat/completions": (200, CHAT)}}) as url:
-        assert fleet.first_answer(url, "?") == "Paris."
-        assert fleet.fleet_status(url) is not None
+    with served_at({"a": {"/v1/chat/completions": (200, CHAT)}}) as url:
+        assert Gateway(Compose(), url).first_answer("?") == "Paris."
+        assert Gateway(Compose(), url).published() == []
 
 
 @pytest.mark.parametrize(
@@ -497,5 +498,5 @@ def test_the_gateway_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_no_answer_is_a_problem(models: Mapping[str, Mapping[str, tuple[int, object]]], problem: str) -> None:
-    with gateway(models) as url, pytest.raises(Problem, match=problem):
-        fleet.first_answer(url, "?")
+    with served_at(models) as url, pytest.raises(Problem, match=problem):
+        Gateway(Compose(), url).first_answer("?")
