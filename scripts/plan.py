@@ -14,10 +14,11 @@ import typer
 import yaml
 from rich.console import Console
 
-from planner import choose, ours, render
+from planner import choose, render, replica_processes
 from planner.choose import Plan, Wish
+from planner.config import load_model
 from planner.machine import Machine, load_machine
-from planner.model import Model, load_model
+from planner.model import Model
 from planner.nvml import read_machine
 from stack.console import Problem, one_line_for_mistakes
 from stack.settings import ENV_FILE, read
@@ -104,8 +105,8 @@ def main(
     )
     with one_line_for_mistakes():
         try:
-            replicas_up = [] if machine else ours.running_replicas()
-            pids = ours.processes(replicas_up)
+            replicas_up = [] if machine else replica_processes.running_replicas()
+            pids = replica_processes.processes(replicas_up)
             if replicas_up and not pids:
                 print(
                     "what the running replicas hold cannot be told and is left to them: make down first",

@@ -67,12 +67,10 @@ def status() -> bool:
         health = (container.health or container.state) if container else "not started"
         note = container.status.partition(" (")[0] if container else "`make up` starts it"
         parts.add_row(name, coloured(health, well=well), note)
-    console.print(
-        parts, f"  [bold]{wanted.url}[/]" if replicas is not None else f"  [red]no answer from {wanted.url}[/]"
-    )
-
     if replicas is None:
+        console.print(parts, f"  [red]no answer from {wanted.url}[/]")
         return False
+    console.print(parts, f"  [bold]{wanted.url}[/]")
     console.print(replica_table(replicas))
     unready = [replica for replica in replicas if replica.state != "ready"]
     for replica in unready:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
+import psutil
+
 from models import served
 from stack import checks, docker, images, settings
 from stack.compose import OVERRIDE, Build, Compose, Config, Container, is_replica, running, stays_down
@@ -31,8 +33,8 @@ def published_ports() -> set[int]:
 
 def check_ports(wanted: settings.Settings, own: set[int]) -> str:
     """A Problem where a port that the stack publishes is taken by something else."""
-    tables = [table.read_text() for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if table.exists()]
-    taken = [listener for table in tables for listener in checks.listeners(table)]
+    sockets = psutil.net_connections("tcp")
+    taken = [socket.laddr[:2] for socket in sockets if socket.laddr and socket.status == psutil.CONN_LISTEN]
     ports = {
         "HTTP_PORT": (wanted.bind_address, wanted.http_port),
         "GRAFANA_PORT": (ip_address("127.0.0.1"), wanted.grafana_port),
@@ -46,9 +48,11 @@ def check_ports(wanted: settings.Settings, own: set[int]) -> str:
 
 def check_memory(config: Config) -> str:
     """A Problem where the replicas do not fit into the memory that is free."""
-    available, total = checks.meminfo(Path("/proc/meminfo").read_text())
-    checks.memory_suffices(available, total, [served.memory(config.services[name]) for name in config.replicas])
-    return f"{available / checks.GIB:.1f} of {total / checks.GIB:.1f} GiB free"
+    memory = psutil.virtual_memory()
+    checks.memory_suffices(
+        memory.available, memory.total, [served.memory(config.services[name]) for name in config.replicas]
+    )
+    return f"{memory.available / checks.GIB:.1f} of {memory.total / checks.GIB:.1f} GiB free"
 
 
 def check_disk(missing: Iterable[Build]) -> str:

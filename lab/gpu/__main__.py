@@ -43,9 +43,10 @@ from lab.sim.load import Outcome, SteadyLoad, session, stream
 from lab.waiting import until
 from planner import choose, memory, speed
 from planner.choose import Wish
+from planner.config import read_model
 from planner.machine import GIB, Machine
 from planner.memory import Settings
-from planner.model import Model, read_model
+from planner.model import Model
 from planner.nvml import read_machine
 from stack.gateway import fleet_line
 from stack.shell import ROOT

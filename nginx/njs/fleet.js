@@ -12,6 +12,9 @@ const counters = ngx.shared.counters;
 
 const WORK_LEFT = Math.exp(-1 / 5);   // after a second: work counts for some five seconds
 
+const ALL = 1e9;                      // keys; a shared dictionary gives 1,024 unless told otherwise
+const ZONES = ['fleet', 'counters'];  // those whose writes may be lost: nothing is evicted from them
+
 const worker = ` ${process.pid}`;   // asking for it costs more than counting
 
 // Reads nginx/fleet/*.conf: one {name, host, weight} an upstream block, in the order of the files.
@@ -45,6 +48,18 @@ function get(key, otherwise) {
 
 function set(key, value) {
     shared.set(key, JSON.stringify(value));
+}
+
+let told = -Infinity;
+
+// A write found no room in this zone: that is counted, and logged once a second.
+function lost(zone, e) {
+    // Without room for anything new, what is there can still be added to: `publish` has made this counter.
+    counters.incr(`lost|${zone}`, 1, 0);
+    if (clock() - told > 1000) {
+        told = clock();
+        ngx.log(ngx.ERR, `the zone ${zone} is full, a write is lost (${e.message}): make it larger in conf.d/njs.conf`);
+    }
 }
 
 // The last look at a replica (health.js).
@@ -107,6 +122,7 @@ function publish() {
         }
     });
     started();
+    ZONES.forEach((zone) => counters.add(`lost|${zone}`, 0));
     set('ids', ids);
     set('table', table);
     // After the table: who reads this number reads this table or a later one.
@@ -185,7 +201,7 @@ function ageWork(name) {
 
 // A worker that was killed never counted its requests out.
 function forgetDeadWorkers() {
-    for (const key of load.keys()) {
+    for (const key of load.keys(ALL)) {
         const [name, pid] = key.split(' ');
         if (pid && !fs.existsSync(`/proc/${pid}`)) {
             load.incr(name, -load.pop(key), 0);
@@ -194,6 +210,6 @@ function forgetDeadWorkers() {
 }
 
 export default {
-    read, parse, get, set, record, publish, table, serving, clock, started, unreachable, enter, leave, inFlight, work, addWork,
-    ageWork, forgetDeadWorkers,
+    ALL, ZONES, read, parse, get, set, lost, record, publish, table, serving, clock, started, unreachable, enter, leave, inFlight,
+    work, addWork, ageWork, forgetDeadWorkers,
 };

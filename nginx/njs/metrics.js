@@ -1,6 +1,6 @@
 // The gateway's own metrics, in Prometheus' text format.
 //
-// One counter holds a request's labels and both its histogram buckets: a request costs three additions in all.
+// A request costs four additions: its series, its two histogram buckets (one counter holds both), and two sums.
 
 import fleet from './fleet.js';
 
@@ -9,13 +9,16 @@ const counters = ngx.shared.counters;
 const STATES = ['ready', 'loading', 'wedged', 'draining', 'unreachable'];
 const CAUSES = { retry: ['connect', 'reset', 'timeout', 'refused'], refusal: ['full', 'none_ready', 'unknown_model', 'closed'] };
 const FIRST_BYTE = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
+const SERIES = 10000;   // of gateway_requests_total; with the longest names they take 6 MiB of the zone's 8
+const LONGEST = 256;    // characters of a model's name
+const OTHER = 'other';  // the model of what is beyond
 const DURATION = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600];
 
 function add(key, value) {
     try {
         counters.incr(key, value, 0);
     } catch (e) {
-        ngx.log(ngx.ERR, `a metric is lost: ${e.message}`);
+        fleet.lost('counters', e);
     }
 }
 
@@ -27,14 +30,30 @@ function bucket(bounds, value) {
     return i;
 }
 
+// The counter of a request's labels. The model comes last: its name may hold anything.
+function series(replica, status, reason, model) {
+    const labels = 'request|' + replica + '|' + status + '|' + reason + '|';
+    const key = labels + (model.length > LONGEST ? OTHER : model);
+    if (counters.has(key)) {
+        return key;
+    }
+    if ((counters.get('series') || 0) >= SERIES) {
+        return labels + OTHER;
+    }
+    add('series', 1);
+    return key;
+}
+
 // A request is over. `firstByte` is NaN where none came from a replica.
 function served(replica, model, status, reason, firstByte, seconds) {
-    const began = firstByte >= 0;
-    const first = began ? bucket(FIRST_BYTE, firstByte) : '';
-    add('request|' + replica + '|' + model + '|' + status + '|' + reason + '|' + first + '|' + bucket(DURATION, seconds), 1);
-    add('seconds|' + replica, seconds);
-    if (began) {
-        add('first|' + replica, firstByte);
+    add(series(replica, status, reason, model), 1);
+    if (replica) {
+        const began = firstByte >= 0;
+        add('buckets|' + replica + '|' + (began ? bucket(FIRST_BYTE, firstByte) : '') + '|' + bucket(DURATION, seconds), 1);
+        add('seconds|' + replica, seconds);
+        if (began) {
+            add('first|' + replica, firstByte);
+        }
     }
 }
 
@@ -106,7 +125,7 @@ function histogram(name, help, bounds, of, sums) {
 // Everything, as text. What is known to be countable shows from the start, at 0: rate() sees no birth.
 function text() {
     const table = fleet.table();
-    const requests = {};
+    const requests = [];
     const first = {};
     const total = {};
     for (const { name } of table.replicas) {
@@ -114,25 +133,23 @@ function text() {
         total[name] = {};
     }
     const plus = (to, key, value) => { to[key] = (to[key] || 0) + value; };
-    for (const [key, value] of counters.items()) {
-        const [kind, replica, model, status, reason, f, d] = key.split('|');
+    for (const [key, value] of counters.items(fleet.ALL)) {
+        const [kind, replica, ...rest] = key.split('|');
         if (kind === 'request') {
-            plus(requests, JSON.stringify({ replica, model, status, reason }), value);
-            if (replica) {
-                if (f !== '') {
-                    plus(first[replica] = first[replica] || {}, f, value);
-                }
-                plus(total[replica] = total[replica] || {}, d, value);
+            const labels = { replica, model: rest.slice(2).join('|'), status: rest[0], reason: rest[1] };
+            requests.push(line('gateway_requests_total', labels, value));
+        } else if (kind === 'buckets') {
+            if (rest[0] !== '') {
+                plus(first[replica] = first[replica] || {}, rest[0], value);
             }
+            plus(total[replica] = total[replica] || {}, rest[1], value);
         }
     }
     const sum = (kind) => (replica) => counters.get(`${kind}|${replica}`) || 0;
     const count = (...key) => counters.get(key.join('|')) || 0;
 
     let out = head('gateway_requests_total', 'counter', 'Requests that are over, by why the replica was chosen.');
-    for (const labels of Object.keys(requests).sort()) {
-        out += line('gateway_requests_total', JSON.parse(labels), requests[labels]);
-    }
+    out += requests.sort().join('');
     out += histogram('gateway_time_to_first_byte_seconds', 'From the request to the first byte of the answer.', FIRST_BYTE,
         first, sum('first'));
     out += histogram('gateway_request_duration_seconds', 'From the request to the end of the answer.', DURATION, total,
@@ -170,6 +187,10 @@ function text() {
     out += head('gateway_prefix_blocks_total', 'counter', 'Cuts of prompts that the chosen replica had been sent before.');
     for (const result of ['matched', 'missed']) {
         out += line('gateway_prefix_blocks_total', { result }, count('blocks', result));
+    }
+    out += head('gateway_writes_lost_total', 'counter', 'Writes into a shared dictionary that had no room left.');
+    for (const zone of fleet.ZONES) {
+        out += line('gateway_writes_lost_total', { zone }, count('lost', zone));
     }
     return out;
 }

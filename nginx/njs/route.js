@@ -1,54 +1,15 @@
 // The choice of a replica for a request, and of the next one when it failed.
 
-import fleet from './fleet.js';
-import prefix from './prefix.js';
-import metrics from './metrics.js';
 import answers from './answers.js';
+import body from './body.js';
+import fleet from './fleet.js';
+import load from './load.js';
+import metrics from './metrics.js';
+import policies from './policies.js';
 import settings from './settings.js';
 
-const counters = ngx.shared.counters;
-const popular = ngx.shared.popular;
-
-const TRIES = 9;             // Nginx allows ten internal redirects
-const BRACE = 123;           // {: every JSON body here begins so
-const PARSED = 1 << 20;      // characters; of a longer body only the model is read
-
-// How many requests a replica may have beyond the one with fewest, or how many times the mean, whichever is more …
-const NEW = [1, 1.5];        // … and still be given a prompt that nobody has
-const SOFT = [4, 1.25];      // … before a beginning that much of its work shares is given to another replica too
-const HARD = [8, 2];         // … before all that comes goes elsewhere: affinity overloads nobody
-const HOT = 3 / 4;           // of what a busy replica gets, begins alike: worth the room in another cache
-const HOT_OF = 4;            // requests, at least, to judge by
-
-const ANSWER = 1000;         // characters of prompt that take a replica about as long as its part in one answer
-const ALIKE = 1.25;          // times the least work: no reason to prefer one replica to the other
-
-// ---- reading the request
-
-// {model, body}: what a body asks for. Bodies that are no JSON object give no model: the replica says what is wrong.
-function read(r, text) {
-    if (text.charCodeAt(0) !== BRACE && /^multipart\//.test(r.headersIn['Content-Type'])) {
-        const field = /name="model"\r\n\r\n([^\r\n]*)/.exec(text);
-        return { model: field ? field[1] : '', body: {} };
-    }
-    if (text.length > PARSED) {
-        // Model and messages are near one of the two ends in every client's layout.
-        const field = /^\s*\{\s*"model"\s*:\s*"([^"\\]*)"/.exec(text.slice(0, 512))
-            || /,\s*"model"\s*:\s*"([^"\\]*)"\s*(?:,\s*"\w+"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*)*\}\s*$/.exec(text.slice(-512));
-        if (field) {
-            return { model: field[1], body: { prompt: text.slice(0, PARSED / 4) } };
-        }
-    }
-    try {
-        const body = JSON.parse(text);
-        if (body && typeof body === 'object') {
-            return { model: typeof body.model === 'string' ? body.model : '', body };
-        }
-    } catch (e) {
-        // not JSON
-    }
-    return { model: '', body: {} };
-}
+const policy = policies[settings.policy];
+const TRIES = 9;   // Nginx allows ten internal redirects
 
 // ---- choosing
 
@@ -68,179 +29,6 @@ function candidates(table, serving, tried) {
         }
     }
     return ready.length ? ready : suspect;
-}
-
-function leastBusy(list) {
-    let best = list[0];
-    let least = Infinity;
-    // Ties go round.
-    const start = list.length > 1 ? counters.incr('turn', 1, 0) : 0;
-    for (let i = 0; i < list.length; i++) {
-        const replica = list[(start + i) % list.length];
-        const busy = fleet.inFlight(replica.name) / replica.weight;
-        if (busy < least) {
-            least = busy;
-            best = replica;
-        }
-    }
-    return best;
-}
-
-// How much each replica has in flight by its weight, the least and the mean.
-function loads(list) {
-    const busy = [];
-    let least = Infinity;
-    let sum = 0;
-    for (let i = 0; i < list.length; i++) {
-        const one = fleet.inFlight(list[i].name) / list[i].weight;
-        busy.push(one);
-        sum += one;
-        if (one < least) {
-            least = one;
-        }
-    }
-    return { busy, least, mean: sum / list.length };
-}
-
-function limit(load, bound) {
-    return Math.max(load.least + bound[0], load.mean * bound[1]);
-}
-
-function workOf(replica) {
-    return fleet.work(replica.name) / replica.weight;
-}
-
-// For a prompt that nobody has: of those not too busy, and given about the least to compute lately, the next in turn.
-// Going by the number of requests alone would send a burst of long prompts to one, and all that follow the end of one
-// batch to where it was, to be the next batch and wait for each other: in turn they meet fewer others that begin.
-function lightest(list, load) {
-    const most = limit(load, NEW);
-    const works = [];
-    let least = Infinity;
-    for (let i = 0; i < list.length; i++) {
-        works[i] = load.busy[i] <= most ? workOf(list[i]) : Infinity;
-        least = Math.min(least, works[i]);
-    }
-    let i = list.length > 1 ? counters.incr('new', 1, 0) % list.length : 0;
-    while (works[i] > least * ALIKE) {
-        i = (i + 1) % list.length;
-    }
-    return list[i];
-}
-
-// Whether the i-th replica is the better one of two that know the prompt: they are compared as those that do not.
-function better(list, load, i, than) {
-    const most = limit(load, NEW);
-    return load.busy[i] > most || load.busy[than] > most ? load.busy[i] < load.busy[than]
-        : workOf(list[i]) < workOf(list[than]);
-}
-
-// Counts a request to a busy replica; whether its beginning is one that many of them share. Sending it elsewhere then takes
-// load off for good, while anything else would only push other prompts out of another replica's cache.
-function hot(name, key) {
-    const round = popular.get(`round ${name}`) || 0;
-    const all = popular.incr(`${name} ${round}`, 1, 0);
-    const alike = popular.incr(`${name} ${round} ${key}`, 1, 0);
-    const yes = all >= HOT_OF && alike >= HOT * all;
-    if (yes || all >= 8 * HOT_OF) {
-        popular.set(`round ${name}`, round + 1);
-    }
-    return yes;
-}
-
-// The replica that was sent the longest beginning of this prompt, unless it has too much to do; null if there is none.
-// `own`: only whole conversations count.
-function byPrefix(list, load, prompt, own) {
-    for (let at = prompt.cuts.length - 1; at >= 0; at--) {
-        if (own && !(prompt.cuts[at] & prefix.OWN)) {
-            continue;
-        }
-        const key = prefix.key(prompt, at);
-        const packed = prompt.holders[at] = prefix.holders(key);
-        let chosen = -1;
-        for (let i = 0; packed && i < list.length; i++) {
-            if (prefix.holds(packed, list[i].id) && (chosen < 0 || better(list, load, i, chosen))) {
-                chosen = i;
-            }
-        }
-        if (chosen >= 0 && load.busy[chosen] <= limit(load, HARD)) {
-            if (!own && load.busy[chosen] > limit(load, SOFT) && hot(list[chosen].name, key)) {
-                return null;
-            }
-            prompt.at = at;
-            return list[chosen];
-        }
-    }
-    return null;
-}
-
-// The replica is sent this prompt now. What comes before the match it was sent already.
-function remember(prompt, replica) {
-    const end = prompt.cuts.length - 1;
-    const at = prompt.at;
-    for (let i = Math.max(0, at); i <= end; i++) {
-        // The end is set each time, so that what is in use stays.
-        if (prompt.cuts[i] & prefix.KEPT && (i !== at || i === end)) {
-            const key = prefix.key(prompt, i);
-            prefix.keep(key, replica.id, prompt.holders[i] === undefined ? prefix.holders(key) : prompt.holders[i]);
-        }
-    }
-    metrics.blocks(at + 1, end - at);
-    const unknown = (prompt.cuts[end] - (at < 0 ? 0 : prompt.cuts[at])) / 4;
-    fleet.addWork(replica.name, unknown + ANSWER);
-}
-
-// A session stays where it was; a new one, or one whose replica is gone, begins where its prompt fits best.
-function bySession(table, list, prompt, key) {
-    const packed = prefix.holders(key);
-    let replica = list.find((one) => packed % 256 === one.id);
-    const reason = replica ? 'session' : 'load';
-    if (!replica) {
-        list = table.canary === null ? list : group(list, table.canary);
-        const load = loads(list);
-        replica = prompt && byPrefix(list, load, prompt, false) || lightest(list, load);
-    }
-    prefix.keep(key, replica.id, 0);
-    if (prompt) {
-        remember(prompt, replica);
-    }
-    return [replica, reason];
-}
-
-// The canary's share of new conversations: which group of replicas takes one that begins now.
-function group(list, share) {
-    const canary = list.filter((replica) => replica.canary);
-    const others = list.filter((replica) => !replica.canary);
-    if (!canary.length || !others.length) {
-        return list;
-    }
-    return Math.random() < share ? canary : others;
-}
-
-function pick(r, table, list, body, model) {
-    const policy = settings.policy;
-    if (policy === 'round_robin') {
-        return [list[counters.incr('turn', 1, 0) % list.length], 'turn'];
-    }
-    const prompt = policy === 'prefix' ? prefix.cutsOf(body, model) : null;
-    const session = policy !== 'least_busy' && (r.headersIn['X-Session-Id'] || body.prompt_cache_key);
-    if (session) {
-        return bySession(table, list, prompt, `session ${model} ${session}`);
-    }
-    if (!prompt) {
-        return [leastBusy(table.canary === null ? list : group(list, table.canary)), 'load'];
-    }
-    let load = loads(list);
-    let replica = byPrefix(list, load, prompt, table.canary !== null);
-    if (!replica && table.canary !== null) {
-        list = group(list, table.canary);
-        load = loads(list);
-        replica = byPrefix(list, load, prompt, false);
-    }
-    const reason = replica ? 'prefix' : 'load';
-    replica = replica || lightest(list, load);
-    remember(prompt, replica);
-    return [replica, reason];
 }
 
 // `chosen` is what the log phase needs; it is nearer there than the variables are.
@@ -291,7 +79,8 @@ async function choose(r) {
             refuse(r, 'closed', 401, 'no_keys', settings.closed);
             return;
         }
-        const { model, body } = read(r, await r.readRequestText() || '');
+        const asked = body.read(r, await r.readRequestText() || '');
+        const model = asked.model;
         const table = fleet.table();
         const known = fleet.serving(table, model);
         if (model && !known && !table.replicas.some((replica) => !replica.models.length)) {
@@ -309,10 +98,10 @@ async function choose(r) {
             r.variables.model = model;
         }
         if (list[0].state === 'ready') {
-            const [replica, reason] = pick(r, table, list, body, model);
+            const [replica, reason] = policy(list, asked, table.canary);
             send(r, replica, name, reason);
         } else {
-            send(r, leastBusy(list), name, 'fallback');
+            send(r, load.leastBusy(list), name, 'fallback');
         }
     } catch (e) {
         ngx.log(ngx.ERR, `choosing: ${e.message} ${e.stack}`);
@@ -353,7 +142,7 @@ function retry(r) {
     const model = r.variables.model || '';
     const list = candidates(table, fleet.serving(table, model), names);
     if (list.length && names.length < TRIES) {
-        send(r, leastBusy(list), model, 'retry');
+        send(r, load.leastBusy(list), model, 'retry');
     } else if (tried.includes('=refused')) {
         refuse(r, 'full', 429, 'fleet_full', 'All replicas are full. Try again later.');
     } else {
@@ -401,4 +190,4 @@ function models(r) {
     }
 }
 
-export default { choose, retry, done, models, read, byPrefix };
+export default { choose, retry, done, models };

@@ -1,15 +1,16 @@
 // The gateway's settings, from the environment. Wrong ones are named in the log at the start, and the safe value is taken.
 
-const POLICIES = ['prefix', 'least_busy', 'round_robin', 'session'];
+import policies from './policies.js';
 
-const policy = process.env.ROUTE_POLICY || POLICIES[0];
+const names = Object.keys(policies);
+const policy = process.env.ROUTE_POLICY || names[0];
 // an IPv6 address in brackets, as Compose wants it
 const address = process.env.BIND_ADDRESS || '127.0.0.1';
 
 export default {
-    policy: POLICIES.includes(policy) ? policy : POLICIES[0],
+    policy: names.includes(policy) ? policy : names[0],
     // Why no request is let in, or ''.
     closed: /^(127\.|\[::1\]$|localhost$)/.test(address) || process.env.GATEWAY_AUTH === 'off' ? ''
         : `This gateway listens on ${address} and has no keys. Set GATEWAY_AUTH=off to let everyone in, or BIND_ADDRESS=127.0.0.1.`,
-    complaint: POLICIES.includes(policy) ? '' : `ROUTE_POLICY=${policy} is none of ${POLICIES.join(', ')}; ${POLICIES[0]} is used`,
+    complaint: names.includes(policy) ? '' : `ROUTE_POLICY=${policy} is none of ${names.join(', ')}; ${names[0]} is used`,
 };

@@ -137,15 +137,16 @@ def choose(machine: Machine, model: Model, wish: Wish) -> Plan:
         raise Problem(
             f"--context {wish.context}: {model.name} takes {model.max_length} tokens at most", "ask for no more"
         )
-    if wish.quantization not in (None, "none", *ONLINE_BITS) and wish.quantization != model.quantization:
+    method = model.quantization.method if model.quantization else None
+    if wish.quantization not in (None, "none", *ONLINE_BITS, method):
         known = ", ".join(ONLINE_BITS)
         raise Problem(
             f"--quantization {wish.quantization}: vLLM applies only {known} while it loads",
             "take one of these, or a checkpoint that is quantized already",
         )
-    if wish.quantization in ONLINE_BITS and model.quantization not in (None, wish.quantization):
+    if wish.quantization in ONLINE_BITS and method not in (None, wish.quantization):
         raise Problem(
-            f"--quantization {wish.quantization}: {model.name} is quantized already, by {model.quantization}",
+            f"--quantization {wish.quantization}: {model.name} is quantized already, by {method}",
             "leave it out, or take a checkpoint in 16 bits",
         )
     if not machine.gpus:
@@ -168,7 +169,7 @@ def choose(machine: Machine, model: Model, wish: Wish) -> Plan:
 def _too_old(gpu: Gpu, model: Model) -> str | None:
     """Why the GPU can do nothing for the model, however much memory it has."""
     needed, why = OLDEST, "vLLM"
-    if model.quantization in MXFP4_METHODS:
+    if model.quantization and model.quantization.method in MXFP4_METHODS:
         needed, why = BFLOAT16, "a checkpoint in mxfp4"
     elif model.kind in NO_FLOAT16:
         needed, why = BFLOAT16, f"{model.kind}, which does not work in float16,"
@@ -480,7 +481,7 @@ def _changes(machine: Machine, model: Model, wish: Wish) -> Iterator[tuple[str, 
 def _choose_cpu(machine: Machine, model: Model, wish: Wish) -> Plan:
     """Replicas on the CPU: as many as were asked for, or two where memory and cores allow, so that one can be replaced
     while the other serves."""
-    if wish.quantization in ONLINE_BITS and wish.quantization != model.quantization:
+    if wish.quantization in ONLINE_BITS and wish.quantization != (model.quantization and model.quantization.method):
         raise Problem(f"--quantization {wish.quantization}: there is no GPU here to quantize on", "leave it out")
     if wish.kv_cache == "fp8":
         raise Problem("--kv-cache fp8: there is no GPU here", "leave it out")

@@ -105,35 +105,33 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
     64). Each GPU keeps whole the norms, a router, MLA's down-projections, and its KV heads where there are fewer of
     them than GPUs. A draft model lies beside it, split as it is; there is one stage then.
     """
-    width = model.bits / 8
-    split = model.weights.split
-    layer = split * (16 / 8 if model.quantized_experts_only else width)
-    if model.quantized_experts_only:
-        padding = _mxfp4_padding(model, tp) if model.quantization in MXFP4_METHODS else 1.0
-        layer += model.weights.experts * (width * padding - 2)
-    per_gpu = layer / tp + 2 * model.weights.replicated
-    attention = model.attention
+    weights, attention, found, width = model.weights, model.attention, model.quantization, model.bits / 8
+    layer = weights.split * width
+    if found and found.experts_only:
+        padding = _mxfp4_padding(model, tp) if found.method in MXFP4_METHODS else 1.0
+        layer = 2 * weights.split + weights.experts * (width * padding - 2)
+    per_gpu = layer / tp + 2 * weights.replicated
     if attention.kv_heads and tp > attention.kv_heads:
         copies = tp / attention.kv_heads - 1
         per_gpu += width * 2 * model.hidden * attention.kv_heads * attention.head_dim * copies / tp
     bytes_ = per_gpu * stage_layers(model.layers, pp)[stage]
     padded = ceil(model.vocabulary / 64) / (model.vocabulary / 64)
     if stage == 0:
-        bytes_ += 2 * model.weights.embedding * padded / tp
-    if stage == pp - 1 and (model.weights.head or pp > 1) and not model.pooling:
-        bytes_ += 2 * (model.weights.head or model.weights.embedding) * padded / tp
-    if model.disk_bytes and model.quantization is None:
+        bytes_ += 2 * weights.embedding * padded / tp
+    if stage == pp - 1 and (weights.head or pp > 1) and not model.pooling:
+        bytes_ += 2 * (weights.head or weights.embedding) * padded / tp
+    if model.file_bytes and found is None:
         # files say more than the language model's shape where there is a vision tower, which each GPU may hold whole
-        bytes_ += max(0.0, model.disk_bytes * 2 / model.checkpoint_dtype_bytes - 2 * model.parameters)
-    else:
-        bytes_ += 2 * model.tower
+        bytes_ += max(0, model.file_bytes - 2 * model.parameters)
+    elif model.tower:
+        bytes_ += 2 * model.tower.parameters
     return round(bytes_) + (weight_bytes(model.draft, tp, 1, 0) if model.draft else 0)
 
 
 def _mxfp4_padding(model: Model, tp: int) -> float:
     """What MXFP4's kernels make of one: an expert's width on a GPU is rounded up to 128, the hidden size to 256
     (`mxfp4_round_up_hidden_size_and_intermediate_size` in vllm/model_executor/layers/fused_moe/oracle/mxfp4.py)."""
-    width = model.dense_intermediate / tp
+    width = model.mlp.width / tp
     return ceil(width / 128) * 128 / width * ceil(model.hidden / 256) * 256 / model.hidden
 
 
@@ -142,47 +140,35 @@ def total_weight_bytes(model: Model) -> int:
     return weight_bytes(model, 1, 1, 0)
 
 
-def _layer_bytes(model: Model, tp: int, kv_bytes: int) -> int:
-    """What one GPU keeps of one token in one layer: a key and a value for each of its KV heads, at least one of them;
-    with MLA the latent vector, whole on each GPU."""
-    attention = model.attention
-    if model.encoder:
-        return 0
-    if attention.latent:
-        return attention.latent * kv_bytes
-    return 2 * max(1, ceil(attention.kv_heads / tp)) * attention.head_dim * kv_bytes
-
-
 def kv_bytes_per_token(model: Model, tp: int, layers: int, kv_bytes: int = 2) -> int:
-    """What one GPU keeps for one token in `layers` layers that see all of it, and in those of a draft model."""
+    """What one GPU keeps for one token in `layers` layers as long as they see it, and in those of a draft model."""
     draft = kv_bytes_per_token(model.draft, tp, model.draft.layers, kv_bytes) if model.draft else 0
-    return layers * _layer_bytes(model, tp, kv_bytes) + draft
-
-
-def _kv_groups(model: Model) -> tuple[int, int, int]:
-    """(layers in a group, groups that see all, groups with a window). vLLM hands out blocks of a whole group of layers,
-    and pads the last group of a kind to the size of the others (`_get_kv_cache_groups_uniform_page_size` in
-    vllm/v1/core/kv_cache_utils.py)."""
-    sliding, full = model.sliding_layers, model.layers - model.sliding_layers
-    if not sliding or not full:
-        return model.layers, min(full, 1), min(sliding, 1)
-    fewer, more = sorted((sliding, full))
-    size = more if more < 1.5 * fewer else fewer
-    return size, ceil(full / size), ceil(sliding / size)
+    kept = sum(one.layers * one.token_bytes(tp, kv_bytes) for one in model.attention.cached)
+    return kept * layers // model.layers + draft
 
 
 def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Settings, pp: int = 1) -> int:
-    """What one GPU keeps for one request of `length` tokens, on a stage of `layers` layers. A group with a sliding
-    window keeps its window and the tokens of the steps that are under way: of each stage one, and one more that is
-    scheduled already (`SlidingWindowSpec.max_admission_blocks_per_request` in vllm/v1/kv_cache_interface.py,
-    `max_in_flight_tokens` in vllm/config/vllm.py)."""
-    size, full, sliding = _kv_groups(model)
-    under_way = settings.max_batched_tokens * (pp if model.pooling else pp + 1)
-    blocks = full * ceil(length / BLOCK)
-    blocks += sliding * (ceil(min(model.window - 1 + under_way, length) / BLOCK) + 1)
+    """What one GPU keeps for one request of `length` tokens, on a stage of `layers` layers.
+
+    vLLM hands out blocks of a whole group of layers, and pads the last group of a kind to the size of the others
+    (`_get_kv_cache_groups_uniform_page_size` in vllm/v1/core/kv_cache_utils.py). A group with a window keeps its window
+    and the tokens of the steps that are under way: of each stage one, and one more that is scheduled already
+    (`SlidingWindowSpec.max_admission_blocks_per_request` in vllm/v1/kv_cache_interface.py, `max_in_flight_tokens` in
+    vllm/config/vllm.py)."""
     draft = request_bytes(model.draft, tp, model.draft.layers, length, settings) if model.draft else 0
-    here = -(-size * layers // model.layers)  # of a group's layers, rounded up
-    return _layer_bytes(model, tp, settings.kv_bytes) * here * blocks * BLOCK + draft
+    cached = model.attention.cached
+    if not cached:
+        return draft
+    fewest, most = min(one.layers for one in cached), max(one.layers for one in cached)
+    group = most if most < 1.5 * fewest else fewest
+    under_way = settings.max_batched_tokens * (pp if model.pooling else pp + 1)
+    blocks = 0
+    for one in cached:
+        kept = ceil(min(one.window - 1 + under_way, length) / BLOCK) + 1 if one.window else ceil(length / BLOCK)
+        blocks += ceil(one.layers / group) * kept
+    page = max(one.token_bytes(tp, settings.kv_bytes) for one in cached) * BLOCK
+    here = -(-group * layers // model.layers)  # of a group's layers, rounded up
+    return page * here * blocks + draft
 
 
 def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings) -> int:
@@ -192,12 +178,12 @@ def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings
     heads = (
         attention.heads * max(attention.head_dim, attention.latent // 8) + 2 * attention.kv_heads * attention.head_dim
     )
-    widest = max(3 * model.intermediate, 2 * heads) / tp
+    widest = max(3 * model.mlp.active_width, 2 * heads) / tp
     forward = 2 * settings.max_batched_tokens * (6 * model.hidden + widest)
-    if model.tower_width:
+    if model.tower:
         # vLLM lets the tower see a full step of pictures first, and keeps what comes out while the model computes
-        patches = max(model.tower_patches, PATCHES_A_TOKEN * settings.max_batched_tokens)
-        forward = max(forward, 2 * patches * model.tower_width) + 2 * patches // 4 * model.hidden
+        patches = max(model.tower.patches, PATCHES_A_TOKEN * settings.max_batched_tokens)
+        forward = max(forward, 2 * patches * model.tower.width) + 2 * patches // 4 * model.hidden
     if model.pooling or not last_stage:
         return round(forward)
     return round(max(forward, settings.max_num_seqs * model.vocabulary * (4 if tp == 1 else 6)))
@@ -227,7 +213,7 @@ def account(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Set
         kv = requested - weights - activations - graphs - NOT_TORCH
         one = request_bytes(model, tp, layers, length, settings, pp)
         requests = max(0.0, kv / one) if one else float(settings.max_num_seqs if kv > 0 else 0)
-        if model.sliding_layers:
+        if model.attention.sliding_layers:
             tokens = floor(requests * length)
         else:
             per_token = kv_bytes_per_token(model, tp, layers, settings.kv_bytes)

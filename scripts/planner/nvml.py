@@ -7,11 +7,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pynvml
 
 from planner.machine import Gpu, Link, LinkKind, Machine
-from planner.ours import host_memory
-from stack.checks import meminfo
+from planner.replica_processes import host_memory
 from stack.console import Problem
 
 # Dense bf16 FLOP per clock and SM with 32-bit sums, from NVIDIA's papers on A100, GA102, Ada, H100 and Blackwell.
@@ -27,15 +27,15 @@ USUAL_GB_S, USUAL_TFLOPS = 300.0, 50.0
 USUAL_PCIE, USUAL_LANES = 3, 16
 
 
-def read_machine(ours: frozenset[int] = frozenset()) -> Machine:
-    """This host, as if the processes `ours` had ended. Without an NVIDIA driver it simply has no GPUs; a driver that
+def read_machine(ending: frozenset[int] = frozenset()) -> Machine:
+    """This host, as if the processes `ending` had ended. Without an NVIDIA driver it simply has no GPUs; a driver that
     does not work is a Problem."""
-    free, total = meminfo(Path("/proc/meminfo").read_text())
+    memory = psutil.virtual_memory()
     host: dict[str, Any] = {
         "name": platform.node(),
         "cpu_cores": len(os.sched_getaffinity(0)),
-        "memory": total,
-        "memory_free": min(total, free + host_memory(ours)),
+        "memory": memory.total,
+        "memory_free": min(memory.total, memory.available + host_memory(ending)),
     }
     try:
         pynvml.nvmlInit()
@@ -45,7 +45,7 @@ def read_machine(ours: frozenset[int] = frozenset()) -> Machine:
         raise _broken(error) from error
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        gpus = [gpu for index, handle in enumerate(handles) for gpu in _read_gpu(index, handle, ours)]
+        gpus = [gpu for index, handle in enumerate(handles) for gpu in _read_gpu(index, handle, ending)]
         whole = {gpu.index for gpu in gpus if not gpu.mig}
         links = [_read_link(a, b, handles) for a, b in combinations(sorted(whole), 2)]
         return Machine(**host, driver=pynvml.nvmlSystemGetDriverVersion(), gpus=tuple(gpus), links=tuple(links))
@@ -70,7 +70,7 @@ def _told(ask: Callable[..., Any], *args: Any, otherwise: Any) -> Any:
         return otherwise
 
 
-def _read_gpu(index: int, handle: Any, ours: frozenset[int]) -> list[Gpu]:
+def _read_gpu(index: int, handle: Any, ending: frozenset[int]) -> list[Gpu]:
     """The GPU, or its MIG slices where it is cut into some."""
     capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
     cores = _told(pynvml.nvmlDeviceGetNumGpuCores, handle, otherwise=0)
@@ -82,7 +82,7 @@ def _read_gpu(index: int, handle: Any, ours: frozenset[int]) -> list[Gpu]:
     bandwidth = 2 * memory_clock * _told(pynvml.nvmlDeviceGetMemoryBusWidth, handle, otherwise=0) / 8 / 1e9
     name = pynvml.nvmlDeviceGetName(handle)
     total, free = _memory(handle, f"GPU {index} ({name})")
-    held, programs = _programs(handle, ours)
+    held, programs = _programs(handle, ending)
     whole = Gpu(
         index=index,
         id=str(index),
@@ -95,11 +95,11 @@ def _read_gpu(index: int, handle: Any, ours: frozenset[int]) -> list[Gpu]:
         numa=_numa_node(handle),
         programs=programs,
     )
-    slices = _read_slices(handle, whole, ours)
+    slices = _read_slices(handle, whole, ending)
     return slices or [whole]
 
 
-def _read_slices(handle: Any, whole: Gpu, ours: frozenset[int]) -> list[Gpu]:
+def _read_slices(handle: Any, whole: Gpu, ending: frozenset[int]) -> list[Gpu]:
     try:
         if pynvml.nvmlDeviceGetMigMode(handle)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
             return []
@@ -113,7 +113,7 @@ def _read_slices(handle: Any, whole: Gpu, ours: frozenset[int]) -> list[Gpu]:
             continue
         name = pynvml.nvmlDeviceGetName(part)
         total, free = _memory(part, name)
-        held, programs = _programs(part, ours)
+        held, programs = _programs(part, ending)
         attributes = pynvml.nvmlDeviceGetAttributes_v2(part)
         share = attributes.memorySizeMB * (1 << 20) / whole.total
         slices.append(
@@ -159,11 +159,11 @@ def _numa_node(handle: Any) -> int:
     return max(0, int(path.read_text())) if path.exists() else 0
 
 
-def _programs(handle: Any, ours: frozenset[int]) -> tuple[int, tuple[str, ...]]:
-    """The bytes that `ours` hold, and what else runs there."""
+def _programs(handle: Any, ending: frozenset[int]) -> tuple[int, tuple[str, ...]]:
+    """The bytes that `ending` hold, and what else runs there."""
     held, names = 0, []
     for process in _told(pynvml.nvmlDeviceGetComputeRunningProcesses, handle, otherwise=[]):
-        if process.pid in ours:
+        if process.pid in ending:
             if process.usedGpuMemory is None:
                 names.append("this project's replicas (make down)")
             held += process.usedGpuMemory or 0

@@ -32,6 +32,7 @@ class Quantization:
     group: int = 0  # weights that share a scale, which one GPU has to hold whole; 0: no such rule
     experts_only: bool = False
     attention: bool = True  # quantized too
+    online: bool = False  # while it loads, from 16 bits
 
 
 def read_quantization(found: Mapping[str, Any]) -> Quantization:

@@ -48,9 +48,9 @@ def reasons(plan: Plan) -> list[tuple[str, str, str]]:
     """(number, its value, why) of the fleet, and of each kind of replica in it."""
     model = plan.model
     rows = [("layout", plan.layout, _layout_reason(plan))]
-    if plan.quantization or model.quantization:
+    if model.quantization:
         why = "; ".join(plan.reasons) or "the checkpoint is quantized"
-        rows.append(("quantization", f"{plan.quantization or model.quantization}, {model.bits:.3g} bits a weight", why))
+        rows.append(("quantization", f"{model.quantization.method}, {model.bits:.3g} bits a weight", why))
     rows.append(("max model length", f"{plan.max_length:,} tokens", _length_reason(plan)))
     if len({one.weight for one in plan.replicas}) > 1:
         weights = ", ".join(str(one.weight) for one in plan.replicas)
@@ -176,8 +176,8 @@ def _kv_reason(plan: Plan, replica: Replica, layers: int, per_token: int) -> str
     if draft:
         kib = memory.kv_bytes_per_token(draft, replica.tp, draft.layers, kv_bytes) / 1024
         text += f", and {kib:g} KiB of the draft model"
-    if plan.model.sliding_layers:
-        text += f"; {plan.model.sliding_layers} of {plan.model.layers} layers keep only {plan.model.window:,} tokens"
+    if attention.sliding_layers:
+        text += f"; {attention.sliding_layers} of {plan.model.layers} layers keep only {attention.window:,} tokens"
     return text
 
 

@@ -53,7 +53,8 @@ def estimate(
     bandwidth = gpu.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
     flops = gpu.bf16_tflops * 1e12 * FLOPS_SHARE
     # Quantizing while loading is taken to save memory alone: 4 bits ran at 0.6 to 0.8 of 16 bits' speed when measured.
-    weights = total_weight_bytes(replace(model, bits=16.0) if model.quantized_online else model)
+    online = model.quantization and model.quantization.online
+    weights = total_weight_bytes(replace(model, quantization=None) if online else model)
     expert_share = model.weights.experts / model.weights.layer()
     kv_token = kv_bytes_per_token(model, tp, model.layers, settings.kv_bytes)
     request = PROMPT + ANSWER

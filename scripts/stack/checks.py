@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from typing import Literal
 from stack.console import Problem
 
 Version = tuple[int, ...]
+Address = IPv4Address | IPv6Address
 Choice = Literal["auto", "on", "off"]
 # docker-compose.override.yml: not there, or there without GPUs for replicas, or with some
 Override = Literal["none", "cpu", "gpu"]
@@ -67,12 +67,6 @@ def memory_suffices(available: int, total: int, replicas: Collection[int]) -> No
         )
 
 
-def meminfo(text: str) -> tuple[int, int]:
-    """Available and total memory in bytes from the text of /proc/meminfo."""
-    kib = {name: int(number) for name, number in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
-    return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
-
-
 def disk_suffices(free: int, needed: int, folder: Path) -> None:
     """A Problem where a folder's disk has less free than needed (bytes)."""
     if free < needed:
@@ -82,33 +76,14 @@ def disk_suffices(free: int, needed: int, folder: Path) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Listener:
-    """A socket that waits for TCP connections."""
+def port_is_free(name: str, address: Address, port: int, taken: Iterable[tuple[str, int]]) -> None:
+    """A Problem where a socket already listens on this port, on the same address or on all of them.
 
-    address: IPv4Address | IPv6Address
-    port: int
-
-
-def listeners(proc_net_tcp: str) -> list[Listener]:
-    """The listening sockets in the text of /proc/net/tcp or /proc/net/tcp6."""
-    found = []
-    for line in proc_net_tcp.splitlines()[1:]:
-        fields = line.split()
-        if fields[3] != "0A":
-            continue
-        host, port = fields[1].split(":")
-        # the kernel prints each 32-bit word of the address in the machine's byte order
-        words = b"".join(bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8))
-        found.append(Listener(ip_address(words), int(port, 16)))
-    return found
-
-
-def port_is_free(name: str, address: IPv4Address | IPv6Address, port: int, taken: Iterable[Listener]) -> None:
-    """A Problem where a socket already listens on this port, on the same address or on all of them."""
-    for listener in taken:
-        same = listener.address == address or listener.address.is_unspecified or address.is_unspecified
-        if listener.port == port and same:
+    `name` is the port's setting, `taken` the addresses and ports of the listening sockets.
+    """
+    for host, number in taken:
+        other = ip_address(host)
+        if number == port and (other == address or other.is_unspecified or address.is_unspecified):
             raise Problem(
                 f"port {port} ({name}) is taken by another program",
                 f"stop it (`ss -ltnp 'sport = :{port}'` as root names it), or set {name} in .env to a free port",

@@ -157,7 +157,7 @@ class Gateway:
         return "read again, as its files changed"
 
     def first_answer(self, question: str) -> str:
-        """What the fleet says to a question that is put as users do: as a chat where a model chats; none is a Problem."""
+        """What the fleet says to a question that is put as users do: a chat where a model chats. None is a Problem."""
         fix = "see `make status` and `docker compose logs gateway`"
         said = f"{self._url}/v1/models lists no model"
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import ipaddress
 import os
 import re
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
+from dotenv.parser import parse_stream
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from stack.console import Problem
@@ -67,25 +69,20 @@ def known_names(example: str) -> set[str]:
 def parse_env(text: str, known: set[str]) -> dict[str, str]:
     """Reads the text of a `.env`. A line that is no setting, or names one that nothing reads, is a Problem."""
     values: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*", line)
-        if not match:
-            raise Problem(f".env, line {number}: {line.strip()!r} is not NAME=value", "correct or delete the line")
-        name, value = match.groups()
+    for binding in parse_stream(io.StringIO(text)):
+        name, value, written = binding.key, binding.value, binding.original.string
+        if name is None and not binding.error:
+            continue  # a comment or nothing
+        number = binding.original.line + written[: len(written) - len(written.lstrip())].count("\n")
+        if name is None or value is None:
+            first = written.strip().split("\n")[0]
+            raise Problem(f".env, line {number}: {first!r} is not NAME=value", "correct or delete the line")
         if name not in known and not name.startswith("COMPOSE_"):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise Problem(f".env, line {number}: nothing reads {name}", f"{hint}.env.example lists every setting")
-        values[name] = unquoted(value)
+        values[name] = value
     return values
-
-
-def unquoted(value: str) -> str:
-    """A value as Compose reads it: without its quotes, or without the comment behind it."""
-    quoted = re.match(r"""(?s)(["'])(.*?)(?<!\\)\1""", value)
-    return quoted.group(2) if quoted else re.sub(r"(^|\s+)#.*$", "", value)
 
 
 def check(values: Mapping[str, str]) -> Settings:

@@ -1,15 +1,15 @@
 // Lets a test call a function of a gateway's module inside real njs: POST {"module", "name", "arguments"} gives its value.
 
 import answers from './answers.js';
+import body from './body.js';
 import fleet from './fleet.js';
 import health from './health.js';
 import metrics from './metrics.js';
 import prefix from './prefix.js';
-import route from './route.js';
 import settings from './settings.js';
 import stream from './stream.js';
 
-const MODULES = { answers, fleet, health, metrics, prefix, route, settings, stream };
+const MODULES = { answers, body, fleet, health, metrics, prefix, settings, stream };
 
 // Passes chunks through stream.js as Nginx would; `lost` is the chunk at which the connection to the replica was lost.
 function filtered(type, chunks, lost) {
@@ -37,7 +37,7 @@ function filtered(type, chunks, lost) {
 
 // Reads a body of this content type.
 function read(type, text) {
-    return route.read({ headersIn: { 'Content-Type': type } }, text);
+    return body.read({ headersIn: { 'Content-Type': type } }, text);
 }
 
 async function call(r) {

@@ -1,5 +1,6 @@
 """Real Nginx on this project's configuration over simulated replicas, for a module; faults are cleared each time."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import httpx
 import pytest
 
 from lab.sim.fleet import Gateway, Replicas, Sim
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,15 @@ def gateway(shared_gateway: Gateway, fleet: Replicas) -> Iterator[Gateway]:
 def client(gateway: Gateway) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=gateway.url, timeout=30) as session:
         yield session
+
+
+def resized(**zones: str) -> dict[str, bytes]:
+    """A gateway's `files` in which shared dictionaries have other sizes: `resized(counters="64k")`."""
+    text = (ROOT / "nginx" / "conf.d" / "njs.conf").read_text()
+    for name, size in zones.items():
+        text, found = re.subn(rf"(zone={name}):\w+", rf"\1:{size}", text)
+        assert found == 1, name
+    return {"conf.d/njs.conf": text.encode()}
 
 
 def chat(*messages: str, **more: Any) -> dict[str, Any]:

@@ -1,13 +1,17 @@
 """The gateway's metrics, as Prometheus reads them."""
 
+import contextlib
 import re
 import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
-from lab.sim.fleet import Gateway, get, image, wait_until
-from tests.gateway.conftest import chat
+from lab.sim.fleet import Gateway, Replicas, get, image, wait_until
+from tests.conftest import ROOT
+from tests.gateway.conftest import chat, resized
 from tests.gateway.test_routing import counted
 
 LINE = re.compile(
@@ -88,6 +92,74 @@ def test_counters_survive_a_reload(gateway: Gateway) -> None:
     wait_until(lambda: counted(gateway, "gateway_requests_total") == before + 1, "counted")
     gateway.reload()
     assert counted(gateway, "gateway_requests_total") == before + 1
+
+
+Fill = Callable[[int, int], None]
+
+
+@contextlib.contextmanager
+def filling(**zones: str) -> Iterator[tuple[Gateway, Fill]]:
+    """A gateway of its own with zones of these sizes, and `fill(A, B)`: a request over for each of model-A to model-B."""
+    with Replicas(1, "--instant") as replicas:
+        place = f"{replicas.gateway_host}:8089"
+        server = f"js_import fill from fill.js; server {{ listen {place}; location / {{ js_content fill.fill; }} }}"
+        script = Path(__file__).with_name("fill.js").read_bytes()
+        files = {"fleet/fill.conf": server.encode(), "njs/fill.js": script, **resized(**zones)}
+        with Gateway(replicas, files=files) as gateway:
+            gateway.wait_ready()
+            yield gateway, lambda start, end: (get(f"http://{place}/?from={start}&to={end}"), None)[1]
+
+
+def of_models(series: dict[str, float]) -> dict[str, float]:
+    """How many requests each of the models that `fill` counted for had, by its one series."""
+    return {key: value for key, value in series.items() if 'model="model-' in key or 'model="other"' in key}
+
+
+def test_three_thousand_series_are_all_there_and_only_grow() -> None:
+    with filling() as (gateway, fill):
+        before: dict[str, float] = {}
+        for end in (500, 1500, 3000, 3000):
+            fill(0, end)
+            now = exposed(gateway)
+            assert not {key for key in before if ("_total" in key or "_bucket" in key) and now.get(key, 0) < before[key]}
+            before = now
+    assert len(of_models(before)) == 3000
+    assert sum(of_models(before).values()) == 8000
+    assert before['gateway_request_duration_seconds_count{replica="vllm-0"}'] == 8000
+    assert before['gateway_time_to_first_byte_seconds_bucket{replica="vllm-0",le="+Inf"}'] == 8000
+
+
+def test_series_beyond_the_budget_are_counted_as_one() -> None:
+    budget = 10_000
+    assert f"{budget:,} series" in (ROOT / "docs" / "design.md").read_text()
+    with filling() as (gateway, fill):
+        for start in range(0, 12_000, 2000):
+            fill(start, start + 2000)
+        series = of_models(exposed(gateway))
+        other = 'gateway_requests_total{replica="vllm-0",model="other",status="200",reason="load"}'
+        assert len(series) == budget + 1
+        assert series[other] == 12_000 - budget
+        fill(0, 1)  # who was there before the budget was spent keeps his own
+        assert of_models(exposed(gateway))[other.replace("other", "model-0")] == 2
+        assert exposed(gateway)['gateway_writes_lost_total{zone="counters"}'] == 0
+
+
+def test_a_full_zone_of_counters_is_loud_and_requests_are_served() -> None:
+    with filling(counters="64k") as (gateway, fill):
+        fill(0, 3000)
+        assert exposed(gateway)['gateway_writes_lost_total{zone="counters"}'] > 0
+        assert "the zone counters is full" in gateway.log()
+        assert httpx.post(gateway.url + "/v1/chat/completions", json=chat("still?")).status_code == 200
+
+
+def test_a_model_may_be_called_anything() -> None:
+    name = 'a|b "c"\\d'
+    with Replicas(1, model=name) as replicas, Gateway(replicas) as gateway:
+        gateway.wait_ready()
+        answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("hi", model=name))
+        assert answer.status_code == 200
+        labels = 'replica="vllm-0",model="a|b \\"c\\"\\\\d",status="200",reason="load"'
+        wait_until(lambda: f"gateway_requests_total{{{labels}}}" in exposed(gateway), "its series has its name")
 
 
 def test_promtool_has_nothing_to_say(gateway: Gateway) -> None:

@@ -76,11 +76,11 @@ python_info 1
     assert call("health", "parse", text) == {"running": 7, "kv": 0.75, "tokens": 1_500_000}
 
 
-# ---- route.js: reading a body
+# ---- body.js
 
 
 def model(call: Call, body: str, content_type: str = "application/json") -> str:
-    found: str = call("route", "read", content_type, body)["model"]
+    found: str = call("body", "read", content_type, body)["model"]
     return found
 
 

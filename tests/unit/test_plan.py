@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 import plan as command
 from planner import choose, memory, render
 from planner.choose import DoesNotFitError, Plan, Wish
+from planner.config import load_model, read_model
 from planner.machine import GIB, Gpu, Link, Machine, load_machine
 from planner.memory import Settings
-from planner.model import Model, load_model, read_model
+from planner.model import Cached, Model
 from stack.console import Problem
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -44,7 +45,9 @@ def check(machine: Machine, plan: Plan) -> None:
         assert one.account.max_requests >= (1.05 if machine.gpus else 1), "no room for a request of full length"
         if model.whole_prompts and machine.gpus:
             assert one.settings.max_batched_tokens >= plan.max_length, "its prompts are not cut into pieces"
-        assert model.encoder or one.account.kv_tokens >= plan.max_length, "KV cache for less than one request"
+        assert (model.pooling and model.pooling.encoder) or one.account.kv_tokens >= plan.max_length, (
+            "KV cache for less than one request"
+        )
         if machine.gpus:
             assert len(one.gpus) == one.tp * one.pp
             for gpu in one.gpus:
@@ -115,11 +118,13 @@ def test_kv_bytes_of_a_token(name: str, tp: int, bytes_: int) -> None:
 
 def test_a_sliding_window_keeps_little_of_a_long_request() -> None:
     gemma = MODELS["gemma-3-27b-it"]
-    assert (gemma.window, gemma.sliding_layers) == (1024, 52)
+    assert (gemma.attention.window, gemma.attention.sliding_layers) == (1024, 52)
     settings = Settings(256, 2048)
-    everything = memory.request_bytes(replace(gemma, sliding_layers=0), 1, 62, 131072, settings)
+    everything = memory.request_bytes(
+        replace(gemma, attention=replace(gemma.attention, cached=(Cached(62, 16, 128),))), 1, 62, 131072, settings
+    )
     assert memory.request_bytes(gemma, 1, 62, 131072, settings) < everything / 5
-    assert MODELS["Qwen2.5-32B-Instruct"].sliding_layers == 0, "use_sliding_window is false there"
+    assert MODELS["Qwen2.5-32B-Instruct"].attention.sliding_layers == 0, "use_sliding_window is false there"
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plan as command
-from planner import choose, nvml, ours, render
+from planner import choose, nvml, render, replica_processes
 from planner.choose import Wish
+from planner.config import load_model
 from planner.machine import GIB, Gpu, Link, Machine, load_machine
-from planner.model import Model, load_model
+from planner.model import Model
+from planner.quantization import Quantization
 from stack.console import Problem
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -154,9 +156,9 @@ def docker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert args[1] == "ps" or args[-1] == "aa", "only replicas are looked into"
         return subprocess.CompletedProcess(args, 0, answers[args[1]], "")
 
-    monkeypatch.setattr(ours, "ask", ask)
+    monkeypatch.setattr(replica_processes, "ask", ask)
     monkeypatch.setattr("stack.compose.ask", ask)
-    monkeypatch.setattr(ours, "PROC", tmp_path)
+    monkeypatch.setattr(replica_processes, "PROC", tmp_path)
     proc(tmp_path, 1, 0, "/sbin/init", 5000)
     proc(tmp_path, 10, 1, "/sbin/docker-init -- python3 /opt/fleet/launch.py", 100)
     proc(tmp_path, 13, 12, "VLLM::EngineCore", 3 * 1024 * 1024)
@@ -166,23 +168,23 @@ def docker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("docker")
 def test_what_the_running_replicas_hold_of_the_host_counts_as_free() -> None:
-    pids = ours.processes(ours.running_replicas())
+    pids = replica_processes.processes(replica_processes.running_replicas())
     assert pids == {10, 12, 13}
-    assert ours.host_memory(pids) == 4 * GIB + 100 * 1024
+    assert replica_processes.host_memory(pids) == 4 * GIB + 100 * 1024
 
 
 @pytest.mark.usefixtures("docker")
 def test_a_process_of_another_host_is_not_taken_for_a_replica(tmp_path: Path) -> None:
     """Docker in a virtual machine tells numbers that belong to other processes here."""
     (tmp_path / "10" / "cmdline").write_text("postgres")
-    assert not ours.processes(["aa"])
+    assert not replica_processes.processes(["aa"])
 
 
 @pytest.mark.usefixtures("docker")
 def test_what_the_running_replicas_hold_of_a_gpu_counts_as_free(host: Callable[..., Machine]) -> None:
     running = [SimpleNamespace(pid=13, usedGpuMemory=3 * GIB), SimpleNamespace(pid=99, usedGpuMemory=GIB)]
     answers = {"ComputeRunningProcesses": lambda handle: running if handle == 0 else []}
-    first, second = host(answers, ours.processes(ours.running_replicas())).gpus
+    first, second = host(answers, replica_processes.processes(replica_processes.running_replicas())).gpus
     assert (first.free, first.programs) == (23 * GIB, ("python3 (pid 99)",))
     assert (second.free, second.programs) == (20 * GIB, ())
 
@@ -229,7 +231,7 @@ def test_a_gpu_that_is_too_old_stays_idle(name: str, old: tuple[int, int], reaso
 
 
 def test_mxfp4_by_its_other_name_needs_the_same_gpu() -> None:
-    renamed = replace(model("gpt-oss-20b"), quantization="gpt_oss_mxfp4")
+    renamed = replace(model("gpt-oss-20b"), quantization=Quantization("gpt_oss_mxfp4", 4.25))
     with pytest.raises(Problem, match=r"a checkpoint in mxfp4 needs compute capability 8\.0"):
         choose.choose(lab((7, 5)), renamed, Wish())
 

@@ -9,9 +9,10 @@ import pytest
 
 from planner import choose, memory
 from planner.choose import Wish
+from planner.config import load_model, read_model, weight_files_bytes
 from planner.machine import load_machine
 from planner.memory import Settings
-from planner.model import Model, load_model, read_model, weight_files_bytes
+from planner.model import Model
 from stack.console import Problem
 from tests.conftest import ROOT
 
@@ -111,8 +112,8 @@ MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NV
 )
 def test_bits_of_quantized_checkpoints(found: dict[str, Any], bits: float, group: int) -> None:
     model = llama(quantization_config=found)
-    assert (model.bits, model.group_size) == (bits, group)
     assert model.quantization, "it is not quantized again while it loads"
+    assert (model.bits, model.quantization.group) == (bits, group)
 
 
 def test_attention_that_is_left_out_keeps_its_bits() -> None:
@@ -121,7 +122,8 @@ def test_attention_that_is_left_out_keeps_its_bits() -> None:
     tower = {"quant_method": "fp8", "modules_to_not_convert": ["vision_tower.layers.0.self_attn.q_proj"]}
     assert llama(quantization_config=tower).bits == 8
     experts = read_model(CONFIGS["Qwen3-30B-A3B"] | {"quantization_config": left_out}, "x")
-    assert experts.quantized_experts_only
+    assert experts.quantization
+    assert experts.quantization.experts_only
 
 
 def test_files_at_hand_tell_the_bits() -> None:
@@ -144,7 +146,8 @@ def test_nvidias_older_checkpoints_are_known_as_quantized(tmp_path: Path) -> Non
     assert load_model(str(tmp_path), tmp_path).quantization is None
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
     model = load_model(str(tmp_path), tmp_path)
-    assert (model.quantization, model.bits) == ("modelopt", 4.5)
+    assert model.quantization
+    assert (model.quantization.method, model.bits) == ("modelopt", 4.5)
 
 
 # ---- models that give vectors or scores
@@ -187,8 +190,9 @@ def test_models_that_are_pooled_are_known(
     architecture: str, changed: dict[str, Any], files: dict[str, Any], expected: tuple[bool, bool, bool]
 ) -> None:
     model = read_model(LLAMA | changed | {"architectures": [architecture]}, "x", further=files.get)
-    assert (model.pooling, model.encoder, model.whole_prompts) == expected
-    assert (memory.kv_bytes_per_token(model, 1, model.layers) == 0) == model.encoder
+    encoder = bool(model.pooling and model.pooling.encoder)
+    assert (model.pooling is not None, encoder, model.whole_prompts) == expected
+    assert (memory.kv_bytes_per_token(model, 1, model.layers) == 0) == encoder
 
 
 @pytest.mark.parametrize("machine", ["one-24gb", "two-h200", "home-lab"])
@@ -274,8 +278,13 @@ def test_configs_that_leave_much_to_their_class(config: dict[str, Any], billions
 def test_gemma_3_is_read_from_the_little_that_it_says() -> None:
     model = read_model(GEMMA3_4B, "x")
     assert (model.attention.heads, model.attention.kv_heads, model.attention.head_dim) == (8, 4, 256)
-    assert (model.window, model.sliding_layers, model.max_length, model.weights.head) == (1024, 29, 131072, 0)
-    assert read_model(GEMMA2_9B, "x").sliding_layers == 21
+    assert (model.attention.window, model.attention.sliding_layers, model.max_length, model.weights.head) == (
+        1024,
+        29,
+        131072,
+        0,
+    )
+    assert read_model(GEMMA2_9B, "x").attention.sliding_layers == 21
 
 
 @pytest.mark.parametrize(
@@ -314,18 +323,19 @@ def test_layers_that_only_guess_tokens_are_not_loaded() -> None:
 
 
 def test_qwen_has_a_window_only_where_it_says_so() -> None:
-    assert llama(model_type="qwen2", sliding_window=4096).sliding_layers == 0
-    assert llama(model_type="mistral", sliding_window=4096).sliding_layers == 32
+    assert llama(model_type="qwen2", sliding_window=4096).attention.sliding_layers == 0
+    assert llama(model_type="mistral", sliding_window=4096).attention.sliding_layers == 32
 
 
 def test_a_vision_tower_is_reserved_for() -> None:
     """Its weights whole on each GPU, and a step of pictures that vLLM lets it see before it lays out the KV cache."""
     gemma = read_model(CONFIGS["gemma-3-27b-it"], "x")
     blind = read_model({**CONFIGS["gemma-3-27b-it"], "vision_config": None}, "x")
-    assert 0.42e9 < gemma.tower < 0.6e9, "0.42 billion, and what is not known of it"
+    assert gemma.tower
+    assert 0.42e9 < gemma.tower.parameters < 0.6e9, "0.42 billion, and what is not known of it"
     for tp in (1, 2):
         more = memory.weight_bytes(gemma, tp, 1, 0) - memory.weight_bytes(blind, tp, 1, 0)
-        assert more == 2 * gemma.tower
+        assert more == 2 * gemma.tower.parameters
     for batch, pictures in ((2048, 8), (8192, 32)):
         # its MLP's input and output of the activation, of 4096 patches a picture
         mlp = 2 * 2 * 4304 * 4096 * pictures
@@ -345,18 +355,21 @@ def test_a_tower_that_takes_pictures_of_any_size_is_shown_a_large_one() -> None:
 def test_a_vision_tower_is_counted_once_where_the_files_are_at_hand() -> None:
     config = CONFIGS["gemma-3-27b-it"]
     plain = read_model(config, "x")
+    assert plain.tower
     files = 2 * plain.parameters + 840_000_000
     assert memory.total_weight_bytes(read_model(config, "x", files)) == pytest.approx(files, rel=0.001)
     quantized = {**config, "quantization_config": {"quant_method": "fp8"}}
-    eight = 2 * plain.parameters - plain.layers * plain.weights.split + 2 * plain.tower
+    eight = 2 * plain.parameters - plain.layers * plain.weights.split + 2 * plain.tower.parameters
     assert memory.total_weight_bytes(read_model(quantized, "x", eight)) == pytest.approx(eight, rel=0.001)
 
 
 def test_a_tower_that_says_nothing_of_itself_is_a_large_one() -> None:
-    assert llama(vision_config={}).tower > 0.6e9
-    assert llama(vision_config={"embed_dim": 1280, "depth": 32, "hidden_size": 3584}).tower < 1e9, (
-        "hidden is not its own"
-    )
+    silent = llama(vision_config={}).tower
+    own = llama(vision_config={"embed_dim": 1280, "depth": 32, "hidden_size": 3584}).tower
+    assert silent
+    assert own
+    assert silent.parameters > 0.6e9
+    assert own.parameters < 1e9, "hidden is not its own"
 
 
 def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,10 +382,11 @@ def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("models.hub.httpx.Client.get", get)
     model = load_model("me/model", ROOT / "models")
-    assert (model.bits, model.pooling, model.max_length) == (4.5, False, 131072)
+    assert (model.bits, model.pooling, model.max_length) == (4.5, None, 131072)
     there |= {**LAST, "sentence_bert_config.json": {"max_seq_length": 4096}}
     model = load_model("me/model", ROOT / "models")
-    assert (model.pooling, model.max_length) == (True, 4096)
+    assert model.pooling
+    assert model.max_length == 4096
 
 
 def test_a_hub_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

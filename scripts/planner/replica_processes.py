@@ -21,15 +21,15 @@ def processes(containers: list[str]) -> frozenset[int]:
     if not containers:
         return frozenset()
     first = ask("docker", "inspect", "--format", "{{.State.Pid}}", *containers).stdout.split()
-    ours = {int(pid) for pid in first if LAUNCHER in _read(pid, "cmdline")}
+    ending = {int(pid) for pid in first if LAUNCHER in _read(pid, "cmdline")}
     parents = {}
     for folder in PROC.glob("[0-9]*"):
         # "12 (a name) S 1 …": the state and the parent come after the last bracket
         if after := _read(folder.name, "stat").rpartition(b")")[2].split():
             parents[int(folder.name)] = int(after[1])
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= more
-    return frozenset(ours)
+    while more := {pid for pid, parent in parents.items() if parent in ending} - ending:
+        ending |= more
+    return frozenset(ending)
 
 
 def host_memory(pids: frozenset[int]) -> int:

@@ -1,0 +1,197 @@
+"""Draws the fleet's dashboard from a live Prometheus, for the docs: nothing here needs Grafana.
+
+.venv/bin/python -m lab.dashboard docs/images/dashboard.png --section Now --section Requests --section Latency
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from io import BytesIO
+from math import isnan, nan
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import matplotlib
+import typer
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
+from rich.console import Console
+
+from grafana.dashboards import FLEET, STATES, rendered
+
+matplotlib.use("agg")
+COLUMNS = 24
+WIDTH_IN = 14.0
+ROW_IN = 0.27
+STEP_S = 5  # the scrape interval
+# As Grafana fills them in with All chosen: its window is four scrape intervals.
+VARIABLES = {"$__rate_interval": "20s", "$model": ".*", "$replica": ".*"}
+COLOURS = {"green": "#37872d", "orange": "#e0752d", "red": "#c4162a", "blue": "#3274d9", "yellow": "#e0b400"}
+
+Json = dict[str, Any]
+Series = dict[str, list[float]]
+
+
+def series(prometheus: httpx.Client, target: Json, times: Sequence[float]) -> Series:
+    """A query's lines by their legend: a value for each of `times` (seconds since 1970), NaN where there is none."""
+    expr = target["expr"]
+    for name, value in VARIABLES.items():
+        expr = expr.replace(name, value)
+    asked: dict[str, str | float] = {"query": expr, "start": times[0], "end": times[-1], "step": STEP_S}
+    reply = prometheus.get("/api/v1/query_range", params=asked)
+    reply.raise_for_status()
+    found: Series = {}
+    for line in reply.json()["data"]["result"]:
+        legend = target["legendFormat"]
+        for label, text in line["metric"].items():
+            legend = legend.replace(f"{{{{{label}}}}}", text)
+        values = {round(float(at) - times[0]): float(value) for at, value in line["values"]}
+        found[legend] = [values.get(round(at - times[0]), nan) for at in times]
+    return found
+
+
+def written(value: float, unit: str) -> str:
+    """A value with its unit, as short as Grafana writes it."""
+    if unit == "percentunit":
+        return f"{value * 100:.3g} %"
+    if unit == "s":
+        return f"{value * 1000:.3g} ms" if 0 < value < 1 else f"{value:.3g} s"
+    number = f"{value / 1000:.3g} K" if value >= 1000 else f"{value:.3g}"
+    return f"{number} req/s" if unit == "reqps" else number
+
+
+def draw_figure(axes: Axes, panel: Json, lines: Series) -> None:
+    """The last value in large type over its own small graph, in the colour of its threshold."""
+    defaults = panel["fieldConfig"]["defaults"]
+    axes.axis("off")
+    for values in lines.values():
+        known = [value for value in values if not isnan(value)]
+        last = known[-1] if known else 0.0
+        reached = [step for step in defaults["thresholds"]["steps"] if step["value"] is None or step["value"] <= last]
+        colour = COLOURS[reached[-1]["color"]]
+        axes.fill_between(range(len(values)), values, color=colour, alpha=0.2, linewidth=0)
+        axes.set_ylim(0, max([*known, 1e-9]) * 2.5)
+        text = f"{last:.1f}" if "decimals" in defaults else written(last, defaults["unit"])
+        axes.text(0.5, 0.55, text, transform=axes.transAxes, ha="center", va="center", fontsize=19, color=colour)
+
+
+def draw_states(axes: Axes, times: Sequence[float], lines: Series) -> None:
+    """A bar for each replica, in the colour of its state."""
+    colours = [COLOURS[name] for name in STATES.values()]
+    for row, (name, values) in enumerate(sorted(lines.items(), reverse=True)):
+        for start, end, value in zip(times, times[1:], values, strict=False):
+            if not isnan(value):
+                axes.barh(row, end - start, left=start, height=0.8, color=colours[int(value) - 1])
+        axes.text(times[0], row, f" {name}", va="center", fontsize=8, color="white")
+    axes.set_yticks([])
+
+
+def draw_lines(axes: Axes, panel: Json, times: Sequence[float], lines: Series) -> None:
+    """Lines over time, stacked where the panel says so, with their legend below."""
+    defaults = panel["fieldConfig"]["defaults"]
+    if defaults["custom"]["stacking"]["mode"] == "normal":
+        stacked = [[0.0 if isnan(value) else value for value in values] for values in lines.values()]
+        axes.stackplot(times, stacked, labels=list(lines), alpha=0.6)
+    else:
+        for name, values in lines.items():
+            axes.plot(times, values, label=name, linewidth=1.2)
+            axes.fill_between(times, values, alpha=0.08, linewidth=0)
+    axes.set_ylim(0, defaults.get("max"))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value, defaults["unit"])))
+    axes.grid(color="#e4e7eb", linewidth=0.6)
+    if lines:
+        axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.12), ncols=4, fontsize=7.5, frameon=False, borderpad=0)
+
+
+def draw(figure: Figure, panel: Json, rows: int, times: Sequence[float], lines: Series) -> None:
+    """One panel in its place of Grafana's grid, of which the figure shows `rows`."""
+    grid = panel["gridPos"]
+    height = rows * ROW_IN + 0.4
+    x, y = grid["x"] / COLUMNS, 1 - (grid["y"] + grid["h"]) * ROW_IN / height
+    width, tall = grid["w"] / COLUMNS, grid["h"] * ROW_IN / height
+    gap, line = 0.04 / WIDTH_IN, ROW_IN / height
+    box = Rectangle(
+        (x + gap, y + line / 8), width - 2 * gap, tall - line / 4, facecolor="white", edgecolor="#d5dae0", zorder=-1
+    )
+    figure.add_artist(box)
+    figure.text(x + 4 * gap, y + tall - line * 0.75, panel["title"], fontsize=9, va="center")
+    if panel["type"] == "stat":
+        inside = (x + 2 * gap, y + line / 4, width - 4 * gap, tall - 1.5 * line)
+        return draw_figure(figure.add_axes(inside), panel, lines)
+    inside = (x + 0.042, y + line * 1.9, width - 0.052, tall - 3.3 * line)
+    axes = figure.add_axes(inside)
+    minutes = [at for at in times if at % 60 == 0]
+    marks = minutes[:: 1 + len(minutes) // 6]
+    axes.set_xticks(marks, [datetime.fromtimestamp(at, UTC).strftime("%H:%M") for at in marks])
+    if panel["type"] == "state-timeline":
+        draw_states(axes, times, lines)
+    else:
+        draw_lines(axes, panel, times, lines)
+    axes.set_xlim(times[0], times[-1])
+    axes.tick_params(labelsize=7.5, length=0, colors="#5b6470")
+    axes.spines[:].set_visible(False)
+    return None
+
+
+def picture(path: Path, prometheus: httpx.Client, sections: Sequence[str], minutes: float, ago: float) -> None:
+    """Writes the picture of the sections' panels over some minutes, which ended `ago` minutes before now.
+
+    Raises httpx.HTTPError where Prometheus does not answer.
+    """
+    part = replace(FLEET, sections={name: panels for name, panels in FLEET.sections.items() if name in sections})
+    shown = json.loads(rendered(part))["panels"]
+    end = (time.time() - ago * 60) // STEP_S * STEP_S
+    times = [end - minutes * 60 + at for at in range(0, round(minutes * 60) + 1, STEP_S)]
+    rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in shown)
+    figure = pyplot.figure(figsize=(WIDTH_IN, rows * ROW_IN + 0.4), facecolor="#f4f5f7")
+    for panel in shown:
+        if panel["type"] == "row":
+            down = (panel["gridPos"]["y"] + 0.5) * ROW_IN / (rows * ROW_IN + 0.4)
+            figure.text(0.006, 1 - down, panel["title"], fontsize=11, weight="bold", va="center")
+            continue
+        lines: Series = {}
+        for target in panel["targets"]:
+            lines |= series(prometheus, target, times)
+        draw(figure, panel, rows, times, lines)
+    drawn = (
+        f"Grafana's dashboard “{FLEET.title}”, drawn by `python -m lab.dashboard` from the data that Prometheus had on"
+        f" {datetime.now(UTC):%Y-%m-%d} (times in UTC). Not a screenshot of Grafana."
+    )
+    figure.text(0.006, 0.18 / (rows * ROW_IN + 0.4), drawn, fontsize=8.5, color="#5b6470", va="center")
+    image = BytesIO()
+    figure.savefig(image, dpi=100)
+    pyplot.close(figure)
+    Image.open(image).convert("RGB").quantize(128).save(path, optimize=True)
+
+
+def main(
+    path: Annotated[Path, typer.Argument(help="The picture to write, a .png.")],
+    section: Annotated[list[str] | None, typer.Option(help="Draw only these sections (several may be given).")] = None,
+    url: Annotated[str, typer.Option(help="Where Prometheus answers.")] = "http://127.0.0.1:9090",
+    minutes: Annotated[float, typer.Option(help="How many minutes the graphs show.")] = 15,
+    ago: Annotated[float, typer.Option(help="How many minutes ago they end.")] = 0,
+) -> None:
+    """Draw the fleet's dashboard from a live Prometheus."""
+    console = Console(stderr=True, soft_wrap=True)
+    unknown = set(section or ()) - set(FLEET.sections)
+    if unknown:
+        console.print(f"no section {', '.join(sorted(unknown))}: there are {', '.join(FLEET.sections)}")
+        raise typer.Exit(1)
+    try:
+        with httpx.Client(base_url=url, timeout=30) as prometheus:
+            picture(path, prometheus, section or list(FLEET.sections), minutes, ago)
+    except httpx.HTTPError as error:
+        console.print(f"Prometheus at {url} does not answer ({error}): is the stack up (make status)?")
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
