@@ -422,14 +422,16 @@ FLEET = Dashboard(
                 "reqps",
                 by("replica, cause", rate("gateway_retries_total", GATEWAY)),
                 "Tries a second that failed on a replica before the first byte and went on to the next. connect: no"
-                " connection; reset: it broke; timeout: no answer in time; failed: its engine's error; refused: the replica was full.",
+                " connection; reset: it broke; timeout: no answer in time; failed: the engine broke; refused: the"
+                " replica was full.",
             ),
             Panel(
                 "Refusals",
                 "reqps",
                 by("cause", rate("gateway_refusals_total", GATEWAY_ALL)),
-                "Requests a second that the gateway itself refused. full: every replica refused; failed: two replicas broke on it; none_ready: no replica"
-                " was ready; unknown_model: nobody serves it; closed: the gateway is published without keys.",
+                "Requests a second that the gateway itself refused. full: every replica refused; failed: two broke"
+                " on it; none_ready: no replica was ready; unknown_model: nobody serves it; closed: published without"
+                " keys.",
             ),
             Panel(
                 "Probes",

@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -484,11 +484,11 @@ def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.Mo
     """One that is quantized says so elsewhere, one that is pooled states a shorter length elsewhere."""
     there = {"config.json": LLAMA, "hf_quant_config.json": MODELOPT}
 
-    def get(_: httpx.Client, url: str, **__: Any) -> httpx.Response:
+    def get(_: httpx2.Client, __: str, url: str, **___: Any) -> httpx2.Response:
         file = url.partition("/me/model/resolve/main/")[2]
-        return httpx.Response(200, json=there[file]) if file in there else httpx.Response(404)
+        return httpx2.Response(200, json=there[file]) if file in there else httpx2.Response(404)
 
-    monkeypatch.setattr("models.hub.httpx.Client.get", get)
+    monkeypatch.setattr("httpx2.Client.request", get)
     model = load_model("me/model", ROOT / "models")
     assert (model.bits, model.pooling, model.max_length) == (4.5, None, 131072)
     there |= {**LAST, "sentence_bert_config.json": {"max_seq_length": 4096}}
@@ -498,11 +498,11 @@ def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.Mo
 
 
 def test_a_hub_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def get(_: httpx.Client, url: str, **__: Any) -> httpx.Response:
+    def get(_: httpx2.Client, __: str, url: str, **___: Any) -> httpx2.Response:
         if url.endswith("/config.json"):
-            return httpx.Response(200, json=LLAMA)
-        raise httpx.ConnectError("gone")
+            return httpx2.Response(200, json=LLAMA)
+        raise httpx2.ConnectError("gone")
 
-    monkeypatch.setattr("models.hub.httpx.Client.get", get)
+    monkeypatch.setattr("httpx2.Client.request", get)
     with pytest.raises(Problem, match="cannot reach"):
         load_model("me/model", ROOT / "models")
