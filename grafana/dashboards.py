@@ -124,7 +124,7 @@ def total(expr: str, legend: str) -> list[Query]:
 
 
 def by(labels: str, expr: str) -> list[Query]:
-    """An additive expression, a line for each value of the labels (`replica, cause`)."""
+    """An additive expression, one line for each value of the labels (`replica, cause`)."""
     return [Query(f"sum by ({labels}) ({expr})", " ".join(f"{{{{{label}}}}}" for label in labels.split(", ")))]
 
 
@@ -144,7 +144,7 @@ def quantiles(metric: str, labels: str) -> list[Query]:
 
 
 def p90_per_replica(metric: str, labels: str) -> list[Query]:
-    """The 90th percentile of a histogram, a line a replica."""
+    """The 90th percentile of a histogram, one line per replica."""
     return [
         Query(f"histogram_quantile(0.90, sum by (replica, le) ({rate(f'{metric}_bucket', labels)}))", "{{replica}}")
     ]
@@ -597,7 +597,7 @@ def check() -> list[str]:
 
 
 def record(prometheus: str) -> None:
-    """Writes metrics.json: for each scrape job its metrics with their label names, a metric a line."""
+    """Writes metrics.json: for each scrape job its metrics with their label names, one metric per line."""
     blocks = []
     for job in ("replicas", "gateway", "prometheus"):
         reply = httpx.get(f"{prometheus}/api/v1/series", params={"match[]": f'{{job="{job}"}}'}, timeout=30)
