@@ -259,7 +259,7 @@ FLEET = Dashboard(
                 "Running",
                 "short",
                 per_replica(f"vllm:num_requests_running{{{ENGINE}}}"),
-                "Requests in each engine's batch. A flat top is the limit MAX_NUM_SEQS.",
+                "Requests in each engine's batch. A flat top is the limit MAX_NUM_SEQS: raise it if the KV cache has room.",
             ),
             Panel(
                 "Waiting",
@@ -272,7 +272,8 @@ FLEET = Dashboard(
                 "Time in the queue, p90",
                 "s",
                 p90_per_replica("vllm:request_queue_time_seconds", ENGINE),
-                "Nine of ten requests waited less than this in the engine before it began their prompt.",
+                "Nine of ten requests waited less than this in the engine before it began their prompt. If it grows, the fleet"
+                " is full: add a replica.",
             ),
         ],
         "Latency": [
@@ -280,7 +281,8 @@ FLEET = Dashboard(
                 "Time to first token (TTFT)",
                 "s",
                 quantiles("vllm:time_to_first_token_seconds", ENGINE),
-                "From the request's arrival in the engine to its first token: queue and prompt together.",
+                "From the request's arrival in the engine to its first token. If it is long, look at the queue first, then at"
+                " the length of the prompts.",
             ),
             Panel(
                 "Inter-token latency (ITL)",
@@ -333,14 +335,16 @@ FLEET = Dashboard(
                     Query(f"max by (replica) (vllm:kv_cache_usage_perc{{{ENGINE}}})", "{{replica}}"),
                     Query(f"avg(vllm:kv_cache_usage_perc{{{ENGINE}}})", "fleet"),
                 ],
-                "Share of the KV blocks that running requests hold. Near 100 %, requests wait or are preempted.",
+                "Share of the KV blocks that running requests hold. Near 100 %, requests wait or are preempted: give the cache"
+                " more memory or add a replica.",
                 ceiling=1,
             ),
             Panel(
                 "Prefix cache hits",
                 "percentunit",
                 share("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total", ENGINE),
-                "Share of the prompt tokens that the engine found in its KV cache and did not compute again.",
+                "Share of the prompt tokens that the engine found in its KV cache and did not compute again. If it is low though"
+                " prompts repeat, look at the reasons for the gateway's choice.",
                 ceiling=1,
             ),
             Panel(
