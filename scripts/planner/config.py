@@ -143,6 +143,8 @@ HARMLESS = {
 SIZES = re.compile(
     r"(_dims?|_sizes?|_heads|_layers|_groups|_ratios?|_rank|_inner|_expand|_state|_per_layer|_d_conv)$|^block_configs$"
 )
+ENCODER_DECODERS = ("whisper", "t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100")
+LFS_POINTER = b"version https://git-lfs.github.com/"
 MOST_LAYERS = 10_000
 NO_FILES: dict[str, Mapping[str, Any]] = {}
 NOT_A_MODEL = "give the folder or the hub's name of a language model"
@@ -158,6 +160,11 @@ def read_model(
     unless `trust` has it left to the caller in `unread`."""
     if not isinstance(config, Mapping):
         raise Problem(f"{name}: config.json is not an object", NOT_A_MODEL)
+    if config.get("is_encoder_decoder") or config.get("model_type") in ENCODER_DECODERS:
+        raise Problem(
+            f"{name} is an encoder-decoder ({config.get('model_type')}), of which the planner knows no arithmetic",
+            "for speech pin its GPUs in docker-compose.gpu.yml; for text take a decoder, which vLLM serves",
+        )
     try:
         read = Config(config, name, further)
         model = read.model(disk_bytes)
@@ -165,6 +172,13 @@ def read_model(
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # any of its values may be of another type than everybody's
         raise Problem(f"{name}: config.json is not one of a language model: {error}", NOT_A_MODEL) from error
+    except Problem as error:
+        if config.get("auto_map") and error.fix == NOT_A_MODEL:
+            raise Problem(
+                f"{name} is described by code of its own (auto_map), which the planner does not run",
+                "pin its GPUs in docker-compose.gpu.yml, with TRUST_REMOTE_CODE=1 if you trust that code",
+            ) from error
+        raise
     if unread and not trust:
         raise Problem(
             f"{name}: config.json has {', '.join(unread)}, which may change sizes and which the planner does not know",
@@ -512,11 +526,32 @@ def load_model(name: str, models: Path, trust: bool = False) -> Model:
     `trust`: as for read_model. Raises Problem where there is none, or none that the planner knows."""
     name = name.rstrip("/") or name
     for folder in (Path(name), models / name):
+        _check_folder(folder, name)
         if (path := folder / "config.json").is_file():
             return read_model(_json(path), name, weight_files_bytes(folder), partial(_further_in, folder), trust)
     if Path(name).is_dir():
         raise Problem(f"{name}: the folder has no config.json", NOT_A_MODEL)
     return read_model(fetch_config(name), name, further=partial(fetch_further, name), trust=trust)
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Raises Problem for a folder that holds something else than a model in the files that vLLM loads."""
+    for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise Problem(f"{name}: {path.name} is a git-LFS pointer, not the file", "run git lfs pull there")
+    if (folder / "model_index.json").is_file():
+        raise Problem(f"{name} is a diffusion pipeline, which draws pictures", NOT_A_MODEL)
+    if (folder / "config.json").is_file():
+        return
+    if (path := folder / "adapter_config.json").is_file():
+        base = (_further_in(folder, path.name) or {}).get("base_model_name_or_path", "its base model")
+        raise Problem(f"{name} is an adapter of {base}, not a model", f"plan {base}, and merge the adapter into it")
+    if any(folder.glob("*.gguf")):
+        raise Problem(
+            f"{name} is a model in GGUF without a config.json", "take its safetensors, from its own repository"
+        )
 
 
 def _further_in(folder: Path, file: str) -> Mapping[str, Any] | None:

@@ -130,6 +130,35 @@ def test_a_key_of_a_size_changes_the_model_or_is_refused(name: str, key: str) ->
         assert changed(name, **{key: 2 * value}) != read_model(CONFIGS[name], "x")
 
 
+# ---- what is no model that the planner knows
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"model-Q4_K_M.gguf": "GGUF"}, "is a model in GGUF .* take the model in safetensors"),
+        ({"adapter_config.json": '{"base_model_name_or_path": "me/base"}'}, "is an adapter of me/base.* plan me/base"),
+        ({"model_index.json": "{}"}, "is a diffusion pipeline"),
+        (
+            {"config.json": "version https://git-lfs.github.com/spec/v1\noid"},
+            "a git-LFS pointer.*lfs pull",
+        ),
+        (
+            {"config.json": json.dumps(LLAMA), "model.safetensors": "version https://git-lfs.github.com/spec/v1\noid"},
+            "model.safetensors is a git-LFS pointer",
+        ),
+        ({"config.json": '{"model_type": "mine", "auto_map": {"AutoConfig": "a.B"}, "width": 7}'}, "code of its own"),
+        ({"config.json": '{"model_type": "whisper", "is_encoder_decoder": true}'}, r"encoder-decoder \(whisper\)"),
+        ({"config.json": '{"model_type": "t5", "d_model": 512}'}, r"encoder-decoder \(t5\)"),
+    ],
+)
+def test_what_is_no_such_model_is_called_by_its_name(tmp_path: Path, files: dict[str, str], words: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(Problem, match=words):
+        load_model(str(tmp_path), tmp_path)
+
+
 # ---- layers of several kinds
 
 
