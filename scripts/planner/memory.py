@@ -14,6 +14,8 @@ from planner.model import Model
 from planner.quantization import MXFP4_METHODS
 
 BLOCK = 16  # tokens; vLLM's KV block
+# States that a request keeps: its own, and the one that it came from, for the prefix cache (mamba_cache_mode "align").
+STATES = 2
 DEFAULT_UTILIZATION = 0.92  # vLLM's own default
 # KV cache that a request of full length has to leave free, as vLLM refuses to start with less than the request takes:
 # the predictions are trusted to 5 %.
@@ -159,16 +161,31 @@ def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Set
     cached = model.attention.cached
     if not cached:
         return draft
+    under_way = settings.max_batched_tokens * (pp if model.pooling else pp + 1)
+    if any(one.row for one in cached):
+        # blocks of different sizes are packed
+        kept = 0
+        for one in cached:
+            tokens = min(one.window - 1 + under_way, length) if one.window else length
+            kept += one.layers * one.row * ceil(ceil(tokens / one.ratio) / BLOCK) * BLOCK
+        return kept * layers // model.layers + draft
     fewest, most = min(one.layers for one in cached), max(one.layers for one in cached)
     group = most if most < 1.5 * fewest else fewest
-    under_way = settings.max_batched_tokens * (pp if model.pooling else pp + 1)
-    page = max(one.token_bytes(tp, settings.kv_bytes) for one in cached) * BLOCK
+    token = max(one.token_bytes(tp, settings.kv_bytes) for one in cached)
+    # a page of attention is made so large that a state fits into it (`_align_hybrid_block_size` in
+    # vllm/platforms/interface.py); where nothing else is kept a page is a state
+    state = max(ceil(one.state / tp) for one in cached)
+    least = 128 if state and model.attention.latent else BLOCK
+    page = ceil(state / (token * least)) * token * least if state and token else state or token * BLOCK
     blocks = 0
     for one in cached:
-        # a kind with smaller pages has as many more tokens in a block, where these come out even
-        times, rest = divmod(page, one.token_bytes(tp, settings.kv_bytes) * BLOCK)
-        block = BLOCK * (1 if rest else times)
-        kept = ceil(min(one.window - 1 + under_way, length) / block) + 1 if one.window else ceil(length / block)
+        if one.state:
+            kept = STATES
+        else:
+            # a kind with smaller pages has as many more tokens in a block, where these come out even
+            times, rest = divmod(page, one.token_bytes(tp, settings.kv_bytes) * BLOCK)
+            block = BLOCK * (1 if rest else times)
+            kept = ceil(min(one.window - 1 + under_way, length) / block) + 1 if one.window else ceil(length / block)
         blocks += ceil(one.layers / group) * kept
     here = -(-group * layers // model.layers)  # of a group's layers, rounded up
     return page * here * blocks + draft
@@ -216,7 +233,7 @@ def account(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Set
         kv = requested - weights - activations - graphs - NOT_TORCH
         one = request_bytes(model, tp, layers, length, settings, pp)
         requests = max(0.0, kv / one) if one else float(settings.max_num_seqs if kv > 0 else 0)
-        if model.attention.sliding_layers:
+        if any(kind.window or kind.state or kind.row for kind in model.attention.cached):
             tokens = floor(requests * length)
         else:
             per_token = kv_bytes_per_token(model, tp, layers, settings.kv_bytes)

@@ -167,7 +167,9 @@ def _reserve_reason(replica: Replica) -> str:
 def _kv_reason(plan: Plan, replica: Replica, layers: int, per_token: int) -> str:
     attention, kv_bytes, draft = plan.model.attention, replica.settings.kv_bytes, plan.model.draft
     size = f"{per_token / 1024:g} KiB a token and GPU: {layers} layers × "
-    if attention.latent:
+    if any(one.state or one.row for one in attention.cached):
+        text = f"{per_token / 1024:g} KiB a token and GPU"
+    elif attention.latent:
         text = size + f"a latent of {attention.latent} × {kv_bytes} bytes, whole on each GPU"
     else:
         heads = max(1, -(-attention.kv_heads // replica.tp))
@@ -177,6 +179,11 @@ def _kv_reason(plan: Plan, replica: Replica, layers: int, per_token: int) -> str
         text += f", and {kib:g} KiB of the draft model"
     if attention.sliding_layers:
         text += f"; {attention.sliding_layers} of {plan.model.layers} layers keep only {attention.window:,} tokens"
+    for one in attention.cached:
+        if one.state:
+            text += (
+                f"; {one.layers} of {plan.model.layers} layers keep a state of {one.state / MIB / replica.tp:.1f} MiB"
+            )
     return text
 
 
