@@ -233,9 +233,10 @@ def test_from_the_hub_by_commit_and_without_other_formats(server: Server, tmp_pa
 def test_a_gated_model_needs_the_token_from_a_file(server: Server, tmp_path: Path) -> None:
     publish_on_hub(server)
     server.token = "hf_secret"
-    refused = download("me/tiny", "--models", tmp_path)
+    refused = download("me/tiny", "--models", tmp_path, HF_TOKEN="hf_secret")
     assert refused.exit_code == 1
     assert "--token-file" in refused.output
+    assert not server.sent("authorization"), "the library would take one from the environment"
     (tmp_path / "token").write_text("hf_secret\n")
     args = ("me/tiny", "--models", tmp_path)
     assert not download(*args, HF_TOKEN_FILE=str(tmp_path / "token")).exit_code
