@@ -79,6 +79,9 @@ def main(
     replicas: Annotated[int | None, typer.Option(min=1, help="Exactly so many replicas.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Exactly this tensor-parallel size.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Exactly so many pipeline stages.")] = None,
+    trust_config: Annotated[
+        bool, typer.Option("--trust-config", help="Plan without the keys of config.json that are not known.")
+    ] = False,
     latency: Annotated[
         bool, typer.Option("--latency/--throughput", help="The shortest answers, or the most tokens a second.")
     ] = False,
@@ -102,6 +105,7 @@ def main(
         replicas=replicas,
         tp=tp,
         pp=pp,
+        trust_config=trust_config,
     )
     with one_line_for_mistakes():
         try:
@@ -146,7 +150,9 @@ def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | No
         if clash := [index for index in pinned if index in taken]:
             raise Problem(f"--also {text}: GPU {clash[0]} has {taken[clash[0]]} already", "give it another")
         left = free.only(pinned, "--also") if at else free.only(sorted(allowed - set(taken)))
-        found, extra, wanted = _model_and_wish(name, Wish(goal=wish.goal, replicas=1), left)
+        found, extra, wanted = _model_and_wish(
+            name, Wish(goal=wish.goal, replicas=1, trust_config=wish.trust_config), left
+        )
         plan = choose.choose(left, found, wanted) if at else _fewest(left, found, wanted)
         wide += [text] if not at and len(plan.replicas[0].gpus) > 1 else []
         taken |= {gpu.index: found.name for replica in plan.replicas for gpu in replica.gpus}
@@ -199,13 +205,13 @@ def _model_and_wish(name: str, wish: Wish, machine: Machine) -> tuple[Model, dic
     """The model, and where `name` is a preset its settings: those that the planner decides go into the wish, if they
     are not there yet, the others to vLLM as they are."""
     if not (path := PRESETS / f"{name}.yaml").is_file():
-        return load_model(name, ROOT / "models"), {}, wish
+        return _load(name, wish), {}, wish
     preset = yaml.safe_load(path.read_text())
     _check_needs(name, preset["needs"], machine)
     settings = {key: str(value) for key, value in preset["settings"].items()}
     if odd := [key for key in NOT_WISHED if key in settings]:
         raise Problem(f"preset {name} sets {odd[0]}, which the planner decides", "take it out of the preset")
-    found = load_model(settings.pop("MODEL"), ROOT / "models")
+    found = _load(settings.pop("MODEL"), wish)
     if text := settings.get("SPECULATIVE_CONFIG"):
         found = _with_draft(name, found, json.loads(text))
     wanted: dict[str, Any] = {WISHED[key]: settings.pop(key) for key in WISHED if key in settings}
@@ -216,6 +222,14 @@ def _model_and_wish(name: str, wish: Wish, machine: Machine) -> tuple[Model, dic
             wanted[key] = int(value)
     said = {key: value for key, value in vars(wish).items() if value is not None}
     return found, settings, Wish(**(wanted | said))
+
+
+def _load(name: str, wish: Wish) -> Model:
+    """The model `name`. What was not read of its config is said as a warning where the user trusts it all the same."""
+    found = load_model(name, ROOT / "models", wish.trust_config)
+    if found.unread:
+        print(f"warning: {name}: planned without {', '.join(found.unread)} of its config.json", file=sys.stderr)
+    return found
 
 
 def _check_needs(name: str, needs: str, machine: Machine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -78,6 +79,11 @@ def status() -> bool:
     return all_well and not unready
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Show each part of the stack with its health, and each replica with its load; exit status 1 if any is unwell."""
     with one_line_for_mistakes():
-        raise SystemExit(0 if status() else 1)
+        raise typer.Exit(0 if status() else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

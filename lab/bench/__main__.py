@@ -29,8 +29,10 @@ from lab.bench.peers import DESIGNS, OURS, PEERS, Start, Target
 from lab.bench.pictures import DOCS, draw
 from lab.bench.report import provenance, table
 from lab.bench.workloads import WORKLOADS, Cell, Sizes
-from lab.chaos.real import Stack, StackError, run
-from lab.sim.fleet import ROOT, Replicas, nginx_version
+from lab.sim.gateway import nginx_version
+from lab.sim.replicas import Replicas
+from lab.stack import Stack, StackError, run
+from stack.shell import ROOT
 
 PARTS = ("overhead", "workloads", "memory")
 # of the running stack, so not among those that `make bench` does alone

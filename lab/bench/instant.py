@@ -4,7 +4,8 @@ import json
 from typing import Self
 
 from lab.bench.plain import write_plain
-from lab.sim.fleet import Nginx, Replicas
+from lab.sim.gateway import Nginx
+from lab.sim.replicas import Replicas
 
 ANSWER = json.dumps(
     {

@@ -17,7 +17,7 @@ import aiohttp
 
 from lab.bench.instant import InstantReplicas
 from lab.bench.peers import Start, Target
-from lab.sim.fleet import Gateway
+from lab.sim.gateway import Gateway
 from lab.sim.load import session, text
 
 SIZES = {"1 KB": 1_000, "10 KB": 10_000, "100 KB": 100_000}

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.bench.plain import write_plain
-from lab.sim.fleet import ROOT, Gateway, Nginx, Replicas, answers, get, wait_until
+from lab.http import answers, get
+from lab.sim.gateway import Fleet, Gateway, Nginx
+from lab.waiting import until
+from stack.shell import ROOT
 
 VENV = ROOT / ".cache" / "bench-venv"
 REQUIREMENTS = Path(__file__).with_name("peers.requirements.txt")
@@ -30,7 +33,7 @@ class Target:
     urls: Sequence[str]
     model: str
     cpus: str
-    fleet: Replicas | None = None
+    fleet: Fleet | None = None
     clients: int = 0
 
 
@@ -67,7 +70,7 @@ def process(
                     raise RuntimeError(f"{command[0]} ended: {log.read()[-2000:].decode(errors='replace')}")
                 return up()
 
-            wait_until(ready, f"{Path(command[0]).name} answers", 90)
+            until(ready, f"{Path(command[0]).name} answers", 90)
             yield url
         finally:
             started.terminate()

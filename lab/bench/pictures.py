@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from lab.bench.peers import OURS
 from lab.bench.workloads import WORKLOADS
-from lab.sim.fleet import ROOT
+from stack.shell import ROOT
 
 DOCS = ROOT / "docs" / "benchmarks"
 

@@ -1,6 +1,6 @@
 """The part that all of the bench's own Nginx configurations have in common."""
 
-from lab.sim.fleet import Nginx
+from lab.sim.gateway import Nginx
 
 
 def write_plain(nginx: Nginx, http: str, main: str = "") -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lab.sim.fleet import ROOT
+from stack.shell import ROOT
 
 
 def machine() -> str:

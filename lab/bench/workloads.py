@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lab.bench.overhead import quantile
-from lab.sim.fleet import get
+from lab.http import get
 from lab.sim.load import Outcome, session, stream, text
 
 Message = dict[str, str]

@@ -8,7 +8,6 @@ A full run writes docs/benchmarks/chaos.md, or chaos-real.md. Exit 1 when a row 
 """
 
 import asyncio
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,9 +17,10 @@ from rich.table import Table
 from lab.bench.report import provenance, table
 from lab.chaos import real, rows
 from lab.chaos.rows import Row
-from lab.sim.fleet import nginx_version
+from lab.sim.gateway import nginx_version
+from lab.stack import Stack, StackError
+from stack.shell import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "benchmarks"
 HEAD = [
     "fault",
@@ -80,7 +80,7 @@ async def simulated(only: str, quick: bool) -> list[Row]:
 
 async def on_stack(only: str) -> list[Row]:
     found = []
-    stack = real.Stack.find()
+    stack = Stack.find()
     for name, fault, hits in real.CASES:
         if only.lower() in f"{name} {fault.__name__}".lower():
             with console.status(name):
@@ -103,7 +103,7 @@ def main(
     """Plays the faults, prints the table, and writes it to docs/benchmarks when it is whole."""
     try:
         found = asyncio.run(on_stack(only) if on_real else simulated(only, quick))
-    except real.StackError as why:
+    except StackError as why:
         console.print(str(why), style="red", markup=False)
         raise typer.Exit(1) from None
     show(found)

@@ -1,16 +1,16 @@
 """The short fault table on the real stack, through its published port: real replicas in their containers."""
 
 import asyncio
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from functools import partial
 
 from lab.chaos.rows import Row, Watch, judge
-from lab.sim.fleet import ROOT, get
 from lab.sim.load import SteadyLoad
+from lab.stack import Stack, StackError, run
+from stack.shell import ROOT
 
 VICTIM = "vllm-0"
 # A replica loads its model for a minute or more.
@@ -20,41 +20,8 @@ PATIENCE = 120.0
 HOLD = 30.0
 
 
-class StackError(Exception):
-    """The stack is not there or not well; the message says what to do."""
-
-
-def run(*command: str) -> str:
-    """The command's output; StackError with its last lines where it fails."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise StackError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
-    return done.stdout
-
-
-@dataclass
-class Stack:
-    """The running stack as its users see it."""
-
-    url: str
-    model: str
-
-    @classmethod
-    def find(cls) -> "Stack":
-        address = run("docker", "compose", "port", "gateway", "80").strip()
-        try:
-            models = json.loads(get(f"http://{address}/v1/models"))["data"]
-        except (OSError, ValueError) as why:
-            raise StackError(f"no models at http://{address}: {why}. Start the stack with `make up`.") from why
-        return cls(f"http://{address}", models[0]["id"])
-
-    def states(self) -> dict[str, str]:
-        replicas = json.loads(get(self.url + "/status.json"))["replicas"]
-        return {replica["name"]: replica["state"] for replica in replicas}
-
-
 async def compose(*args: str) -> None:
-    await asyncio.to_thread(run, "docker", "compose", *args)
+    await asyncio.to_thread(partial(run, "docker", "compose", *args, timeout_s=START_SECONDS))
 
 
 async def kill(watch: Watch) -> None:
@@ -104,7 +71,7 @@ async def recreate(watch: Watch) -> None:
 
 async def roll(watch: Watch) -> None:
     start = time.monotonic()
-    await asyncio.to_thread(run, sys.executable, str(ROOT / "scripts" / "roll.py"))
+    await asyncio.to_thread(partial(run, sys.executable, "scripts/roll.py", timeout_s=2 * START_SECONDS))
     watch.note = f"{len(await watch.states())} replicas in {time.monotonic() - start:.0f} s"
 
 

@@ -14,8 +14,10 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from lab.sim.fleet import ROOT, Gateway, Replicas, Sim
+from lab.sim.gateway import Gateway
 from lab.sim.load import Outcome, SteadyLoad
+from lab.sim.replicas import Replicas, Sim
+from stack.shell import ROOT
 
 PATIENCE = 60.0
 WARM_REQUESTS = 40

@@ -36,8 +36,11 @@ from lab.bench.report import table
 from lab.bench.workloads import WORKLOADS, Cell, Client, Sizes, Workload, user
 from lab.gpu import engines
 from lab.gpu.engines import MAX_LENGTH, PORT, SHAPES, TP_SAFE, Engine
-from lab.sim.fleet import Dns, Gateway, get, nginx_version, wait_until
+from lab.http import get
+from lab.sim.dns import Dns
+from lab.sim.gateway import Gateway, nginx_version
 from lab.sim.load import Outcome, SteadyLoad, session, stream
+from lab.waiting import until
 from planner import choose, memory, speed
 from planner.choose import Wish
 from planner.config import read_model
@@ -46,8 +49,8 @@ from planner.memory import Settings
 from planner.model import Model
 from planner.nvml import read_machine
 from stack.gateway import fleet_line
+from stack.shell import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "docs" / "benchmarks" / "gpu.md"
 PROCESSES = 12  # that send the load: reading every token's event costs more than one core
 PER_GPU = speed.CONCURRENT
@@ -115,7 +118,7 @@ def alone(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 class Fleet:
-    """Engines as tests.sim's Gateway asks for them."""
+    """Engines as `Gateway` asks for them."""
 
     def __init__(self, every: Sequence[Engine], dns: Dns, gateway_host: str) -> None:
         self.every, self.dns, self.gateway_host, self.model = list(every), dns, gateway_host, every[0].name
@@ -127,7 +130,7 @@ class Fleet:
 
     def target(self) -> Target:
         cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        return Target(self.urls, self.model, cpus, self)  # type: ignore[arg-type]
+        return Target(self.urls, self.model, cpus, self)
 
 
 class Run:
@@ -313,7 +316,7 @@ def measure_added_latency(run: Run, fleet: Fleet) -> None:
     """One request at a time to one replica: direct, through plain Nginx, and through the gateway."""
     one = Target(fleet.urls[:1], fleet.model, fleet.target().cpus)
     only = fleet.upstreams(["vllm-0"])
-    with Gateway(fleet, only) as gateway, peers.nginx(one, "") as plain:  # type: ignore[arg-type]
+    with Gateway(fleet, only) as gateway, peers.nginx(one, "") as plain:
         gateway.wait_ready()
         found = asyncio.run(in_turn([fleet.urls[0], plain, gateway.url], fleet.model, 60, 16))
     for name, outcomes in zip(("direct", "plain Nginx", OURS), found, strict=True):
@@ -336,12 +339,12 @@ def measure_workloads(run: Run, fleet: Fleet) -> None:
 
 def measure_kill(run: Run, fleet: Fleet) -> None:
     """One replica is killed under load through the gateway."""
-    with Gateway(fleet) as gateway:  # type: ignore[arg-type]
+    with Gateway(fleet) as gateway:
         gateway.wait_ready()
         run.fresh()
         share = CLIENTS // PROCESSES
         jobs = [run.pool.submit(steady, gateway.url, fleet.model, share, run.seed + n, 7.0) for n in range(PROCESSES)]
-        wait_until(lambda: not fleet.every[1].idle(), "the load runs")
+        until(lambda: not fleet.every[1].idle(), "the load runs")
         time.sleep(3)
         killed = time.monotonic()
         fleet.every[1].kill()
@@ -411,7 +414,7 @@ BY_FILES = ("1.5B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")  # what bitsand
 def wait_for_weights(run: Run) -> None:
     for model in BY_FILES:
         path = run.work / "models" / model
-        wait_until((path / "model.safetensors").exists, f"weights of {model} are written", 120)
+        until((path / "model.safetensors").exists, f"weights of {model} are written", 120)
 
 
 app = typer.Typer(add_completion=False, help=__doc__)

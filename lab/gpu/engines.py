@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from lab.bench.workloads import totals
-from lab.sim.fleet import ROOT, get, wait_until
+from lab.http import get
 from lab.sim.load import SYLLABLES
+from lab.waiting import until
 from planner.machine import GIB
 from planner.nvml import read_machine
+from stack.shell import ROOT
 
 PORT = 8000
 MAX_LENGTH = 16384
@@ -206,7 +208,7 @@ class Engine:
                 return False
             return True
 
-        wait_until(up, f"{self.name} on GPUs {self.gpus} answers", seconds)
+        until(up, f"{self.name} on GPUs {self.gpus} answers", seconds)
         return self
 
     def failure(self) -> str:
@@ -226,7 +228,7 @@ class Engine:
     def stop(self) -> None:
         """Ends it and waits until its GPUs are free again."""
         self.kill()
-        wait_until(lambda: all(used < GIB for used in used_memory(self.gpus)), f"GPUs {self.gpus} are free again", 30)
+        until(lambda: all(used < GIB for used in used_memory(self.gpus)), f"GPUs {self.gpus} are free again", 30)
 
     def facts(self) -> dict[str, Any]:
         """What the engine said about its memory (GiB; the tightest GPU) and its start (s), and what the driver says of
@@ -240,7 +242,7 @@ class Engine:
 
     def forget(self) -> None:
         """Waits until it is idle and empties its prefix cache."""
-        wait_until(self.idle, f"{self.name} on GPUs {self.gpus} is idle")
+        until(self.idle, f"{self.name} on GPUs {self.gpus} is idle")
         get(self.url + "/reset_prefix_cache", data=b"", method="POST")
 
 

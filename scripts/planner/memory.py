@@ -117,7 +117,7 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
     bytes_ = per_gpu * stage_layers(model.layers, pp)[stage]
     padded = ceil(model.vocabulary / 64) / (model.vocabulary / 64)
     if stage == 0:
-        bytes_ += 2 * weights.embedding * padded / tp
+        bytes_ += 2 * (weights.embedding + weights.look_up) * padded / tp
     if stage == pp - 1 and (weights.head or pp > 1) and not model.pooling:
         bytes_ += 2 * (weights.head or weights.embedding) * padded / tp
     if model.file_bytes and found is None:
@@ -162,11 +162,14 @@ def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Set
     fewest, most = min(one.layers for one in cached), max(one.layers for one in cached)
     group = most if most < 1.5 * fewest else fewest
     under_way = settings.max_batched_tokens * (pp if model.pooling else pp + 1)
+    page = max(one.token_bytes(tp, settings.kv_bytes) for one in cached) * BLOCK
     blocks = 0
     for one in cached:
-        kept = ceil(min(one.window - 1 + under_way, length) / BLOCK) + 1 if one.window else ceil(length / BLOCK)
+        # a kind with smaller pages has as many more tokens in a block, where these come out even
+        times, rest = divmod(page, one.token_bytes(tp, settings.kv_bytes) * BLOCK)
+        block = BLOCK * (1 if rest else times)
+        kept = ceil(min(one.window - 1 + under_way, length) / block) + 1 if one.window else ceil(length / block)
         blocks += ceil(one.layers / group) * kept
-    page = max(one.token_bytes(tp, settings.kv_bytes) for one in cached) * BLOCK
     here = -(-group * layers // model.layers)  # of a group's layers, rounded up
     return page * here * blocks + draft
 

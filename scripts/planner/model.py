@@ -73,6 +73,7 @@ class Weights:
     replicated: int  # of one average layer, whole on each GPU
     experts: int = 0  # the part of `split` that are routed experts
     active_share: float = 1.0  # of the experts, the share that one token uses
+    look_up: int = 0  # embeddings for each layer, never quantized, split by tp; on the first stage
 
     def layer(self) -> int:
         """Parameters of one average layer."""
@@ -81,7 +82,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower beside the language model, whole on each GPU."""
+    """What sees and hears beside the language model, whole on each GPU."""
 
     parameters: int
     width: int  # numbers that it keeps of one patch of a picture while it computes
@@ -106,6 +107,7 @@ class Model:
     tower: Tower | None = None
     file_bytes: int | None = None  # of the weights as vLLM loads them, where the files are at hand
     draft: "Model | None" = None  # the model or head that guesses its next tokens, on the same GPUs
+    unread: tuple[str, ...] = ()  # keys of its config that may change sizes and were not read
 
     @property
     def bits(self) -> float:
@@ -119,8 +121,14 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """All of them, tied embeddings once."""
-        return self.weights.embedding + self.weights.head + self.layers * self.weights.layer()
+        """Those of the language model, tied embeddings once."""
+        weights = self.weights
+        return weights.embedding + weights.look_up + weights.head + self.layers * weights.layer()
+
+    @property
+    def all_parameters(self) -> int:
+        """With those of its towers."""
+        return self.parameters + (self.tower.parameters if self.tower else 0)
 
     @property
     def active_parameters(self) -> float:

@@ -148,7 +148,7 @@ def _length_reason(plan: Plan) -> str:
 
 def _weights_reason(plan: Plan, replica: Replica) -> str:
     model = plan.model
-    text = f"{model.parameters / 1e9:.2f} B parameters × {model.bits:.3g} bits"
+    text = f"{model.all_parameters / 1e9:.2f} B parameters × {model.bits:.3g} bits"
     parts = [f"tp {replica.tp}"] * (replica.tp > 1) + [f"pp {replica.pp}"] * (replica.pp > 1)
     text += f" over {' × '.join(parts)}" if parts else ""
     text += (

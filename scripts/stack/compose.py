@@ -151,6 +151,29 @@ class Compose:
                 "correct them; COMPOSE_FILE, where it is set, has to name docker-compose.yml first",
             ) from None
 
+    def check_launch(self, config: Config, command: str) -> None:
+        """A Problem with all settings that a replica's launcher refuses, asked in its image beside whatever runs.
+
+        Replicas that differ only in which GPUs they have are asked once. `command` is what to run when all is mended.
+        """
+        alike: dict[str, str] = {}
+        for name in config.replicas:
+            replica = config.services[name]
+            kind = repr((replica.image, replica.environment, replica.volumes, len(replica.gpus)))
+            alike.setdefault(kind, name)
+        refused: dict[str, str] = {}
+        for name in alike.values():
+            done = ask(*self.command("run", "--rm", "--no-deps", "--no-TTY", name, "--print"), timeout=120)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if line.startswith("launch: ")]
+                for line in lines or done.stderr.strip().splitlines()[-1:] or ["no reason given"]:
+                    refused.setdefault(line.removeprefix("launch: "), name)
+        if refused:
+            raise Problem(
+                "\n".join(f"{name}: {line}" for line, name in refused.items()),
+                f"correct that and run `{command}` again; what runs was left as it is",
+            )
+
     def containers(self) -> dict[str, Container]:
         """The stack's containers, running or not, by service."""
         lines = self.ask("ps", "--all", "--format", "json").splitlines()

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+from stack.checks import dotted, version
 from stack.compose import Build, Config
-from stack.console import Problem
+from stack.console import Problem, console
 from stack.shell import CACHE, LOG, ROOT, Say, apt_install, as_root, ask, work
 
 Mode = Literal["auto", "registry", "packages"]
@@ -168,11 +169,27 @@ def bring(config: Config, mode: Mode, say: Say) -> str:
             what = f"{', '.join(old)}: out of date, and cannot be built anew"
             raise Problem(f"{what}: {problem.what}", problem.fix) from None
         raise
+    for image, base in chosen.items():
+        if difference := other_version(official_base(builds[image]), base):
+            console.print(f"[yellow]{image}: {difference}[/]", soft_wrap=True)
     changed = [image for image, base in (bases | chosen).items() if build_over(base, image, builds[image], say)]
     for image in {service.image for service in config.services.values() if not service.build}:
         if registry_answers and not present(image):
             pull(image, say)
     return ", ".join(f"{image} built over {(bases | chosen)[image]}" for image in changed) or "all there"
+
+
+def other_version(official: str, base: str) -> str:
+    """In words, how the version in a base of Debian's packages differs from the pinned one; '' where it does not."""
+    stand_in = stand_in_for(official)
+    if stand_in is None or base != stand_in.tag:
+        return ""
+    package, pinned = stand_in.packages[0], version(official.rsplit(":", 1)[1])
+    query = ["dpkg-query", "--show", "--showformat=${Version}", package]
+    found = version(ask("docker", "run", "--rm", "--network=none", f"--entrypoint={query[0]}", base, *query[1:]).stdout)
+    if found is None or pinned is None or found == pinned:
+        return ""
+    return f"Debian has {package} {dotted(found)} today, not {dotted(pinned)} as docker-compose.yml pins"
 
 
 def build_over(base: str, image: str, build: Build, say: Say) -> bool:
@@ -267,7 +284,10 @@ def build_debian(base: DebianBase, say: Say) -> None:
     ]
     with LOG.open("a") as log:
         tree = subprocess.Popen(make, stdout=subprocess.PIPE, stderr=log)
-        loaded = subprocess.run(load, stdin=tree.stdout, stdout=log, stderr=log)
+        assert tree.stdout
+        # closed here as well: what packs the tree would wait for ever for a reader that ended early
+        with tree.stdout:
+            loaded = subprocess.run(load, stdin=tree.stdout, stdout=log, stderr=log)
         if tree.wait() or loaded.returncode:
             raise Problem(
                 f"{base.tag} could not be built from Debian's packages",

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
-ROOT = Path(__file__).resolve().parents[2]
+from stack.shell import ROOT
+
 PAGE = ROOT / "nginx" / "status"
 # What nginx/ sends with the page; the test on the real gateway compares.
 CONTENT_POLICY = (

@@ -15,9 +15,9 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
+from lab.stack import Stack
 from lab.waiting import until
 from tests.browser.conftest import CONTENT_POLICY, HURRY, FakeGateway, errors, look, replica
-from tests.conftest import Stack
 
 BUSY: dict[str, Any] = {
     "in_flight": 8,
@@ -48,7 +48,7 @@ def field(browser: Chrome, name: str, value: str) -> str:
 
 
 def await_text(browser: Chrome, element_id: str, wanted: str) -> None:
-    until(lambda: wanted in text(browser, element_id), 10, f"{wanted!r} in #{element_id}")
+    until(lambda: wanted in text(browser, element_id), f"{wanted!r} in #{element_id}", 10)
 
 
 def ready(n: int, **more: Any) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def test_page_follows_the_fleet(gateway: FakeGateway, browser: Chrome) -> None:
     gateway.replicas = [ready(0, tokens_per_s=80), ready(1)]
     await_text(browser, "ready", "2 of 2")
     stroke = card(browser, "vllm-0").find_element(By.CSS_SELECTOR, '[data-chart="tokens_per_s"] .stroke')
-    until(lambda: (stroke.get_attribute("d") or "").count("L") >= 2, 10, "three points in the chart")
+    until(lambda: (stroke.get_attribute("d") or "").count("L") >= 2, "three points in the chart", 10)
     gateway.replicas = [ready(1)]
     await_text(browser, "ready", "1 of 1")
     assert not browser.find_elements(By.CSS_SELECTOR, '[data-replica="vllm-0"]')
@@ -237,7 +237,7 @@ def test_pictures(gateway: FakeGateway, browser: Chrome, picture: Callable[[str]
             look(browser, width, 100, dark=dark, phone=dark)
             gateway.polls = 0
             browser.get(f"{gateway.url}/status")
-            until(lambda: gateway.polls >= enough, 60, f"{enough} polls")
+            until(lambda: gateway.polls >= enough, f"{enough} polls", 60)
             assert picture(name).stat().st_size > 20_000
     finally:
         browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", hurry)

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.conftest import ROOT
+from stack.shell import ROOT
 
 CHARTS = sorted((ROOT / "docs" / "benchmarks").glob("*.svg"))
 

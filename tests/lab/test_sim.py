@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from lab.http import get
 from lab.sim.engine import BLOCK, TOKEN_BYTES, Blocks, block_hashes
-from lab.sim.fleet import Replicas, get, wait_until
 from lab.sim.load import Outcome, session, stream
+from lab.sim.replicas import Replicas
+from lab.waiting import until
 
 PROMPT = "a prompt of some length " * 60
 
@@ -76,7 +78,7 @@ def test_a_client_that_hangs_up_frees_its_place(fleet: Replicas) -> None:
             await answer.content.readany()
 
     asyncio.run(hang_up())
-    wait_until(lambda: sim.metrics()["vllm:num_requests_running"] == 0, "no request runs")
+    until(lambda: sim.metrics()["vllm:num_requests_running"] == 0, "no request runs")
     assert sim.metrics()["vllm:kv_cache_usage_perc"] == 0
     assert sim.state()["finished"]["abort"] == 1
 
@@ -101,7 +103,7 @@ def test_faults(fleet: Replicas) -> None:
     with pytest.raises(urllib.error.HTTPError):
         get(sim.url + "/_sim", b'{"falt": "hang"}')
     sim.fault("crash")
-    wait_until(sim.ended, "the process ends")
+    until(sim.ended, "the process ends")
 
 
 def test_the_oldest_blocks_are_dropped_first_and_a_tail_before_its_head() -> None:

@@ -3,7 +3,7 @@
 import openai
 import pytest
 
-from tests.conftest import Stack
+from lab.stack import Stack
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from openai.types.chat import (
     ChatCompletionToolParam,
 )
 
-from tests.conftest import Stack
+from lab.stack import Stack
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Name three colours of the rainbow."}]
 

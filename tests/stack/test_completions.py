@@ -3,7 +3,7 @@
 import openai
 import requests
 
-from tests.conftest import Stack
+from lab.stack import Stack
 
 PROMPT = "The three primary colours are"
 

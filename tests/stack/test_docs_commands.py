@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from tests.conftest import ROOT, Stack
+from lab.stack import Stack
+from stack.shell import ROOT
 
 # Not run here, and why. A command that the docs show is either run or has its reason here.
 NOT_RUN = {

@@ -15,8 +15,9 @@ import pytest
 import requests
 
 from lab.sim.load import Outcome, SteadyLoad
+from lab.stack import Stack, run
 from lab.waiting import until
-from tests.conftest import ROOT, Stack, run
+from stack.shell import ROOT
 
 VICTIM = "vllm-1"
 CLIENTS = 4
@@ -45,15 +46,15 @@ def under_load(stack: Stack, fault: Callable[[], None], back_within_s: float) ->
                 return bool(stack.replicas()[VICTIM]["state"] == "ready")
 
             replicas = set(stack.replicas())
-            await asyncio.to_thread(until, lambda: served(0) == replicas, 60, "all serve before the fault")
+            await asyncio.to_thread(until, lambda: served(0) == replicas, "all serve before the fault", 60)
             await asyncio.to_thread(fault)
             hit = time.monotonic()
-            await asyncio.to_thread(until, lambda: served(hit) >= replicas - {VICTIM}, 60, "the others go on")
+            await asyncio.to_thread(until, lambda: served(hit) >= replicas - {VICTIM}, "the others go on", 60)
             # Until the gateway's next look the victim still counts as ready.
-            await asyncio.to_thread(until, lambda: not back(), 60, f"{VICTIM} out of the route")
-            await asyncio.to_thread(until, back, back_within_s, f"{VICTIM} back in the route")
+            await asyncio.to_thread(until, lambda: not back(), f"{VICTIM} out of the route", 60)
+            await asyncio.to_thread(until, back, f"{VICTIM} back in the route", back_within_s)
             again = time.monotonic()
-            await asyncio.to_thread(until, lambda: VICTIM in served(again), 60, f"{VICTIM} serves again")
+            await asyncio.to_thread(until, lambda: VICTIM in served(again), f"{VICTIM} serves again", 60)
         return load.outcomes
 
     return asyncio.run(scenario())
@@ -73,7 +74,7 @@ def assert_nothing_failed(outcomes: list[Outcome]) -> None:
 @pytest.mark.timeout(400)
 def test_a_replica_that_crashes(stack: Stack) -> None:
     """All processes of a replica are killed under load: nothing fails, and Docker's restart policy brings it back."""
-    stack.wait_until_all_ready()
+    stack.wait_ready()
 
     def crash() -> None:
         # Everything in the container but its init, which then ends as after a crash. This shell may be gone too
@@ -89,7 +90,7 @@ def test_a_replica_that_crashes(stack: Stack) -> None:
 @pytest.mark.timeout(400)
 def test_a_replica_recreated_with_a_new_address(stack: Stack) -> None:
     """A replica is killed under load and made anew elsewhere: nothing fails, and the gateway finds it."""
-    stack.wait_until_all_ready()
+    stack.wait_ready()
     network, old = network_and_address(container())
 
     def kill_and_recreate() -> None:
@@ -104,7 +105,7 @@ def test_a_replica_recreated_with_a_new_address(stack: Stack) -> None:
 
 def test_a_request_sent_into_a_cut_network_goes_elsewhere(stack: Stack) -> None:
     """Right after the cut the gateway sends on a connection that it kept; nobody answers there, so it is moved."""
-    stack.wait_until_all_ready()
+    stack.wait_ready()
 
     def ask(client: requests.Session, prompt: str) -> str:
         body = {"model": stack.model, "prompt": prompt, "max_tokens": 1}
@@ -119,7 +120,7 @@ def test_a_request_sent_into_a_cut_network_goes_elsewhere(stack: Stack) -> None:
             prompt = f"{secrets.token_hex(16)} " + "and so on " * 50
             return prompt if ask(client, prompt) == VICTIM else ""
 
-        prompt = until(known_to_victim, 60, f"{VICTIM} is sent a new prompt")
+        prompt = until(known_to_victim, f"{VICTIM} is sent a new prompt", 60)
         name = container()
         network, _ = network_and_address(name)
         run("docker", "network", "disconnect", network, name)
@@ -127,9 +128,9 @@ def test_a_request_sent_into_a_cut_network_goes_elsewhere(stack: Stack) -> None:
             assert ask(client, prompt) != VICTIM
         finally:
             run("docker", "network", "connect", "--alias", VICTIM, network, name)
-        stack.wait_until_all_ready()
+        stack.wait_ready()
         # The gateway's looks find a name that is back at once, the upstream some seconds later.
-        until(known_to_victim, 60, f"{VICTIM} serves again")
+        until(known_to_victim, f"{VICTIM} serves again", 60)
 
 
 def restarts() -> int:

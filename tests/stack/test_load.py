@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import requests
 
+from lab.stack import Stack
 from lab.waiting import until
-from tests.conftest import Stack
 
 
 def test_sixteen_at_once(stack: Stack, client: openai.OpenAI) -> None:
@@ -46,7 +46,7 @@ def test_every_replica_serves(stack: Stack) -> None:
 
 def test_a_client_that_hangs_up(stack: Stack) -> None:
     """A client that leaves stops the generation: its replica runs nothing soon after, long before the answer's end."""
-    until(lambda: idle(stack), 60, "an idle fleet before the test")
+    until(lambda: idle(stack), "an idle fleet before the test", 60)
     body = {
         "model": stack.model,
         "prompt": "Once upon a time",
@@ -59,8 +59,8 @@ def test_a_client_that_hangs_up(stack: Stack) -> None:
         replica = answer.headers["X-Replica"]
         lines = answer.iter_lines()  # kept: without a reader the client's side closes
         assert next(lines).startswith(b"data: ")
-        until(lambda: stack.replicas()[replica]["running"] >= 1, 10, f"the request running on {replica}")
-    until(lambda: idle(stack), 10, f"no request running on {replica} after the client has left")
+        until(lambda: stack.replicas()[replica]["running"] >= 1, f"the request running on {replica}", 10)
+    until(lambda: idle(stack), f"no request running on {replica} after the client has left", 10)
 
 
 def test_request_id(stack: Stack) -> None:

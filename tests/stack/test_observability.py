@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 import pytest
 
+from lab.stack import Stack
 from lab.waiting import until
-from tests.conftest import Stack
 
 DASHBOARDS = Path(__file__).parents[2] / "grafana" / "dashboards"
 METRIC = re.compile(r"([a-zA-Z_:][\w:]*)\s*\{")
@@ -62,8 +62,8 @@ class Prometheus:
         """Waits until every target has been read after `since` (seconds since 1970)."""
         until(
             lambda: min((stamp for _, stamp in self.vector("timestamp(up)")), default=0) > since,
-            60,
             "Prometheus reads every target again",
+            60,
         )
 
 
@@ -141,8 +141,8 @@ def test_every_part_is_scraped(prometheus: Prometheus, replicas: set[str]) -> No
         return found == dict.fromkeys(expected, 1)
 
     try:
-        until(scraped, 60, f"{sorted(expected)} all up")
-    except AssertionError:
+        until(scraped, f"{sorted(expected)} all up", 60)
+    except TimeoutError:
         targets = prometheus.get("targets")["activeTargets"]
         pytest.fail(
             f"wanted {sorted(expected)} all up, got "
@@ -200,8 +200,8 @@ def test_every_query_of_the_dashboards_has_data(
         query = expr.replace("$__rate_interval", RATE_INTERVAL).replace("$model", model).replace("$replica", replica)
         assert "$" not in query, f"{name}: a variable is left in {query}"
         try:
-            until(lambda query=query: prometheus.has_points(query), 20, name)  # type: ignore[misc]
-        except AssertionError:
+            until(lambda query=query: prometheus.has_points(query), name, 20)  # type: ignore[misc]
+        except TimeoutError:
             missing = [metric for metric in dict.fromkeys(METRIC.findall(query)) if not prometheus.vector(metric)]
             cause = f"nothing exports {', '.join(missing)}" if missing else "the metrics are there, the labels are not"
             pytest.fail(f"no data for {name}: {cause}\n{query}")
@@ -237,7 +237,7 @@ def test_nothing_is_counted_twice(stack: Stack, prometheus: Prometheus) -> None:
         second = read()
         return second if second == first else {}
 
-    before = until(settled, 60, "the counters stand still")
+    before = until(settled, "the counters stand still", 60)
     sent = send(stack)
     right = dict.fromkeys([*chats, *with_checks], sent.answers) | {tokens: sent.generated_tokens}
 
@@ -246,8 +246,8 @@ def test_nothing_is_counted_twice(stack: Stack, prometheus: Prometheus) -> None:
 
     # A replica writes its counters just after the last byte; the scrape that counts is one begun later.
     prometheus.await_scrape(time.time() + 1)
-    with contextlib.suppress(AssertionError):
-        until(lambda: grown() == right, 30, "all is counted")
+    with contextlib.suppress(TimeoutError):
+        until(lambda: grown() == right, "all is counted", 30)
     assert grown() == right
     copies = prometheus.vector('count by (replica) ({job="replicas",__name__="vllm:num_requests_running"})')
     assert all(count == 1 for _, count in copies), f"a replica shows one metric more than once: {copies}"

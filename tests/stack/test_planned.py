@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Stack
+from lab.stack import Stack
+from stack.shell import ROOT
 
 PROJECT = "vllm-fleet-test-planned"
 PORT = "18081"

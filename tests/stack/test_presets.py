@@ -18,8 +18,9 @@ import pytest
 import requests
 import yaml
 
+from lab.stack import Stack, run
 from lab.waiting import until
-from tests.conftest import ROOT, Stack, run
+from stack.shell import ROOT
 
 PRESETS = {path.stem: yaml.safe_load(path.read_text())["settings"] for path in (ROOT / "presets").glob("*.yaml")}
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -208,7 +209,7 @@ def replica_of(preset: str, models: Path) -> Iterator[Replica]:
                     return requests.get(f"{replica.url}/health", timeout=10).ok
                 return False
 
-            until(answers, 240, f"{preset} up")
+            until(answers, f"{preset} up", 240)
             yield replica
         finally:
             remove(name)

@@ -8,7 +8,7 @@ import openai
 import pytest
 import requests
 
-from tests.conftest import Stack
+from lab.stack import Stack
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 

@@ -4,9 +4,10 @@ import asyncio
 import random
 import re
 
-from lab.sim.fleet import Replicas, get
+from lab.http import get
 from lab.sim.load import Outcome, session, stream, text
-from tests.conftest import Stack
+from lab.sim.replicas import Replicas
+from lab.stack import Stack
 
 
 def median(values: list[float]) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from stack.shell import ROOT
 
 # A folder, and what nothing in it may import.
 BARRED = {

@@ -1,18 +1,23 @@
 """What the planner reads in a model's files, as vLLM 0.32 reads it."""
 
+import contextlib
 import json
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from planner import choose, memory
 from planner.choose import Wish
-from planner.config import load_model, read_model, weight_files_bytes
-from planner.machine import load_machine
+from planner.config import HARMLESS, SIZES, load_model, read_model, weight_files_bytes
+from planner.machine import GIB, load_machine
 from planner.memory import Settings
-from planner.model import Model
+from planner.model import Cached, Model
 from stack.console import Problem
 from tests.conftest import ROOT
 
@@ -72,6 +77,109 @@ def test_the_same_weights_for_another_program_are_counted_once(tmp_path: Path) -
     for path in tmp_path.glob("model*.safetensors"):
         path.unlink()
     assert weight_files_bytes(tmp_path) == 300, "nothing else is there"
+
+
+# ---- keys that may change sizes
+
+# Read, but without effect: all layers have experts of another width; MLA keeps one vector for all heads.
+IDLE = [("Qwen3-30B-A3B", "intermediate_size"), ("DeepSeek-V3", "num_key_value_heads")]
+SIZED = [
+    (name, key)
+    for name, config in CONFIGS.items()
+    for key, value in (config.get("text_config") or config).items()
+    if SIZES.search(key) and key not in HARMLESS and isinstance(value, int) and value
+    if name != "mamba-2.8b" and (name, key) not in IDLE
+]
+
+
+def changed(name: str, **keys: Any) -> Model:
+    """The model of a recorded config with some keys of its language model changed."""
+    config = CONFIGS[name]
+    part = {"text_config": config["text_config"] | keys} if "text_config" in config else keys
+    return read_model(config | part, "x")
+
+
+@given(
+    name=st.sampled_from([name for name in CONFIGS if name != "mamba-2.8b"]),
+    key=st.text("abcdefgh_", min_size=1, max_size=12),
+    kind=st.sampled_from(["_dim", "_size", "_heads", "_layers", "_groups", "_ratio", "_ratios", "_rank"]),
+    value=st.integers(1, 10**6) | st.lists(st.integers(), min_size=1),
+)
+def test_a_key_of_a_size_that_is_not_known_is_refused_by_its_name(name: str, key: str, kind: str, value: Any) -> None:
+    unknown = f"x_{key}{kind}"
+    with pytest.raises(Problem, match=f"{unknown}, which may change sizes"):
+        changed(name, **{unknown: value})
+    config = CONFIGS[name]
+    part = {"text_config": config["text_config"] | {unknown: value}} if "text_config" in config else {unknown: value}
+    trusted = read_model(config | part, "x", trust=True)
+    assert trusted.unread == (unknown,)
+    assert replace(trusted, unread=()) == read_model(config, "x"), "planned without it"
+
+
+def test_a_list_with_a_value_for_each_layer_is_read_or_refused() -> None:
+    with pytest.raises(Problem, match="x_kinds"):
+        llama(x_kinds=["a"] * 32)
+    assert llama(x_words=["a"] * 3), "of another length it is not one a layer"
+
+
+@pytest.mark.parametrize(("name", "key"), SIZED)
+def test_a_key_of_a_size_changes_the_model_or_is_refused(name: str, key: str) -> None:
+    """Whatever a recorded config says of sizes is read."""
+    value = (CONFIGS[name].get("text_config") or CONFIGS[name])[key]
+    with contextlib.suppress(Problem):
+        assert changed(name, **{key: 2 * value}) != read_model(CONFIGS[name], "x")
+
+
+# ---- layers of several kinds
+
+
+def test_an_embedding_for_each_layer_is_never_quantized() -> None:
+    """Of Gemma's E-models it is a third of all, and looked up in 16 bits."""
+    model = read_model(CONFIGS["gemma-4-E4B-it"], "x")
+    assert model.weights.look_up == 262144 * 256 * 42
+    assert model.tower
+    whole = 2 * (model.weights.look_up + model.weights.embedding + model.tower.parameters)
+    for tp in (1, 2):
+        small = memory.weight_bytes(model.quantized("bitsandbytes"), tp, 1, 0)
+        assert small > whole / tp + model.layers * model.weights.split * 4.5 / 8 / tp
+    assert memory.weight_bytes(model, 1, 1, 0) > 14.5 * GIB
+
+
+@pytest.mark.parametrize("machine", ["t4", "5080"])
+def test_an_e_model_is_not_planned_whole_where_it_runs_out_of_memory(machine: str) -> None:
+    host = load_machine(ROOT / "tests" / "machines" / "cases" / f"{machine}.json")
+    with pytest.raises(Problem, match="does not fit"):
+        choose.choose(host, read_model(CONFIGS["gemma-4-E4B-it"], "x"), Wish(quantization="none"))
+
+
+def test_layers_that_see_all_have_a_shape_of_their_own() -> None:
+    model = read_model(CONFIGS["gemma-4-31B-it"], "x")
+    assert set(model.attention.cached) == {Cached(50, 16, 256, window=1024), Cached(10, 4, 512)}
+    # a page of these holds twice the tokens of one with a window
+    blocks = 5 * (ceil((1023 + 2 * 2048) / 16) + 1) + 262144 // 32
+    assert memory.request_bytes(model, 1, 60, 262144, Settings(256, 2048)) == blocks * 10 * 16 * 2 * 16 * 256 * 2
+
+
+def test_layers_that_share_what_others_keep_keep_nothing() -> None:
+    model = read_model(CONFIGS["gemma-4-E4B-it"], "x")
+    assert set(model.attention.cached) == {Cached(20, 2, 256, window=512), Cached(4, 2, 512)}
+
+
+def test_a_dense_mlp_beside_experts_is_counted() -> None:
+    text = CONFIGS["gemma-4-31B-it"]["text_config"]
+    experts = {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704, "enable_moe_block": True}
+    shape = {"hidden_size": 2816, "intermediate_size": 2112, "num_attention_heads": 16, "num_key_value_heads": 8}
+    layers = {"num_hidden_layers": 30, "layer_types": text["layer_types"][:30], "num_global_key_value_heads": 2}
+    model = changed("gemma-4-31B-it", **experts, **shape, **layers)
+    assert model.parameters / 1e9 == pytest.approx(25.2, rel=0.03)
+    assert model.active_parameters / 1e9 == pytest.approx(3.8, rel=0.05)
+
+
+def test_layers_without_attention_keep_nothing() -> None:
+    """Of Nemotron's 80 layers 49 have one, and their MLPs are of many widths."""
+    model = read_model(CONFIGS["Nemotron-Super-49B"], "x")
+    assert model.attention.cached == (Cached(49, 8, 128),)
+    assert model.tp_sizes(8) == [1, 2, 4, 8]
 
 
 # ---- quantized checkpoints
