@@ -40,7 +40,7 @@ def main(
         except OSError as error:
             raise Problem(
                 f"{error.filename or models}: {error.strerror or error}",
-                f"free disk space or correct the permissions (or name another folder with --models), then {AGAIN}",
+                f"free disk space or correct the permissions, then {AGAIN}",
             ) from error
 
 

@@ -106,7 +106,7 @@ def _check_disk(part: Path, models: Path, files: list[File]) -> None:
     if needed > free:
         raise Problem(
             f"{models} has {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB are needed",
-            f"free some ({models / PARTIAL} has the downloads that broke off), or name another folder with --models",
+            f"free some ({models / PARTIAL} has the downloads that broke off)",
         )
 
 

@@ -213,9 +213,8 @@ def _hub(name: str, revision: str, token: str | None, endpoint: str) -> Source:
         # of a gated model the hub lists the files for everyone, and refuses them
         if status in hub.REFUSED:
             return hub.gated(name)
-        return Problem(
-            f"{path} of {name} at {endpoint}: status {status}", f"correct the name or --revision, or {AGAIN}"
-        )
+        wrong = "the name" if revision == "main" else "--revision"
+        return Problem(f"{path} of {name} at {endpoint}: status {status}", f"correct {wrong}, or {AGAIN}")
 
     with hub.reaching(endpoint):
         try:
