@@ -182,7 +182,8 @@ def bring(config: Config, mode: Mode, say: Say) -> str:
 def other_version(official: str, base: str) -> str:
     """In words, how the version in a base of Debian's packages differs from the pinned one; '' where it does not."""
     stand_in = stand_in_for(official)
-    if stand_in is None or base != stand_in.tag:
+    # the wheels over Debian's Python are pinned themselves
+    if stand_in in (None, PYTHON) or base != stand_in.tag:
         return ""
     package, pinned = stand_in.packages[0], version(official.rsplit(":", 1)[1])
     query = ["dpkg-query", "--show", "--showformat=${Version}", package]
@@ -281,7 +282,7 @@ def build_debian(base: DebianBase, say: Say) -> None:
 
 
 def gather_wheels(say: Say) -> None:
-    """Fetches the wheels of the replica's base image into WHEELS, once. A Problem where the index does not give them."""
+    """Fetches the wheels of the replica's base image into WHEELS, once. A Problem where no index gives them."""
     wanted = WHEEL_LIST.read_text()
     complete = WHEELS / WHEEL_LIST.name
     if complete.exists() and complete.read_text() == wanted:
