@@ -27,7 +27,7 @@ from lab.bench import overhead, peers, workloads
 from lab.bench.overhead import SIZES, Cost, quantile
 from lab.bench.peers import DESIGNS, OURS, PEERS, Start, Target
 from lab.bench.pictures import DOCS, draw
-from lab.bench.report import provenance, table
+from lab.report import provenance, table
 from lab.bench.workloads import WORKLOADS, Cell, Sizes
 from lab.sim.gateway import nginx_version
 from lab.sim.replicas import Replicas
