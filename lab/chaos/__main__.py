@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lab.bench.report import provenance, table
+from lab.report import provenance, table
 from lab.chaos import real, rows
 from lab.chaos.rows import Row
 from lab.sim.gateway import nginx_version
