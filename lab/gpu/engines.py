@@ -187,7 +187,10 @@ class Engine:
         launch = launcher()
         empty = folder / "engine.yaml"
         empty.touch()
-        read = launch.read_settings(empty, {**settings, "MODEL": model.name})
+        mistakes = launch.Mistakes()
+        read = launch.read_settings(empty, {**settings, "MODEL": model.name}, mistakes)
+        if mistakes.lines:
+            raise RuntimeError("\n".join(mistakes.lines))
         self.arguments = [*launch.serve_command(read, str(model), None), "--host", host, *extra]
         self.log_path = folder / f"{self.name}-{'-'.join(map(str, gpus))}-{host}-{time.monotonic_ns()}.log"
         self.process = PROCESSES.Process(
