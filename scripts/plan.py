@@ -39,6 +39,7 @@ NOT_WISHED = ("GPU_MEMORY_UTILIZATION", "KV_CACHE_GB", "CPU_OFFLOAD_GB")
 # What .env says of these is meant for the first model.
 OF_ONE_MODEL = ("TOOL_CALL_PARSER", "CHAT_TEMPLATE", "TRUST_REMOTE_CODE", "EXTRA_ARGS")
 NO_DRAFT = ("ngram", "suffix")  # ways to speculate without a second model
+MOST_GPUS = 1024  # numbers beyond are a slip of the finger, and a list of them would fill the memory
 NEEDS = re.compile(r"a GPU of compute capability (\d+)\.(\d+) with \d+ GiB")
 
 
@@ -57,6 +58,14 @@ class KvCache(StrEnum):
     fp8 = "fp8"
 
 
+def _tokens(text: str) -> int:
+    """32768, 32k or 1m as a number of tokens, k and m in powers of two as context lengths are."""
+    found = re.fullmatch(r"(\d{1,9})([km]?)", str(text).strip().lower())
+    if not found or not int(found[1]):
+        raise typer.BadParameter(f"{text} is not a number of tokens: write it as 32768 or 32k")
+    return int(found[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[found[2]]
+
+
 def main(
     model: Annotated[
         str, typer.Argument(help="A folder under models/, a name on the hub, or a preset's name.", show_default=False)
@@ -69,7 +78,12 @@ def main(
     ] = None,
     gpus: Annotated[str | None, typer.Option(help="Only these GPUs: 0-3 or 0,2,5.")] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the longest request has to be able to have.")
+        int | None,
+        typer.Option(
+            parser=_tokens,
+            metavar="TOKENS",
+            help="Tokens that the longest request has to have room for: 32768 or 32k.",
+        ),
     ] = None,
     quantization: Annotated[
         Quantization | None,
@@ -269,6 +283,10 @@ def _numbers(option: str, text: str) -> list[int]:
         first, dash, last = piece.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise Problem(f"{option}: {text} is not a list of GPUs", "write it as 0-3 or 0,2,5")
+        if max(int(first), int(last or first)) >= MOST_GPUS:
+            raise Problem(
+                f"{option}: {text} goes beyond GPU {MOST_GPUS - 1}", "choose from those that nvidia-smi lists"
+            )
         found += range(int(first), int(last or first) + 1)
     if not found:
         raise Problem(f"{option}: {text} names no GPU", "write it as 0-3 or 0,2,5")

@@ -42,7 +42,7 @@ def check_rest(replicas: list[Replica], name: str, by_hand: str) -> None:
 
 
 def drain(gateway: Gateway, name: str, within_s: float, shown: Step) -> None:
-    """Waits until the replica has nothing in flight."""
+    """Returns when the replica has nothing in flight. A Problem after so many seconds."""
 
     def is_idle() -> bool:
         in_flight = gateway.replica(name).in_flight
@@ -58,7 +58,10 @@ def drain(gateway: Gateway, name: str, within_s: float, shown: Step) -> None:
 
 
 def recreate(compose: Compose, name: str, within_s: float, shown: Step) -> None:
-    """Replaces the replica's container and waits until its health check, a one-token request, passes."""
+    """Replaces the replica's container; returns when its health check, a one-token request, passes.
+
+    A Problem, with the last words of the replica, where it does not start or not within so many seconds.
+    """
     compose.ask(*RECREATE, name, timeout_s=within_s)
     began = compose.containers()
 
@@ -99,7 +102,7 @@ def back_in_the_route(gateway: Gateway, name: str) -> Iterator[None]:
 
 
 def await_route(gateway: Gateway, name: str) -> None:
-    """Waits until the gateway sends requests to the replica again."""
+    """Returns when the gateway sends requests to the replica again. A Problem after ROUTE_S."""
     if not wait_for(lambda: gateway.replica(name).state == "ready", ROUTE_S):
         replica = gateway.replica(name)
         raise Problem(

@@ -9,7 +9,7 @@ from rich.table import Table
 from stack import images, settings
 from stack.compose import Compose, running_gpu_file
 from stack.console import Problem, console, one_line_for_mistakes
-from stack.docker import engine_version
+from stack.docker import docker_version
 from stack.gateway import Gateway, Replica
 
 
@@ -49,7 +49,7 @@ def replica_table(replicas: list[Replica]) -> Table:
 def status() -> bool:
     """Prints both tables and gives whether all is well."""
     wanted = settings.load()
-    if not engine_version()[0]:
+    if not docker_version()[0]:
         raise Problem("the Docker engine does not answer", "`make up` starts it")
     compose = Compose(gpu=running_gpu_file())
     config = compose.config()

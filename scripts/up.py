@@ -164,7 +164,7 @@ def give_back() -> None:
 
 
 def up() -> None:
-    """All the steps, in their order."""
+    """All the steps, in their order. The first that cannot be done is a Problem."""
     with step("Settings") as shown:
         wanted = settings.load()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
@@ -191,7 +191,7 @@ def up() -> None:
             shown.result = check_disk(missing.values())
     with step("Images") as shown:
         shown.result = images.bring(config, wanted.images, shown.say)
-    # what is built and is not ours Compose builds
+    # what is built over no base of `make up` Compose builds
     services = [name for name, service in config.services.items() if service.build or images.present(service.image)]
     for name in config.services.keys() - services:
         image = config.services[name].image

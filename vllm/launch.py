@@ -112,24 +112,11 @@ class Settings(BaseModel):
     drain_seconds: PositiveInt = Field(default=120, description="a whole number of seconds, 1 or more")
 
 
-# Settings that `vllm serve` knows by the same name.
-SAME_NAME = (
-    "dtype",
-    "quantization",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "max_model_len",
-    "gpu_memory_utilization",
-    "cpu_offload_gb",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_num_queued_reqs",
-    "enable_prefix_caching",
-    "enforce_eager",
-    "kv_cache_dtype",
-    "speculative_config",
-    "tool_call_parser",
-)
+# `vllm serve` knows all settings by the same name, but for these.
+OTHERWISE = {
+    *("model", "served_model_name", "chat_template", "trust_remote_code"),
+    *("cpu_threads", "kv_cache_gb", "extra_args", "drain_seconds"),
+}
 
 
 @dataclass
@@ -419,10 +406,9 @@ def serve_command(settings: Settings, model: str, chat_template: str | None) -> 
     """The arguments after `vllm`, for a model's folder or hub name and the path of a chat template."""
     command = ["serve", model, "--host", "0.0.0.0", "--port", str(API_PORT)]
     command += ["--served-model-name", settings.served_model_name or settings.model]
-    for name in SAME_NAME:
-        value = getattr(settings, name)
+    for name, value in settings:
         flag = name.replace("_", "-")
-        if value is None:
+        if value is None or name in OTHERWISE:
             continue
         if isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")

@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lab.bench.report import provenance, table
 from lab.chaos import real, rows
 from lab.chaos.rows import Row
+from lab.report import provenance, table
 from lab.sim.gateway import nginx_version
 from lab.stack import Stack, StackError
 from stack.shell import ROOT

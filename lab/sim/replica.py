@@ -305,8 +305,8 @@ class Connection(asyncio.Protocol):
         elif path in ("/health", "/ping"):
             self._send(replica.faults.health, b"")
         elif path == "/v1/models":
-            body = replica.faults.models
-            self._send(200, json.dumps(replica.models()).encode() if body is None else body.encode())
+            odd = replica.faults.models
+            self._send(200, json.dumps(replica.models()).encode() if odd is None else odd.encode())
         elif path == "/metrics":
             self._send(200, replica.metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
         elif path == "/version":

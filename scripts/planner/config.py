@@ -13,14 +13,18 @@ from typing import Any
 from models.hub import fetch_config, fetch_further
 from planner.model import Attention, Cached, Mlp, Model, Tower, Weights
 from planner.pooling import Further, Pooling
-from planner.quantization import MXFP4_METHODS, Quantization, read_quantization
+from planner.quantization import MXFP4, MXFP4_METHODS, Quantization, read_quantization
 from stack.console import Problem
 
 DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
-# Layers that keep a state instead of keys and values, which this arithmetic does not describe: how they are named, and
-# how the keys begin that only such models have.
-STATE_SPACE = ("mamba", "ssm", "rwkv", "linear_attention", "recurrent", "conv")
-STATE_KEYS = ("mamba_", "ssm_", "hybrid_override_pattern", "linear_num_", "linear_attn_config", "conv_L_cache")
+# Models that keep a state of another kind than those that are read here, by how keys begin that only such models have.
+STATE_KEYS = ("ssm_cfg", "mamba_d_", "mamba_expand", "mamba_dt_rank", "conv_L_cache", "time_step_rank", "state_size")
+STATE_SPACE = ("mamba", "rwkv", "lfm2", "recurrent", "zamba", "jamba", "bamba", "falcon_h1")
+# What a layer does, by its name in layer_types; those with a state by how it is made.
+GATED_DELTA, MAMBA2, KDA = "linear_attention", "mamba", "kda"
+SEEING = ("full_attention", "sliding_attention", "attention", "chunked_attention", "full", "sliding")
+# Letters of hybrid_override_pattern.
+PATTERN = {"M": MAMBA2, "*": "full_attention", "-": "mlp", "E": "moe"}
 # What a config.json leaves to its class in transformers; those of Gemma 3 on the hub say little else.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
@@ -73,6 +77,7 @@ UNGATED = (
     "starcoder2",
     "bloom",
     "mpt",
+    "nemotron_h",
     "bert",
     "roberta",
     "xlm-roberta",
@@ -96,7 +101,11 @@ NAMES = {
         "moe_k",
     ),
     "shared_experts": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
-    "shared_width": ("shared_expert_intermediate_size", "shared_intermediate_size"),
+    "shared_width": (
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+    ),
     "first_dense": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
     "sparse_step": ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step"),
     "length": (
@@ -143,6 +152,8 @@ HARMLESS = {
 SIZES = re.compile(
     r"(_dims?|_sizes?|_heads|_layers|_groups|_ratios?|_rank|_inner|_expand|_state|_per_layer|_d_conv)$|^block_configs$"
 )
+ENCODER_DECODERS = ("whisper", "t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100")
+LFS_POINTER = b"version https://git-lfs.github.com/"
 MOST_LAYERS = 10_000
 NO_FILES: dict[str, Mapping[str, Any]] = {}
 NOT_A_MODEL = "give the folder or the hub's name of a language model"
@@ -158,6 +169,11 @@ def read_model(
     unless `trust` has it left to the caller in `unread`."""
     if not isinstance(config, Mapping):
         raise Problem(f"{name}: config.json is not an object", NOT_A_MODEL)
+    if config.get("is_encoder_decoder") or config.get("model_type") in ENCODER_DECODERS:
+        raise Problem(
+            f"{name} is an encoder-decoder ({config.get('model_type')}), of which the planner knows no arithmetic",
+            "for speech pin its GPUs in docker-compose.gpu.yml; for text take a decoder, which vLLM serves",
+        )
     try:
         read = Config(config, name, further)
         model = read.model(disk_bytes)
@@ -165,6 +181,13 @@ def read_model(
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # any of its values may be of another type than everybody's
         raise Problem(f"{name}: config.json is not one of a language model: {error}", NOT_A_MODEL) from error
+    except Problem as error:
+        if config.get("auto_map") and error.fix == NOT_A_MODEL:
+            raise Problem(
+                f"{name} is described by code of its own (auto_map), which the planner does not run",
+                "pin its GPUs in docker-compose.gpu.yml, with TRUST_REMOTE_CODE=1 if you trust that code",
+            ) from error
+        raise
     if unread and not trust:
         raise Problem(
             f"{name}: config.json has {', '.join(unread)}, which may change sizes and which the planner does not know",
@@ -214,6 +237,7 @@ class Config:
             )
         if self.layers > MOST_LAYERS:
             raise Problem(f"{name}: config.json says that it has {self.layers} layers", NOT_A_MODEL)
+        self.kinds = self.layer_kinds()
         # the last so many keep nothing of their own and see what earlier ones kept
         self.sharing = min(self.number("num_kv_shared_layers", 0), self.layers - 1)
 
@@ -293,7 +317,7 @@ class Config:
             file_bytes=disk_bytes,
         )
         if found:
-            return replace(model, quantization=_quantization(found, model, split))
+            return replace(model, quantization=_quantization(found, model, split, str(self.text.get("expert_dtype"))))
         stored = DTYPE_BYTES.get(str(self.get("dtype")), 2)
         return replace(model, file_bytes=disk_bytes * 2 // stored if disk_bytes else None)
 
@@ -301,6 +325,10 @@ class Config:
         """The attention; of an average layer's parameters those that tp splits, and those that each GPU keeps whole."""
         hidden, heads, encoder = self.hidden, self.heads, bool(pooling and pooling.encoder)
         windows = self.windows()
+        if self.text.get("compress_ratios"):
+            return self.compressed()
+        states, state_split, state_whole = self.states()
+        seeing = [layer for layer in range(self.layers) if self.kinds[layer] in SEEING]
         if rank := self.number("kv_lora_rank", 0):
             nope, rope, value = (self.number(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
             for key in ("head_dim", *NAMES["kv_heads"]):  # said of the others
@@ -308,26 +336,106 @@ class Config:
             query_rank = self.number("q_lora_rank", 0)
             split = heads * ((query_rank or hidden) * (nope + rope) + rank * (nope + value) + value * hidden)
             replicated = hidden * (rank + rope) + hidden * query_rank
-            cached = Counter((0, value, rank + rope, window) for window in windows)
-            return Attention(heads, 0, value, () if encoder else _cached(cached)), split, replicated
+            cached = _cached(Counter((0, value, rank + rope, windows[layer]) for layer in seeing))
+            split, replicated = (
+                (one * len(seeing) + more) // self.layers
+                for one, more in ((split, state_split), (replicated, state_whole))
+            )
+            return Attention(heads, 0, value, () if encoder else cached + states), split, replicated
         head_dim = self.number("head_dim", 0) or hidden // heads
         kv_heads = self.kv_heads()
         if not head_dim:
             raise Problem(f"{self.name}: config.json has more heads than its width of {hidden}", NOT_A_MODEL)
         bias = bool(self.text.get("attention_bias") or self.architecture.startswith("Qwen2") or encoder)
+        gated = self.text.get("attn_output_gate", GATED_DELTA in self.kinds)  # by a second matrix for queries
         # layers that see all may be of another shape
         wide, few = self.number("global_head_dim", head_dim), self.number("num_global_key_value_heads", 0)
         split, kept = 0, Counter[tuple[int, int, int, int]]()
-        for layer, window in enumerate(windows):
+        for layer in seeing:
+            window = windows[layer]
             dim, kv = (head_dim, kv_heads[layer]) if window else (wide, few or kv_heads[layer])
             if not kv:
                 continue  # no attention at all
             own = 0 if layer >= self.layers - self.sharing else kv
-            split += 2 * hidden * heads * dim + (2 * hidden + 2 * bias) * own * dim + bias * heads * dim
+            split += (2 + bool(gated)) * hidden * heads * dim + (2 * hidden + 2 * bias) * own * dim + bias * heads * dim
             if own:
                 kept[kv, dim, 0, window] += 1
-        cached = () if encoder else _cached(kept)
-        return Attention(heads, max(kv_heads), head_dim, cached), split // self.layers, 0
+        cached = () if encoder else _cached(kept) + states
+        return Attention(heads, max(kv_heads), head_dim, cached), (split + state_split) // self.layers, 0
+
+    def layer_kinds(self) -> list[str]:
+        """What each layer does: a name of SEEING, GATED_DELTA, MAMBA2, KDA, or "mlp" and "moe" for one that is no more
+        than that. Raises Problem for another."""
+        linear = self.text.get("linear_attn_config")
+        if pattern := self.text.get("hybrid_override_pattern"):
+            found = [PATTERN.get(one, str(one)) for one in pattern]
+        elif linear:
+            found = [KDA if layer + 1 in linear["kda_layers"] else "full_attention" for layer in range(self.layers)]
+        elif found := self.text.get("layer_types") or self.text.get("layers_block_type"):
+            found = [str(one) for one in found]
+        elif self.kind.startswith(("qwen3_next", "qwen3_5")):
+            every = self.number("full_attention_interval", 4)
+            found = [GATED_DELTA if (layer + 1) % every else "full_attention" for layer in range(self.layers)]
+        else:
+            found = ["full_attention"] * self.layers
+        known = (*SEEING, GATED_DELTA, MAMBA2, KDA, "mlp", "moe")
+        if odd := next((one for one in found if one not in known), None):
+            raise Problem(f"{self.name} has layers of a kind that the planner does not know: {odd}", "pin its GPUs")
+        if len(found) < self.layers:
+            raise ValueError(f"it says the kind of {len(found)} layers of {self.layers}")
+        return found[: self.layers]
+
+    def states(self) -> tuple[tuple[Cached, ...], int, int]:
+        """The layers that keep a state, in vLLM's types (vllm/model_executor/layers/mamba/mamba_utils.py): what they
+        keep, and of all of them the parameters that tp splits and those that each GPU keeps whole."""
+        hidden = self.hidden
+        if count := self.kinds.count(GATED_DELTA):
+            key_dim, value_dim = self.number("linear_key_head_dim"), self.number("linear_value_head_dim")
+            heads, few = self.number("linear_num_value_heads"), self.number("linear_num_key_heads")
+            kernel, keys, values = self.number("linear_conv_kernel_dim", 4), few * key_dim, heads * value_dim
+            number = DTYPE_BYTES.get(str(self.text.get("mamba_ssm_dtype")), 2)
+            state = (kernel - 1) * (2 * keys + values) * 2 + heads * key_dim * value_dim * number
+            split = hidden * (2 * keys + 3 * values + 2 * heads) + kernel * (2 * keys + values)
+            return (Cached(count, gcd(heads, few), 0, state=state),), count * split, 0
+        if count := self.kinds.count(MAMBA2):
+            heads, width = self.number("mamba_num_heads"), self.number("mamba_head_dim")
+            groups, size = self.number("n_groups"), self.number("ssm_state_size")
+            kernel, inner = self.number("conv_kernel", 4), heads * width
+            number = DTYPE_BYTES.get(str(self.text.get("mamba_ssm_cache_dtype", "float32")), 4)
+            conv = inner + 2 * groups * size
+            state = (kernel - 1) * conv * 2 + heads * width * size * number
+            split = hidden * (2 * inner + conv + heads) + kernel * conv
+            return (Cached(count, heads, 0, state=state),), count * split, 0
+        if count := self.kinds.count(KDA):
+            said = self.text["linear_attn_config"]
+            heads, width, kernel = said["num_heads"], said["head_dim"], said.get("short_conv_kernel_size", 4)
+            inner = heads * width
+            state = (kernel - 1) * 3 * inner * 2 + heads * width * width * 4
+            # queries, keys, values, output; two narrow gates
+            split = 4 * hidden * inner + 2 * width * inner + hidden * heads
+            return (Cached(count, heads, 0, state=state),), count * split, count * 2 * hidden * width
+        return (), 0, 0
+
+    def compressed(self) -> tuple[Attention, int, int]:
+        """DeepSeek V4's: each layer keeps a window, most also a row for every few tokens, those with the fewest an
+        index of these (vllm/models/deepseek_v4/attention.py). Rows are of 8 bits with scales."""
+        hidden, heads, dim = self.hidden, self.heads, self.number("head_dim")
+        rank, groups, out = self.number("q_lora_rank"), self.number("o_groups", 8), self.number("o_lora_rank")
+        index_heads, index_dim = self.number("index_n_heads", 64), self.number("index_head_dim", 128)
+        rope, window = self.number("qk_rope_head_dim"), self.number("sliding_window")
+        self.number("kv_heads", 1)
+        row = dim - rope + 2 * rope + 8
+        split = rank * heads * dim + heads * dim * out + groups * out * hidden
+        cached, replicated = [Cached(self.layers, 0, dim, window=window, row=row)], 0
+        for ratio, count in Counter(self.text["compress_ratios"][: self.layers]).items():
+            replicated += count * hidden * (rank + dim)
+            if ratio > 1:
+                cached.append(Cached(count, 0, dim, row=row, ratio=ratio))
+                replicated += count * 2 * hidden * dim * (2 if ratio == 4 else 1)
+            if ratio == 4:
+                cached.append(Cached(count, 0, index_dim, row=index_dim + 4, ratio=ratio))
+                replicated += count * (rank * index_heads * index_dim + hidden * (index_heads + 4 * index_dim))
+        return Attention(heads, 0, dim, tuple(cached)), split, replicated // self.layers
 
     def kv_heads(self) -> list[int]:
         """Of each layer, 0 where one has no attention."""
@@ -344,12 +452,12 @@ class Config:
     def windows(self) -> list[int]:
         """How far each layer sees, 0 for all of it."""
         window = self.text.get("sliding_window")
-        kinds, every = self.text.get("layer_types"), self.number("window_every", 0)
+        every = self.number("window_every", 0)
         qwen = self.kind.startswith("qwen")  # only if they say so
         if not isinstance(window, int) or window < 1 or not self.text.get("use_sliding_window", not qwen):
             return [0] * self.layers
-        if kinds:
-            return [window if kinds[layer] == "sliding_attention" else 0 for layer in range(self.layers)]
+        if self.text.get("layer_types"):
+            return [window if kind in ("sliding_attention", "sliding") else 0 for kind in self.kinds]
         return [0 if every and layer % every == every - 1 else window for layer in range(self.layers)]
 
     def widths(self) -> list[int]:
@@ -360,6 +468,8 @@ class Config:
         one = self.number("intermediate", 4 * self.hidden) or 4 * self.hidden
         if blocks := self.text.get("block_configs"):
             return [self._block_width(block["ffn"]) for block in blocks[: self.layers]]
+        if "mlp" in self.kinds or "moe" in self.kinds:
+            return [one if kind == "mlp" else 0 for kind in self.kinds]
         wider = self.sharing if self.text.get("use_double_wide_mlp") else 0
         return [one] * (self.layers - wider) + [2 * one] * wider
 
@@ -390,7 +500,8 @@ class Config:
         if self.kind == "gemma4_text":  # a dense MLP stands beside the experts of each layer
             shared = dense
         routed = matrices * hidden * width * experts * routing
-        rest = matrices * hidden * (shared * routing + dense * (layers - routing))
+        alone = sum(widths) if "moe" in self.kinds else dense * (layers - routing)
+        rest = matrices * hidden * (shared * routing + alone)
         mlp = Mlp(width, max(used * width + shared, dense if routing < layers else 0))
         router = hidden * experts * routing // layers
         return mlp, Weights(words, words, (routed + rest) // layers, router, routed // layers, used / experts)
@@ -401,6 +512,8 @@ class Config:
             next((int(one) for one in [self.text.get(key) for key in NAMES[what]] if one), default)
             for what, default in (("first_dense", 0), ("sparse_step", 1))
         )
+        if "moe" in self.kinds:
+            return self.kinds.count("moe")
         only_dense = len(self.text.get("mlp_only_layers") or [])
         if kinds := self.text.get("mlp_layer_types"):
             return sum(kind != "dense" for kind in kinds[: self.layers])
@@ -460,19 +573,21 @@ def _number(found: Mapping[str, Any], keys: tuple[str, ...], least: int) -> int 
 
 
 def _refuse_recurrent(text: Mapping[str, Any], name: str) -> None:
-    kinds = " ".join([str(text.get("model_type", "")), *map(str, text.get("layer_types") or [])]).lower()
-    if any(word in kinds for word in STATE_SPACE) or any(str(key).startswith(STATE_KEYS) for key in text):
+    if str(text.get("model_type", "")).startswith(STATE_SPACE) or any(str(key).startswith(STATE_KEYS) for key in text):
         raise Problem(
             f"{name} keeps a recurrent state, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml"
         )
 
 
-def _quantization(found: Mapping[str, Any], model: Model, attention: int) -> Quantization:
+def _quantization(found: Mapping[str, Any], model: Model, attention: int, expert_dtype: str) -> Quantization:
     """How the model is quantized, with the bits of its files where they are at hand: the config may not say, or not all
     is quantized that one would think. `attention`: parameters of one layer's."""
     said = read_quantization(found)
     weights, candidates = model.weights, []
     experts_only = bool(weights.experts and (said.experts_only or not said.attention))
+    if said.bits and expert_dtype == "fp4":
+        share = weights.experts / weights.split
+        said = replace(said, bits=said.bits * (1 - share) + MXFP4 * share)
     if said.bits:
         share = 0 if said.attention or experts_only else attention / weights.split
         candidates.append(said.bits * (1 - share) + 16 * share)
@@ -512,11 +627,30 @@ def load_model(name: str, models: Path, trust: bool = False) -> Model:
     `trust`: as for read_model. Raises Problem where there is none, or none that the planner knows."""
     name = name.rstrip("/") or name
     for folder in (Path(name), models / name):
+        _check_folder(folder, name)
         if (path := folder / "config.json").is_file():
             return read_model(_json(path), name, weight_files_bytes(folder), partial(_further_in, folder), trust)
     if Path(name).is_dir():
         raise Problem(f"{name}: the folder has no config.json", NOT_A_MODEL)
     return read_model(fetch_config(name), name, further=partial(fetch_further, name), trust=trust)
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Raises Problem for a folder that holds something else than a model in the files that vLLM loads."""
+    for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise Problem(f"{name}: {path.name} is a git-LFS pointer, not the file", "run git lfs pull there")
+    if (folder / "model_index.json").is_file():
+        raise Problem(f"{name} is a diffusion pipeline, which draws pictures", NOT_A_MODEL)
+    if (folder / "config.json").is_file():
+        return
+    if (path := folder / "adapter_config.json").is_file():
+        base = (_further_in(folder, path.name) or {}).get("base_model_name_or_path", "its base model")
+        raise Problem(f"{name} is an adapter of {base}, not a model", f"plan {base}, and merge the adapter into it")
+    if any(folder.glob("*.gguf")):
+        raise Problem(f"{name} is a model in GGUF without a config.json", "take the model in safetensors")
 
 
 def _further_in(folder: Path, file: str) -> Mapping[str, Any] | None:

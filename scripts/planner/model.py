@@ -13,17 +13,23 @@ ONLINE_BITS = {"fp8": 8.0, "bitsandbytes": NF4}
 
 @dataclass(frozen=True)
 class Cached:
-    """Layers that keep the same of a request: a key and a value of each KV head, or with MLA one latent vector."""
+    """Layers that keep the same of a request: a key and a value of each KV head, with MLA one latent vector, or a state
+    that no token adds to."""
 
     layers: int
     kv_heads: int
     head_dim: int
     latent: int = 0  # kv_lora_rank + qk_rope_head_dim
     window: int = 0  # how far they see; 0: all of it
+    state: int = 0  # bytes for a request, which tp splits
+    row: int = 0  # bytes for each `ratio` tokens whatever the KV cache's numbers, whole on each GPU
+    ratio: int = 1
 
     def token_bytes(self, tp: int, kv_bytes: int) -> int:
         """What one of `tp` GPUs keeps of one token in one such layer, at `kv_bytes` a number: of its share of the KV
         heads, at least one; of a latent vector all."""
+        if self.state or self.row:
+            return self.row // self.ratio
         if self.latent:
             return self.latent * kv_bytes
         return 2 * max(1, -(-self.kv_heads // tp)) * self.head_dim * kv_bytes
@@ -146,6 +152,7 @@ class Model:
             if not self.attention.heads % tp
             and not self.mlp.width % tp
             and not (kv and kv % tp and tp % kv)
+            and not any(one.state and one.kv_heads % tp for one in self.attention.cached)
             and not (group and (self.mlp.width // tp) % group)
             and (not self.draft or tp in self.draft.tp_sizes(tp))
         ]

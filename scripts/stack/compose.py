@@ -42,7 +42,7 @@ class Service(BaseModel):
     deploy: dict[str, Any] = {}
 
     @property
-    def ours(self) -> Build | None:
+    def over_a_base(self) -> Build | None:
         """How its image is built over a base that `make up` chooses; None for one that is pulled or Compose builds."""
         return self.build if self.build and "BASE" in self.build.args else None
 
@@ -141,7 +141,7 @@ class Compose:
         return done.stdout
 
     def config(self) -> Config:
-        """What the files say."""
+        """What the files say, settings filled in. A Problem where they are not those of the stack."""
         try:
             return Config.model_validate_json(self.ask("config", "--format", "json"))
         except ValidationError as error:
@@ -188,7 +188,7 @@ class Compose:
         return containers
 
     def last_words(self, service: str) -> str:
-        """The last line that a service logged."""
+        """The last line that a service logged, or words that it logged nothing."""
         lines = self.ask("logs", "--no-log-prefix", "--no-color", "--tail", "20", service).split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it logged nothing")
 

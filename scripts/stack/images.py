@@ -122,7 +122,7 @@ def kind(build: Build) -> Literal["cpu", "gpu", "rest"]:
 
 
 def stand_in_for(official: str) -> DebianBase | None:
-    """What is built from packages instead of an official image, or None."""
+    """What is built from packages instead of an official image; None where nothing is."""
     return STAND_INS.get(official.rsplit(":", 1)[0])
 
 
@@ -149,8 +149,8 @@ def without_base(config: Config, mode: Mode) -> dict[str, Build]:
 
 
 def builds_of(config: Config) -> dict[str, Build]:
-    """The images that are built here, and how."""
-    return {service.image: service.ours for service in config.services.values() if service.ours}
+    """How each image is built that is built over a base, by its name."""
+    return {service.image: build for service in config.services.values() if (build := service.over_a_base)}
 
 
 def bring(config: Config, mode: Mode, say: Say) -> str:
@@ -182,7 +182,8 @@ def bring(config: Config, mode: Mode, say: Say) -> str:
 def other_version(official: str, base: str) -> str:
     """In words, how the version in a base of Debian's packages differs from the pinned one; '' where it does not."""
     stand_in = stand_in_for(official)
-    if stand_in is None or base != stand_in.tag:
+    # the wheels over Debian's Python are pinned themselves
+    if stand_in in (None, PYTHON) or base != stand_in.tag:
         return ""
     package, pinned = stand_in.packages[0], version(official.rsplit(":", 1)[1])
     query = ["dpkg-query", "--show", "--showformat=${Version}", package]
@@ -256,32 +257,17 @@ def debian_mirror() -> str | None:
 
 
 def build_debian(base: DebianBase, say: Say) -> None:
-    """Makes one base image from Debian's packages."""
+    """Makes one base image, `base.tag`, from Debian's packages. A Problem where it cannot be built."""
     say(f"building {base.tag} from Debian's packages")
-    hooks = [f"--customize-hook={line}" for line in base.finish]
-    unneeded = [f"--dpkgopt=path-exclude=/usr/share/{folder}/*" for folder in ("doc", "man", "locale", "i18n")]
     mirror = debian_mirror()
-    make = [
-        *as_root("mmdebstrap"),
-        "--quiet",
-        "--variant=essential",
-        f"--include={','.join(base.packages)}",
-        # forky is a testing suite, whose release files run out within days on a mirror that lags
-        '--aptopt=Acquire::Check-Valid-Until "false"',
-        *unneeded,
-        *hooks,
-        base.suite,
-        "-",
-        # without one, mmdebstrap takes Debian's own
-        *([f"deb {mirror} {base.suite} main"] if mirror else []),
-    ]
-    load = [
-        "docker",
-        "import",
-        "--change=ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "-",
-        base.tag,
-    ]
+    # forky is a testing suite, whose release files run out within days on a mirror that lags
+    make = [*as_root("mmdebstrap"), "--quiet", "--variant=essential", '--aptopt=Acquire::Check-Valid-Until "false"']
+    make += [f"--dpkgopt=path-exclude=/usr/share/{folder}/*" for folder in ("doc", "man", "locale", "i18n")]
+    make += [f"--include={','.join(base.packages)}", *(f"--customize-hook={line}" for line in base.finish)]
+    # without a mirror, mmdebstrap takes Debian's own
+    make += [base.suite, "-", *([f"deb {mirror} {base.suite} main"] if mirror else [])]
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    load = ["docker", "import", f"--change=ENV PATH={path}", "-", base.tag]
     with LOG.open("a") as log:
         tree = subprocess.Popen(make, stdout=subprocess.PIPE, stderr=log)
         assert tree.stdout
@@ -296,7 +282,7 @@ def build_debian(base: DebianBase, say: Say) -> None:
 
 
 def gather_wheels(say: Say) -> None:
-    """Fetches the wheels of the replica's base image, once."""
+    """Fetches the wheels of the replica's base image into WHEELS, once. A Problem where no index gives them."""
     wanted = WHEEL_LIST.read_text()
     complete = WHEELS / WHEEL_LIST.name
     if complete.exists() and complete.read_text() == wanted:
