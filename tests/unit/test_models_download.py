@@ -21,8 +21,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 import download_model
-from models import served
+from models import hub, served
 from stack.compose import Config
+from stack.console import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = (ROOT / "tests" / "models" / "SmolLM2-135M-Instruct" / "config.json").read_bytes()
@@ -416,24 +417,29 @@ def test_mistakes_are_told_in_two_lines(args: list[str], words: str, server: Ser
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_the_planner_asks_the_hub_for_a_config_and_says_why_it_cannot_have_it(server: Server, tmp_path: Path) -> None:
+def test_the_planner_asks_the_hub_for_a_config_and_says_why_it_cannot_have_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.content["/me/tiny/resolve/main/config.json"] = CONFIG
-    machine = ROOT / "tests" / "machines" / "one-24gb.json"
-    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), "me/tiny", "--machine", str(machine), "--json"]
-    env = {"PATH": "/usr/bin:/bin", "HF_ENDPOINT": server.url}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
-    assert not run.returncode, run.stdout
-    assert json.loads(run.stdout)["models"][0]["layout"] == "1 × tp 1"
+    assert hub.fetch_config("me/tiny") == json.loads(CONFIG)
+
+    def refused() -> str:
+        with pytest.raises(Problem) as told:
+            hub.fetch_config("me/tiny")
+        return str(told.value)
+
     server.token = "hf_secret"
-    assert "HF_TOKEN_FILE" in refused_plan(command, env)
+    assert "HF_TOKEN_FILE" in refused()
     server.token = None
     for answer in (b"<html>Log in to this network</html>", b"[1]", b"\xff"):
         server.content["/me/tiny/resolve/main/config.json"] = answer
-        assert "HF_ENDPOINT" in refused_plan(command, env)
+        assert "HF_ENDPOINT" in refused()
+    monkeypatch.setenv("HF_TOKEN_FILE", str(tmp_path / "token"))
     for token in (b"hf_g\xc3\xbcltig", b"\xff\xfe", b"two\nlines", b""):
         (tmp_path / "token").write_bytes(token)
-        assert str(tmp_path / "token") in refused_plan(command, {**env, "HF_TOKEN_FILE": str(tmp_path / "token")})
-    assert "HF_ENDPOINT" in refused_plan(command, {**env, "HF_ENDPOINT": "http://[::1"})
+        assert str(tmp_path / "token") in refused()
+    monkeypatch.setenv("HF_ENDPOINT", "http://[::1")
+    assert "HF_ENDPOINT" in refused()
 
 
 def refused_plan(command: list[str], env: dict[str, str]) -> str:
