@@ -194,8 +194,7 @@ def _check_split(machine: Machine, model: Model, wish: Wish) -> None:
         raise Problem(what, f"take --tp of {sizes}")
     if pp > 1 and not machine.gpus:
         raise Problem(f"--pp {pp}: pipeline parallelism does not work on a CPU", "leave it out")
-    if pp > 1 and (model.pooling or model.draft):
-        why = "is an embedding model" if model.pooling else "has a draft model"
+    if pp > 1 and (why := _one_stage(model)):
         raise Problem(f"--pp {pp}: {model.name} {why}, which works in one stage only", "leave it out")
     if pp > model.layers:
         raise Problem(f"--pp {pp}: {model.name} has {model.layers} layers", f"take --pp of {model.layers} at most")
@@ -205,6 +204,13 @@ def _check_split(machine: Machine, model: Model, wish: Wish) -> None:
         most = max(len(gpus) for gpus in _classes(machine) if not gpus[0].mig)
         if tp * pp > most:
             raise Problem(f"{asked} needs {tp * pp} GPUs of one kind, there are {most}", f"use {most} at most")
+
+
+def _one_stage(model: Model) -> str:
+    """Why the model works in one pipeline stage only; empty where it may have several."""
+    if model.uneven:
+        return "has layers of many sizes"
+    return "is an embedding model" if model.pooling else "has a draft model" if model.draft else ""
 
 
 def best(machine: Machine, model: Model, wish: Wish) -> Plan | None:
@@ -338,7 +344,7 @@ def _layouts(gpus: list[Gpu], model: Model, wish: Wish) -> Iterator[tuple[int, i
     most = 1 if gpus[0].mig else len(gpus)
     for tp in model.tp_sizes(most):
         for pp in range(1, min(most // tp, model.layers) + 1):
-            if wish.tp in (None, tp) and wish.pp in (None, pp) and not (pp > 1 and (model.pooling or model.draft)):
+            if wish.tp in (None, tp) and wish.pp in (None, pp) and not (pp > 1 and _one_stage(model)):
                 yield tp, pp
 
 

@@ -128,9 +128,10 @@ SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek
 FINER = ("fp8", *MXFP4_METHODS)
 # Keys of a size-like kind that are without effect on what a GPU holds, or on which too much is counted without them.
 HARMLESS = {
+    "architectures",
     "attention_chunk_size",  # taken to see all
     "attn_layer_indices",
-    "bos_token_id",
+    "eos_token_id",
     "chunk_size",
     "ep_size",
     "head_dim_rope",
@@ -264,7 +265,7 @@ class Config:
             for key, value in self.text.items()
             if value
             and key not in self.text.read | HARMLESS
-            and (SIZES.search(str(key)) or (isinstance(value, list) and len(value) >= self.layers))
+            and (SIZES.search(str(key)) or (isinstance(value, list) and len(value) == self.layers))
         )
 
     def model(self, disk_bytes: int | None) -> Model:
@@ -314,6 +315,7 @@ class Config:
             weights=weights,
             pooling=pooling,
             tower=self.tower(),
+            uneven="block_configs" in self.text,
             file_bytes=disk_bytes,
         )
         if found:

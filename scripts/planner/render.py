@@ -168,7 +168,7 @@ def _reserve_reason(replica: Replica) -> str:
 def _kv_reason(plan: Plan, replica: Replica, layers: int, per_token: int) -> str:
     attention, kv_bytes, draft = plan.model.attention, replica.settings.kv_bytes, plan.model.draft
     size = f"{per_token / 1024:.6g} KiB a token and GPU: {layers} layers × "
-    if any(one.state or one.row for one in attention.cached):
+    if len({(one.kv_heads, one.head_dim, one.row) for one in attention.cached}) > 1:
         text = f"{per_token / 1024:.1f} KiB a token and GPU"
     elif attention.latent:
         text = size + f"a latent of {attention.latent} × {kv_bytes} bytes, whole on each GPU"

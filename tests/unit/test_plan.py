@@ -461,6 +461,30 @@ def windows(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@st.composite
+def states(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_next",
+        "full_attention_interval": draw(st.integers(2, 4)),
+        "linear_num_key_heads": draw(st.sampled_from([4, 16])),
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": draw(st.sampled_from([64, 128])),
+    }
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "sliding_window": 512,
+        "sliding_window_pattern": draw(st.sampled_from([2, 6])),
+        "global_head_dim": 256,
+        "num_global_key_value_heads": draw(st.sampled_from([None, 1])),
+        "num_kv_shared_layers": draw(st.integers(0, 3)),
+        "hidden_size_per_layer_input": draw(st.sampled_from([None, 256])),
+    }
+
+
 POOLED = st.sampled_from(["XLMRobertaModel", "LlamaBidirectionalModel", "MistralModel", "Qwen2ForProcessRewardModel"])
 TOWER = st.just({"vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}})
 
@@ -483,13 +507,15 @@ def models(draw: st.DrawFn) -> Model:
         "max_position_embeddings": draw(st.sampled_from([2048, 8192, 32768, 131072])),
         "tie_word_embeddings": draw(st.booleans()),
     }
-    for kind in draw(st.lists(st.sampled_from([experts(), latent(), windows(), TOWER]), max_size=2)):
+    for kind in draw(
+        st.lists(st.sampled_from([experts(), latent(), windows(), TOWER, states(), shapes()]), max_size=2)
+    ):
         config |= draw(kind)
     if draw(st.integers(0, 3)) == 0:
         config["quantization_config"] = draw(st.sampled_from(QUANTIZED))
     elif draw(st.integers(0, 3)) == 0:
         config["architectures"] = [draw(POOLED)]
-    return read_model(config, "any")
+    return read_model(config, "any", trust=True)  # some together are no model that there is
 
 
 WISHES = st.builds(

@@ -210,6 +210,11 @@ def test_layers_without_attention_keep_nothing() -> None:
     model = read_model(CONFIGS["Nemotron-Super-49B"], "x")
     assert model.attention.cached == (Cached(49, 8, 128),)
     assert model.tp_sizes(8) == [1, 2, 4, 8]
+    # the first half of them is far heavier than the second
+    host = load_machine(ROOT / "tests" / "machines" / "cases" / "h100x2.json")
+    assert choose.choose(host, model, Wish()).layout == "1 × tp 2"
+    with pytest.raises(Problem, match="has layers of many sizes, which works in one stage only"):
+        choose.choose(host, model, Wish(pp=2))
 
 
 # ---- layers that keep a state

@@ -128,8 +128,8 @@ def test_what_the_user_asks_for_wins_over_the_preset(checkout: Path, monkeypatch
 
 
 def test_a_draft_model_needs_memory_too(checkout: Path) -> None:
-    alone = plan(checkout, "Qwen/Qwen3-8B", "--context", "16384", machine="one-24gb")["replicas"][0]
-    drafted = plan(checkout, "speculative-draft", machine="one-24gb")["replicas"][0]
+    alone = plan(checkout, "Qwen/Qwen3-8B", "--context", "16384", machine="two-h200")["replicas"][0]
+    drafted = plan(checkout, "speculative-draft", machine="two-h200")["replicas"][0]
     weights = drafted["memory"]["weights"] - alone["memory"]["weights"]
     assert weights / 2**30 == pytest.approx(1.11, rel=0.02), "0.6 B parameters in 16 bits"
     per_token = [one["memory"]["kv"] / one["kv_tokens"] / 1024 for one in (alone, drafted)]
