@@ -418,7 +418,8 @@ FLEET = Dashboard(
                 Panel(
                     "Retries",
                     "Tries a second that failed on a replica before the first byte and went on to the next, by cause:"
-                    " connect, no connection; reset, it broke; timeout; failed, its engine did; refused, the replica was full.",
+                    " connect, no connection; reset, it broke; timeout; failed, its engine did;"
+                    " refused, the replica was full.",
                     [
                         Query(
                             f"sum by (replica, cause) ({rate('gateway_retries_total', GATEWAY)})",

@@ -67,8 +67,8 @@ class Held:
 def as_error(event: bytes) -> tuple[Message, Message]:
     """The two messages of an answer that is this error.
 
-    What is not the client's fault may go well elsewhere. 503 says that this replica is full, 502 that its engine failed: its
-    words stand in a header too, as the gateway drops the body of what it sends on to the next replica.
+    What is not the client's fault may go well elsewhere. 503: this replica is full; 502: its engine failed. The
+    engine's words stand in a header too, as the gateway drops the body of what it sends on to the next replica.
     """
     body = event.split(b"\n", 1)[0].removeprefix(b"data: ")
     error = json.loads(body)["error"]
