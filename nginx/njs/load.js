@@ -7,7 +7,7 @@ const counters = ngx.shared.counters;
 // How many requests a replica may have beyond the one with fewest, or how many times the mean, whichever is more …
 const NEW = [1, 1.5];        // … and still be given a prompt that nobody has
 const SOFT = [4, 1.25];      // … before a beginning that much of its work shares is given to another replica too
-const HARD = [8, 2];         // … before all that comes goes elsewhere: affinity overloads nobody
+const HARD = [8, 2];         // … before all that comes goes elsewhere, here of the mean of the others: affinity overloads nobody
 
 const ALIKE = 1.25;          // times the least work: no reason to prefer one replica to the other
 
@@ -30,6 +30,14 @@ function loads(list) {
 // What a replica may have in flight within this bound.
 function limit(load, bound) {
     return Math.max(load.least + bound[0], load.mean * bound[1]);
+}
+
+// Whether the i-th replica has too much to do to be sent even what it knows. It is held against the others: of a mean with
+// itself, two replicas never have twice as much.
+function overloaded(load, i) {
+    const count = load.busy.length;
+    const others = (load.mean * count - load.busy[i]) / (count - 1);
+    return count > 1 && load.busy[i] > Math.max(load.least + HARD[0], others * HARD[1]);
 }
 
 function workOf(replica) {
@@ -82,4 +90,4 @@ function better(list, load, i, than) {
         : workOf(list[i]) < workOf(list[than]);
 }
 
-export default { SOFT, HARD, loads, limit, next, leastBusy, lightest, better };
+export default { SOFT, loads, limit, overloaded, next, leastBusy, lightest, better };

@@ -94,7 +94,7 @@ function byPrefix(list, loads, prompt, own) {
                 chosen = i;
             }
         }
-        if (chosen >= 0 && loads.busy[chosen] <= load.limit(loads, load.HARD)) {
+        if (chosen >= 0 && !load.overloaded(loads, chosen)) {
             if (!own && loads.busy[chosen] > load.limit(loads, load.SOFT) && hot(list[chosen].name, key)) {
                 return null;
             }
@@ -118,21 +118,29 @@ function remember(prompt, replica) {
     }
     metrics.blocks(at + 1, end - at);
     const unknown = (prompt.cuts[end] - (at < 0 ? 0 : prompt.cuts[at])) / 4;
-    fleet.addWork(replica.name, unknown + ANSWER);
+    fleet.addWork(replica.name, unknown + prompt.more + ANSWER);
 }
 
-// A session stays where it was; a new one, or one whose replica is gone, begins where its prompt fits best.
+// A session stays where it was last, unless that one is too busy: one key may name all that an application asks. A new one
+// begins where its prompt fits best.
 function bySession(list, asked, share, prompt) {
-    const key = `session ${asked.model} ${asked.session}`;
+    const key = prompts.hash(`session ${asked.model} ${asked.session}`);
     const packed = prompts.holders(key);
-    let replica = list.find((one) => packed % 256 === one.id);
+    let loads = load.loads(list);
+    let replica = null;
+    for (let rest = packed; rest && !replica; rest = Math.floor(rest / 256)) {
+        const i = list.findIndex((one) => rest % 256 === one.id);
+        if (i >= 0 && !load.overloaded(loads, i)) {
+            replica = list[i];
+        }
+    }
     const reason = replica ? 'session' : 'load';
     if (!replica) {
         list = group(list, share);
-        const loads = load.loads(list);
+        loads = load.loads(list);
         replica = prompt && byPrefix(list, loads, prompt, false) || load.lightest(list, loads);
     }
-    prompts.keep(key, replica.id, 0);
+    prompts.keep(key, replica.id, packed);
     if (prompt) {
         remember(prompt, replica);
     }

@@ -28,15 +28,31 @@ function sample(text) {
     return text.length <= 2 * SAMPLE ? text : text.length + text.slice(0, SAMPLE) + text.slice(-SAMPLE);
 }
 
-// What a message says, as one string.
+// What a message says, as one string: images, sounds and tool results by all of their data.
 function contentOf(message) {
     const content = message.content;
-    if (!Array.isArray(content)) {
-        return message.tool_calls ? JSON.stringify(message.tool_calls) : '';
+    const calls = message.tool_calls ? JSON.stringify(message.tool_calls) : '';
+    if (typeof content === 'string') {
+        return content + calls;
     }
-    let text = '';
+    if (!Array.isArray(content)) {
+        return calls || JSON.stringify(message);
+    }
+    let text = calls;
     for (const part of content) {
-        text += sample(String(part && (part.text || part.image_url && part.image_url.url) || '')) + '\n';
+        text += (part && typeof part.text === 'string' ? sample(part.text) : hash(JSON.stringify(part) || '')) + '\n';
+    }
+    return text;
+}
+
+// What is rendered before the first message, or ''.
+function frontOf(body) {
+    let text = '';
+    for (const name of ['cache_salt', 'tools', 'system', 'instructions']) {
+        const part = body[name];
+        if (part) {
+            text += `\n${name}\n${typeof part === 'string' ? part : JSON.stringify(part)}`;
+        }
     }
     return text;
 }
@@ -57,34 +73,41 @@ function grow(prompt, text, said, before, early) {
 }
 
 // The cuts of a request's body, from the start of its prompt to the end, or null where it has no prompt that is cached:
-// {cuts, texts, keys, holders, at}. A cut is the length of all that comes before it, times four, plus what it is; its text is
-// what its key is made of. The last three are filled when a replica is chosen: the keys and holders that were looked up, and
+// {cuts, texts, keys, holders, at, more}. A cut is the length of all that comes before it, times four, plus what it is; its text is
+// what its key is made of; `more` is what a batch's other prompts add. Keys, holders and `at` are filled when a replica is chosen: the keys and holders that were looked up, and
 // which cut matched.
 function cutsOf(body, model) {
     const cuts = [];
     const texts = [];
-    const prompt = { cuts, texts, keys: [], holders: [], at: -1 };
-    const messages = body.messages;
-    if (!Array.isArray(messages)) {
-        const said = promptOf(body);
-        if (!said) {
-            return null;
-        }
-        texts.push(grow(prompt, model, said, 0, true));
-        cuts.push(said.length * 4 + KEPT + OWN);
+    const prompt = { cuts, texts, keys: [], holders: [], at: -1, more: 0 };
+    const messages = messagesOf(body);
+    const said = messages ? '' : promptOf(body);
+    if (!messages && !said) {
+        return null;
+    }
+    let text = model;
+    let length = 0;
+    if (body.tools || body.system || body.instructions || body.cache_salt) {
+        const front = frontOf(body);
+        text = grow(prompt, text, front, 0, true);
+        length = front.length;
+        cuts.push(length * 4 + KEPT);
+        texts.push(text);
+    }
+    if (!messages) {
+        texts.push(grow(prompt, text, said, length, true));
+        cuts.push((length + said.length) * 4 + KEPT + OWN);
+        prompt.more = moreOf(body.prompt || body.input);
         return prompt;
     }
     const last = messages.length - 1;
-    let text = model;
-    let length = 0;
     let own = 0;
     for (let i = 0; i <= last; i++) {
         const message = messages[i];
         if (!message) {
             continue;
         }
-        const content = message.content;
-        const said = `\n${message.role}\n${typeof content === 'string' ? content : contentOf(message)}`;
+        const said = `\n${message.role}\n${contentOf(message)}`;
         const early = i < 2 || i === last;
         if (!own && (message.role === 'assistant' || i < last && messages[i + 1] && messages[i + 1].role === 'assistant')) {
             own = OWN;
@@ -99,6 +122,24 @@ function cutsOf(body, model) {
     return cuts.length ? prompt : null;
 }
 
+// The messages of a chat, which the Responses API calls its input; undefined where the prompt is none.
+function messagesOf(body) {
+    const input = body.input;
+    return Array.isArray(body.messages) ? body.messages
+        : Array.isArray(input) && input[0] && typeof input[0] === 'object' && !Array.isArray(input[0]) ? input : undefined;
+}
+
+// Characters of a batch's prompts but for the first.
+function moreOf(batch) {
+    let sum = 0;
+    if (Array.isArray(batch) && typeof batch[0] !== 'number') {
+        for (let i = 1; i < batch.length; i++) {
+            sum += batch[i] && batch[i].length * (typeof batch[i] === 'string' ? 1 : 4) || 0;
+        }
+    }
+    return sum;
+}
+
 // The prompt of a body that has no messages, or ''. Of several prompts the first, of token numbers the first 4096.
 function promptOf(body) {
     const prompt = body.prompt || body.input;
@@ -108,9 +149,13 @@ function promptOf(body) {
     return typeof prompt === 'string' ? prompt : '';
 }
 
+function hash(text) {
+    return crypto.createHash('md5').update(text).digest('base64');
+}
+
 // The key of the i-th cut.
 function key(prompt, i) {
-    return prompt.keys[i] || (prompt.keys[i] = crypto.createHash('md5').update(prompt.texts[i]).digest('base64'));
+    return prompt.keys[i] || (prompt.keys[i] = hash(prompt.texts[i]));
 }
 
 // The ids of the replicas that were sent this key, the latest first, packed into a number; 0 for none.
@@ -142,4 +187,4 @@ function keep(of, id, packed) {
     prefixes.set(of, now);
 }
 
-export default { KEPT, OWN, cutsOf, key, holders, holds, keep };
+export default { KEPT, OWN, cutsOf, hash, key, holders, holds, keep };

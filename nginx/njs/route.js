@@ -32,6 +32,12 @@ function candidates(table, serving, tried) {
     return ready.length ? ready : suspect;
 }
 
+// Whether one model or more are served by all replicas whose models are known: then each may answer who names none.
+function alike(table) {
+    const known = table.replicas.filter((replica) => replica.models.length).length;
+    return !known || Object.values(table.models).some((serving) => serving.length === known);
+}
+
 // `chosen` is what the log phase needs; it is nearer there than the variables are.
 function send(r, replica, model, reason) {
     const name = replica.name;
@@ -80,12 +86,17 @@ async function choose(r) {
             refuse(r, 'closed', 401, 'no_keys', settings.closed);
             return;
         }
-        const asked = body.read(r, await r.readRequestText() || '');
+        const asked = await body.read(r);
         const model = asked.model;
         const table = fleet.table();
         const known = fleet.serving(table, model);
         if (model && !known && !table.replicas.some((replica) => !replica.models.length)) {
             refuseModel(r, table, model);
+            return;
+        }
+        if (!model && !alike(table)) {
+            refuse(r, 'unknown_model', 400, 'model_required', `No model could be read from this request. Name one of: ${
+                Object.keys(table.models).join(', ')}.`, 'model');
             return;
         }
         // Most requests find the same replicas: those of a model are listed once for each table.

@@ -35,15 +35,21 @@ function filtered(type, chunks, lost) {
     return out.toString('base64');
 }
 
-// Reads a body of this content type.
-function read(type, text) {
-    return body.read({ headersIn: { 'Content-Type': type } }, text);
+// Reads a body of this content type; its bytes come in base64.
+function read(type, data) {
+    const bytes = Buffer.from(data, 'base64');
+    return body.read({
+        uri: '/v1/completions',
+        headersIn: { 'Content-Type': type, 'Content-Length': String(bytes.length) },
+        readRequestText: async () => String(bytes),
+        readRequestArrayBuffer: async () => new Uint8Array(bytes).buffer,
+    });
 }
 
 async function call(r) {
     const asked = JSON.parse(await r.readRequestText());
     const value = asked.name === 'filtered' ? filtered(...asked.arguments)
-        : asked.name === 'read' ? read(...asked.arguments)
+        : asked.name === 'read' ? await read(...asked.arguments)
         : asked.name === undefined ? MODULES[asked.module]
             : MODULES[asked.module][asked.name](...asked.arguments);
     r.return(200, JSON.stringify(value === undefined ? null : value));

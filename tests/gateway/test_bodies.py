@@ -2,14 +2,16 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lab.sim.fleet import Gateway, wait_until
+from lab.sim.fleet import Gateway, Replicas, get, wait_until
 from tests.gateway.conftest import chat
 
 PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize"]
@@ -109,3 +111,32 @@ def test_no_body_makes_the_gateway_fail(client: httpx.Client, body: bytes) -> No
 def test_odd_headers_do_no_harm(client: httpx.Client, headers: dict[str, str]) -> None:
     raw = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
     assert client.post("/v1/chat/completions", json=chat("odd headers"), headers=raw).status_code == 200
+
+
+def test_who_names_no_model_is_not_guessed_for_where_there_are_several() -> None:
+    with Replicas(1, model="small") as small, Replicas(1, model="large") as large:
+        small.dns.names["vllm-9"] = large["vllm-0"].host
+        upstreams = small.upstreams() + large.upstreams().replace("vllm-0", "vllm-9")
+        with Gateway(small, upstreams=upstreams) as gateway:
+            gateway.wait_ready()
+            for body in (b'{"prompt":"a"}', b"no JSON"):
+                answer = httpx.post(gateway.url + "/v1/completions", content=body)
+                assert answer.status_code == 400
+                error = answer.json()["error"]
+                assert (error["code"], error["param"]) == ("model_required", "model")
+                assert "small" in error["message"]
+                assert "large" in error["message"]
+
+
+def test_a_body_of_many_small_values_holds_nobody_up(gateway: Gateway, client: httpx.Client) -> None:
+    """While a worker walks through it, every other request is answered as ever, by that worker too."""
+    body = b'{"x":[' + b"{}," * 800_000 + b'{}],"model":"sim","prompt":"a","max_tokens":1}'
+    with ThreadPoolExecutor(1) as pool:
+        walked = pool.submit(client.post, "/v1/completions", content=body)
+        longest = 0.0
+        while not walked.done():
+            began = time.monotonic()
+            get(gateway.url + "/health")
+            longest = max(longest, time.monotonic() - began)
+        assert not own_failure(walked.result())
+    assert longest < 0.25

@@ -79,8 +79,9 @@ python_info 1
 # ---- body.js
 
 
-def model(call: Call, body: str, content_type: str = "application/json") -> str:
-    found: str = call("body", "read", content_type, body)["model"]
+def model(call: Call, body: str | bytes, content_type: str = "application/json") -> str:
+    data = body.encode() if isinstance(body, str) else body
+    found: str = call("body", "read", content_type, base64.b64encode(data).decode())["model"]
     return found
 
 
@@ -116,15 +117,60 @@ def test_the_model_of_a_body(call: Call, body: str, expected: str) -> None:
             "n": 1,
         },
         {"messages": [{"role": "user", "content": "x" * 2_000_000}], "model": "m", "metadata": {"model": "x"}},
+        {"a": "x" * 900_000, "messages": [{"content": '\\" "model":"x", \\\\'}], "model": "m", "b": "x" * 900_000},
+        {"x": [{}] * 400_000, "model": "m", "y": [{}] * 400_000},
+        {"x": [1.5] * 50_000, "metadata": {"a": [{"model": "x"}]}, "model": "m", "y": "x" * 50_000},
     ],
 )
 def test_the_model_of_a_body_too_long_to_parse_each_time(call: Call, body: dict[str, object]) -> None:
     assert model(call, json.dumps(body)) == "m"
 
 
-def test_the_model_of_an_upload(call: Call) -> None:
-    body = '--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--b\r\n…'
-    assert model(call, body, "multipart/form-data; boundary=b") == "whisper"
+@pytest.mark.parametrize("size", [1, 200_000])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_body_is_read_in_the_encodings_that_the_replica_reads(call: Call, encoding: str, size: int) -> None:
+    assert model(call, json.dumps({"messages": "Ģ" * size, "model": "m"}, ensure_ascii=False).encode(encoding)) == "m"
+
+
+def test_a_long_body_keeps_its_session_and_where_its_prompt_begins(call: Call) -> None:
+    long = {
+        "x": "y" * 700_000,
+        "messages": [{"content": "z" * 700_000}],
+        "prompt_cache_key": "k",
+        "tools": [1],
+        "model": "m",
+    }
+    found = call("body", "read", "application/json", base64.b64encode(json.dumps(long).encode()).decode())
+    assert (found["model"], found["session"]) == ("m", "k")
+    assert found["body"]["prompt"].startswith(' [1] [{"content": "zzz')
+
+
+UPLOAD = "multipart/form-data; boundary=b"
+FILE = '--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n{}\r\n'
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param('Content-Disposition: form-data; name="model"', id="as most"),
+        pytest.param(
+            "Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: form-data; name=model", id=".NET"
+        ),
+        pytest.param('Content-Disposition: form-data; name="model"\r\nContent-Length: 7', id="Spring"),
+        pytest.param('content-disposition: form-data; name="model"\r\ncontent-type: text/plain', id="lower case"),
+    ],
+)
+@pytest.mark.parametrize("size", [10, 3_000_000])
+def test_the_model_of_an_upload(call: Call, part: str, size: int) -> None:
+    file = FILE.format('; name="model"\r\n\r\nother\r\n' + "x" * size)
+    assert model(call, f"{file}--b\r\n{part}\r\n\r\nwhisper\r\n--b--\r\n", UPLOAD) == "whisper"
+    assert model(call, f"--b\r\n{part}\r\n\r\nwhisper\r\n{file}--b--\r\n", UPLOAD) == "whisper"
+
+
+def test_a_model_inside_another_part_is_none(call: Call) -> None:
+    file = FILE.format('Content-Disposition: form-data; name="model"\r\n\r\nother')
+    assert model(call, file + "--b--\r\n", UPLOAD) == ""
+    assert model(call, FILE.replace("a.wav", "; name=model; ").format("x") + "--b--\r\n", UPLOAD) == ""
 
 
 # ---- prefix.js
@@ -178,10 +224,51 @@ def test_a_system_prompt_and_a_document_are_shared(call: Call) -> None:
         ({"prompt": "id 1: " + "x" * 5000}, {"prompt": "id 2: " + "x" * 5000}),
         ({"prompt": [1, 2, 3]}, {"prompt": [1, 2, 4]}),
         ({"messages": [{"role": "user", "content": "hi"}]}, {"messages": [{"role": "system", "content": "hi"}]}),
+        *[
+            (
+                {name: "a", "messages": [{"role": "user", "content": "hi"}]},
+                {name: "b", "messages": [{"role": "user", "content": "hi"}]},
+            )
+            for name in ("system", "instructions", "cache_salt", "tools")
+        ],
+        *[
+            tuple(
+                {"messages": [{"role": "user", "content": [{"type": kind, kind: {"data": data * 999}}]}]}
+                for data in "ab"
+            )
+            for kind in ("image_url", "input_audio", "source", "tool_result")
+        ],
+        tuple({"messages": [{"role": "assistant", "content": "so", "tool_calls": [name]}]} for name in "ab"),
+        tuple({"input": [{"role": "user", "content": "hi"}], "instructions": name} for name in "ab"),
+        tuple({"input": [{"type": "function_call_output", "output": name}]} for name in "ab"),
     ],
 )
 def test_other_beginnings_have_other_keys(call: Call, one: dict[str, object], two: dict[str, object]) -> None:
     assert not set(keys(call, one)) & looked_up(call, two)
+
+
+FIELDS = st.sampled_from(["a", "b", "c" * 600, "d" * 600])
+FRONTS = st.dictionaries(st.sampled_from(["system", "instructions", "tools", "cache_salt"]), FIELDS)
+PARTS = st.lists(st.dictionaries(st.sampled_from(["text", "data"]), FIELDS, min_size=1, max_size=1), max_size=2)
+CONTENTS = FIELDS | PARTS
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "tool"]), "content": CONTENTS}), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=100)
+@given(FRONTS, FRONTS, MESSAGES, MESSAGES)
+def test_bodies_share_their_end_only_where_all_before_it_is_the_same(
+    call: Call, front: dict[str, str], other: dict[str, str], one: list[object], two: list[object]
+) -> None:
+    end = keys(call, {**front, "messages": one})[-1]
+    assert end == keys(call, {"messages": one, "temperature": 1, **dict(reversed(front.items()))})[-1]
+    begins_alike = front == other and two[: len(one)] == one
+    assert (end in looked_up(call, {**other, "messages": two})) == begins_alike
+
+
+def test_every_prompt_of_a_batch_is_work(call: Call) -> None:
+    assert call("prefix", "cutsOf", {"prompt": ["a" * 10, "b" * 100, [1, 2]]}, "m")["more"] == 108
 
 
 def test_another_model_has_other_keys(call: Call) -> None:

@@ -131,6 +131,42 @@ def test_a_hot_prefix_overloads_no_replica(client: httpx.Client, gateway: Gatewa
     assert max(homes.values()) < 180, homes
 
 
+@pytest.mark.parametrize("kind", ["beginning", "header", "cache key"])
+def test_work_comes_back_to_a_drained_replica_within_two_turns(kind: str) -> None:
+    """One of two was away while forty chats began: in their second next turn it has its part of them."""
+    with Replicas(2) as replicas, Gateway(replicas) as gateway:
+        gateway.wait_ready()
+        gateway.admin("PUT", "/replicas/vllm-1/drain")
+        with httpx.Client(base_url=gateway.url, timeout=60) as client, ThreadPoolExecutor(40) as pool:
+
+            def turn(n: int, talk: list[str]) -> str:
+                headers = {"X-Session-Id": f"s{n}"} if kind == "header" else None
+                more = {"prompt_cache_key": f"s{n}"} if kind == "cache key" else {}
+                return ask(client, *talk, headers=headers, max_tokens=40, **more)
+
+            talks = [[f"talk {n} {WORDS}"] for n in range(40)]
+            assert set(pool.map(turn, range(40), talks)) == {"vllm-0"}
+            gateway.admin("DELETE", "/replicas/vllm-1/drain")
+            for _ in range(2):
+                talks = [[*talk, "yes", "go on"] for talk in talks]
+                homes = Counter(pool.map(turn, range(40), talks))
+    assert homes["vllm-1"] >= 8, homes
+
+
+def test_one_cache_key_for_all_overloads_no_replica(client: httpx.Client) -> None:
+    with ThreadPoolExecutor(24) as pool:
+        homes = Counter(
+            pool.map(lambda n: ask(client, f"app {n} {WORDS}", prompt_cache_key="app", max_tokens=40), range(96))
+        )
+    assert max(homes.values()) <= 64, homes
+
+
+@pytest.mark.parametrize("header", ["X-Session-Id", "X-Claude-Code-Session-Id", "X-OpenWebUI-Chat-Id"])
+def test_agents_name_their_conversation(client: httpx.Client, header: str) -> None:
+    homes = {n: ask(client, f"hello {header} {n}", headers={header: f"c{n}"}) for n in range(6)}
+    assert {n: ask(client, f"more {header} {n}", headers={header: f"c{n}"}) for n in range(6)} == homes
+
+
 def test_matched_blocks_and_reasons_are_counted(client: httpx.Client, gateway: Gateway) -> None:
     wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "all before is counted")
     before = counted(gateway, 'gateway_prefix_blocks_total{result="matched"}')
