@@ -32,8 +32,11 @@ function drain(r, name) {
 // What is wrong with a canary's settings, or ''.
 function complaint(canary) {
     const names = fleet.read().map((replica) => replica.name);
-    if (!canary || !Array.isArray(canary.replicas) || !(canary.share >= 0 && canary.share <= 1)) {
+    if (!canary || !Array.isArray(canary.replicas)) {
         return 'A canary is {"replicas": [NAME, …], "share": 0 to 1}.';
+    }
+    if (typeof canary.share !== 'number' || canary.share < 0 || canary.share > 1) {
+        return `"share" is ${JSON.stringify(canary.share)}, and must be a number from 0 to 1.`;
     }
     const unknown = canary.replicas.filter((name) => !names.includes(name));
     return unknown.length ? `There is no replica ${unknown.join(', ')}.` : '';

@@ -141,8 +141,13 @@ function build() {
 function publish() {
     started();
     ZONES.forEach((zone) => counters.add(`lost|${zone}`, 0));
-    const now = build();
-    set('table', now);
+    let now, turn;
+    do {
+        turn = counters.incr('publishing', 1, 0);
+        now = build();
+        set('table', now);
+        // Another worker that has begun meanwhile may know more, and have been the first to write.
+    } while (counters.get('publishing') !== turn);
     // After the table: who reads this number reads this table or a later one.
     counters.incr('table', 1, 0);
     return now;
@@ -151,8 +156,9 @@ function publish() {
 let seen = 0;
 let parsed = null;
 
-// The table; with each replica's `models`; with `models`, the indices of the replicas of each model; and with `lists`, what
-// route.js made of it. It is read anew only when another one was published.
+// The table; with each replica's `models`; with `models`, the indices of the replicas of each model; with `untold`, whether some
+// replica has not told its models yet; and with `lists`, what route.js made of it. It is read anew only when another one was
+// published.
 function table() {
     const number = counters.get('table');
     if (number === undefined) {
@@ -162,9 +168,10 @@ function table() {
     if (number !== seen) {
         // There is none if it found no room.
         parsed = get('table') || build();
-        const { of, by } = listing(parsed.replicas);
+        const { of, by, untold } = listing(parsed.replicas);
         parsed.replicas.forEach((replica, i) => { replica.models = of[i]; });
         parsed.models = by;
+        parsed.untold = untold;
         parsed.lists = Object.create(null);
         seen = number;
     }
@@ -178,9 +185,11 @@ let listed = { key: '' };
 function listing(replicas) {
     const key = `${counters.get('models')} ${replicas.map((replica) => replica.name)}`;
     if (key !== listed.key) {
-        listed = { key, of: [], by: Object.create(null) };
+        listed = { key, of: [], by: Object.create(null), untold: false };
         replicas.forEach(({ name }, index) => {
-            const names = JSON.parse(models.get(name) || '[]');
+            const text = models.get(name);
+            const names = JSON.parse(text || '[]');
+            listed.untold = listed.untold || !text;
             listed.of.push(names);
             for (const model of names) {
                 (listed.by[model] = listed.by[model] || []).push(index);
@@ -246,6 +255,20 @@ function leave(name) {
     load.incr(name + worker, -1, 0);
 }
 
+// A replica answered a request: counts its answers of 5xx in a row. Those of 4xx are the client's matter.
+function answered(name, status) {
+    const key = `failures:${name}`;
+    if (status >= 500) {
+        load.incr(key, 1, 0);
+    } else if (status < 400 && load.has(key)) {
+        load.delete(key);
+    }
+}
+
+function failures(name) {
+    return load.get(`failures:${name}`) || 0;
+}
+
 function inFlight(name) {
     return load.get(name) || 0;
 }
@@ -276,5 +299,5 @@ function forgetDeadWorkers() {
 
 export default {
     ALL, ZONES, read, parse, get, set, put, lost, record, publish, table, serving, learn, card, clock, started, unreachable, enter,
-    leave, inFlight, work, addWork, ageWork, forgetDeadWorkers,
+    leave, answered, failures, inFlight, work, addWork, ageWork, forgetDeadWorkers,
 };

@@ -1,8 +1,9 @@
 // The watch over the replicas. Both functions run in one worker only.
 //
 // `watch` looks at each replica once a second: does it live, what models has it, how much has it to do.
-// `probe` sends real one-token requests where being alive does not say enough: to a replica that has just come, that has work
-// but has made no token for a while, or that has been idle for long. No answer: wedged. It comes back with its first token.
+// `probe` sends real one-token requests where being alive does not say enough: to a replica that has just come, that fails
+// request after request, that has work but has made no token for a while, or that has been idle for long. No answer: wedged. It
+// comes back with its first token.
 
 import fs from 'fs';
 import fleet from './fleet.js';
@@ -17,6 +18,7 @@ const MODELS_MS = 5000;          // adapters come and go at run time
 const PATIENCE_MS = 3000;        // without a token, before a replica with work is asked for one
 const PATIENCE_MOST_MS = 60000;
 const IDLE_MS = 30000;
+const FAILURES = 3;              // answers of 5xx in a row
 const AGAIN_MS = 1000;           // between two one-token requests to a replica that gave no token
 const TURN_MS = 295000;          // and four seconds more are less than js_periodic's interval: a turn is never cut short
 
@@ -126,9 +128,25 @@ async function look(replica) {
     fleet.set(`look:${name}`, now);
 }
 
+// The cards in the text of a /v1/models, or null where it is no list of models.
+function cardsIn(text) {
+    try {
+        const cards = JSON.parse(text).data;
+        return cards.every((card) => card.id && typeof card.id === 'string') ? cards : null;
+    } catch (e) {
+        return null;
+    }
+}
+
 // Takes a replica's models into the record `now`.
 function list(replica, now, text) {
-    const cards = JSON.parse(text).data;
+    const found = cardsIn(text);
+    const cards = found || [];
+    const complaint = cards.length ? '' : found ? 'its /v1/models lists none' : 'its /v1/models is no list of models';
+    if (complaint && complaint !== now.complaint) {
+        ngx.log(ngx.WARN, `${replica.name}: ${complaint}`);
+    }
+    now.complaint = complaint;
     now.model = cards.length ? cards[0].id : '';
     now.asked = now.at;
     if (!fleet.learn(replica.name, cards)) {
@@ -196,6 +214,9 @@ function need(name, now) {
     if (!last.ok) {
         return 'wedged';
     }
+    if (fleet.failures(name) >= FAILURES) {
+        return 'failing';
+    }
     if (record.busy) {
         return now - Math.max(record.progress, last.at) > (record.patience || PATIENCE_MS) ? 'no progress' : '';
     }
@@ -211,6 +232,8 @@ async function oneToken(replica) {
     }
     const ok = answer.status >= 200 && answer.status < 500;
     metrics.probed(replica.name, ok);
+    // Answered for: it takes as many again until the next one-token request is due.
+    fleet.answered(replica.name, 200);
     // Full is not wedged: what it was stays.
     if (answer.status !== 503) {
         const seconds = ((fleet.clock() - began) / 1000).toFixed(1);

@@ -68,6 +68,10 @@ function refuseNone(r, table) {
 }
 
 function refuseModel(r, table, model) {
+    if (table.untold) {
+        refuseNone(r, table);
+        return;
+    }
     const names = Object.keys(table.models);
     refuse(r, 'unknown_model', 404, 'model_not_found',
         `The model '${model.slice(0, 200)}' does not exist here. There are: ${names.join(', ')}.`, 'model');
@@ -90,7 +94,7 @@ async function choose(r) {
         const model = asked.model;
         const table = fleet.table();
         const known = fleet.serving(table, model);
-        if (model && !known && !table.replicas.some((replica) => !replica.models.length)) {
+        if (model && !known && Object.keys(table.models).length) {
             refuseModel(r, table, model);
             return;
         }
@@ -147,6 +151,8 @@ function retry(r) {
     metrics.retried(failed, why);
     if (why === 'connect') {
         fleet.unreachable(failed);
+    } else if (why === 'failed') {
+        fleet.answered(failed, 502);
     }
     const tried = `${r.variables.tried ? `${r.variables.tried} ` : ''}${failed}=${why}`;
     r.variables.tried = tried;
@@ -177,6 +183,7 @@ function done(r) {
         let firstByte = NaN;
         if (chosen.replica) {
             fleet.leave(chosen.replica);
+            fleet.answered(chosen.replica, r.status);
             firstByte = Number(last(variables.upstream_header_time));
         }
         metrics.served(chosen.replica, chosen.model, r.status, chosen.reason, firstByte, Number(variables.request_time));

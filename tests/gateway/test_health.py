@@ -91,6 +91,85 @@ def test_a_wedged_replica_leaves_the_route_within_ten_seconds_and_comes_back(
     assert set(asking) == {200}
 
 
+@pytest.mark.parametrize("status", [500, 502])
+def test_a_replica_that_answers_5xx_leaves_the_route_within_three_seconds_and_comes_back(
+    gateway: Gateway, fleet: Replicas, asking: list[int], status: int
+) -> None:
+    wait_until(lambda: len(asking) > 10, "clients are served")
+    fleet["vllm-0"].fault("status", status=status)
+    assert gateway.wait_states({"vllm-0": "wedged"}, 10) < 3
+    assert str(status) in reason(gateway, "vllm-0")
+    fleet["vllm-0"].fault()
+    gateway.wait_states({"vllm-0": "ready"}, 5)
+
+
+def test_a_client_whose_requests_are_wrong_makes_no_replica_suspect(gateway: Gateway, fleet: Replicas) -> None:
+    names = list(gateway.states())
+    series = [f'gateway_probes_total{{replica="{name}",result="token"}}' for name in names]
+    probes = [counted(gateway, one) for one in series]
+    for sim in fleet:
+        sim.fault("status", status=422)
+    with httpx.Client(base_url=gateway.url) as client:
+        for n in range(30):
+            assert client.post("/v1/chat/completions", json=chat(f"wrong {n}")).status_code == 422
+    looks = counted(gateway, 'gateway_probes_total{replica="vllm-0",result="alive"}')
+    alive = 'gateway_probes_total{replica="vllm-0",result="alive"}'
+    wait_until(lambda: counted(gateway, alive) > looks, "a one-token request would have been sent by now")
+    assert [counted(gateway, one) for one in series] == probes
+    assert set(gateway.states().values()) == {"ready"}
+
+
+@pytest.mark.parametrize("body", ["<html>", '{"data": [null, {"name": "sim"}]}'])
+def test_an_odd_list_of_models_is_told_once_and_is_none(body: str) -> None:
+    with Replicas(2) as replicas:
+        replicas["vllm-1"].fault(models=body)
+        with Gateway(replicas) as gateway:
+            gateway.wait_states({"vllm-0": "ready", "vllm-1": "loading"})
+            wait_until(lambda: "/v1/models" in reason(gateway, "vllm-1"), "the status says why")
+            alive = 'gateway_probes_total{replica="vllm-1",result="alive"}'
+            looks = counted(gateway, alive)
+            wait_until(lambda: counted(gateway, alive) >= looks + 7, "it was asked for its models again")
+            assert gateway.log().count("vllm-1: its /v1/models") == 1
+            assert "[error]" not in gateway.log()
+            answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("hi", model="nowhere"))
+            assert answer.status_code == 404  # known to have none, which is not unknown
+            replicas["vllm-1"].fault()
+            gateway.wait_ready()
+
+
+def test_a_model_is_not_called_missing_while_some_replica_has_not_told_its_models(
+    gateway: Gateway,
+) -> None:
+    missing = chat("hi", model="nowhere")
+    assert httpx.post(gateway.url + "/v1/chat/completions", json=missing).status_code == 404
+    assert httpx.get(gateway.url + "/v1/models/nowhere").status_code == 404
+    with Replicas(2) as replicas:
+        replicas["vllm-1"].kill(forget=False)
+        with Gateway(replicas) as half:
+            half.wait_states({"vllm-0": "ready"})
+            for answer in (
+                httpx.post(half.url + "/v1/chat/completions", json=missing),
+                httpx.get(half.url + "/v1/models/nowhere"),
+            ):
+                assert answer.status_code == 503
+                assert int(answer.headers["Retry-After"]) > 0
+            assert httpx.post(half.url + "/v1/chat/completions", json=chat("hi")).status_code == 200
+            replicas["vllm-1"].start()
+            half.wait_ready()
+            assert httpx.post(half.url + "/v1/chat/completions", json=missing).status_code == 404
+            replicas["vllm-1"].kill()  # what it serves is known all the same
+            half.wait_states({"vllm-1": "unreachable"})
+            assert httpx.post(half.url + "/v1/chat/completions", json=missing).status_code == 404
+
+
+@pytest.mark.parametrize("share", [None, True, "0.5", -0.1, 1.1, [0.5]])
+def test_a_canary_whose_share_is_no_number_is_refused_by_that_name(gateway: Gateway, share: object) -> None:
+    answer = httpx.put(gateway.admin_url + "/canary", json={"replicas": ["vllm-0"], "share": share})
+    assert answer.status_code == 400
+    assert "share" in answer.json()["error"]["message"]
+    assert gateway.admin("GET", "/canary") == {"replicas": [], "share": 0}
+
+
 def test_a_stopped_process_leaves_the_route_within_ten_seconds_and_comes_back(
     gateway: Gateway, fleet: Replicas
 ) -> None:
