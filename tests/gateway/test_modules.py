@@ -257,4 +257,4 @@ def test_what_is_no_stream_is_left_alone(call: Call) -> None:
 
 
 def test_settings_have_safe_defaults(call: Call) -> None:
-    assert call("settings") == {"policy": "prefix", "closed": "", "complaint": ""}
+    assert call("settings") == {"policy": "prefix", "closed": "", "hosts": [], "origins": [], "complaint": ""}
