@@ -35,7 +35,7 @@ function reason(r) {
     return r.method === 'POST' && type !== undefined && !BODY.test(type) ? 'media' : '';
 }
 
-// $refusal: the reason, asked once; a redirect to an error's page is let in.
+// $refused: the reason, asked once; a redirect to an error's page is let in.
 function refusal(r) {
     return r.internal ? '' : reason(r);
 }
