@@ -1,4 +1,4 @@
-// Answers of the gateway's own: JSON, errors in OpenAI's shape.
+// Answers of the gateway's own: JSON, errors in the shape of the API that was asked.
 
 const OF_NGINX = {
     400: ['invalid_request', 'The request is not valid HTTP.'],
@@ -15,12 +15,45 @@ const OF_NGINX = {
     505: ['http_version', 'This version of HTTP is not spoken here.'],
 };
 
+const ANTHROPIC = {
+    401: 'authentication_error',
+    403: 'permission_error',
+    404: 'not_found_error',
+    413: 'request_too_large',
+    429: 'rate_limit_error',
+};
+
 // The body of an error, which names the request id. `param` is the field at fault, or null.
 function error(r, status, code, message, param) {
+    const id = r.variables.id;
+    const text = `${message} (request id ${id})`;
+    if (r.uri.startsWith('/v1/messages')) {
+        const type = ANTHROPIC[status] || (status < 500 ? 'invalid_request_error' : 'api_error');
+        return JSON.stringify({ type: 'error', error: { type, message: text }, request_id: id });
+    }
     const type = status < 500 ? (status === 429 ? 'rate_limit_error' : 'invalid_request_error') : 'server_error';
-    return JSON.stringify({
-        error: { message: `${message} (request id ${r.variables.id})`, type, param: param || null, code },
-    });
+    return JSON.stringify({ error: { message: text, type, param: param || null, code } });
+}
+
+// The last events of a stream whose replica was lost.
+function lost(r) {
+    const why = `The replica ${r.variables.replica} was lost while it answered.`;
+    const body = error(r, 502, 'stream_lost', why);
+    if (r.uri.startsWith('/v1/messages')) {
+        return `event: error\ndata: ${body}\n\n`;
+    }
+    if (r.uri.startsWith('/v1/responses')) {
+        // Codex ends at the first, OpenAI's own clients at the second.
+        const said = JSON.parse(body).error;
+        const response = {
+            id: r.variables.id, object: 'response', status: 'failed', output: [],
+            error: { code: 'server_error', message: said.message },
+        };
+        const failed = { type: 'response.failed', sequence_number: 0, response };
+        const event = { type: 'error', sequence_number: 0, code: said.code, message: said.message, param: null, error: said };
+        return `event: response.failed\ndata: ${JSON.stringify(failed)}\n\nevent: error\ndata: ${JSON.stringify(event)}\n\n`;
+    }
+    return `data: ${body}\n\n`;
 }
 
 function send(r, status, code, message, param) {
@@ -57,4 +90,4 @@ function json(r, value) {
     r.return(200, JSON.stringify(value));
 }
 
-export default { error, page, send, answer, notFound, method, json };
+export default { error, lost, page, send, answer, notFound, method, json };

@@ -4,6 +4,11 @@ import policies from './policies.js';
 
 const names = Object.keys(policies);
 const policy = process.env.ROUTE_POLICY || names[0];
+// The entries of a setting with commas between.
+function list(name) {
+    return (process.env[name] || '').split(',').map((entry) => entry.trim().toLowerCase()).filter((entry) => entry);
+}
+
 // an IPv6 address in brackets, as Compose wants it
 const address = process.env.BIND_ADDRESS || '127.0.0.1';
 
@@ -12,5 +17,9 @@ export default {
     // Why no request is let in, or ''.
     closed: /^(127\.|\[::1\]$|localhost$)/.test(address) || process.env.GATEWAY_AUTH === 'off' ? ''
         : `This gateway listens on ${address} and has no keys. Set GATEWAY_AUTH=off to let everyone in, or BIND_ADDRESS=127.0.0.1.`,
+    // Names, beside the local ones, that the gateway answers to.
+    hosts: list('GATEWAY_HOSTS'),
+    // Origins, as browsers write them, whose pages may use the gateway.
+    origins: list('CORS_ORIGINS'),
     complaint: names.includes(policy) ? '' : `ROUTE_POLICY=${policy} is none of ${names.join(', ')}; ${names[0]} is used`,
 };

@@ -2,17 +2,31 @@
 //
 // js_body_filter of what a replica answers. When the connection to the replica is lost, Nginx flushes what it has without
 // marking an end; $upstream_response_time has its value by then, which tells this flush from those before.
-// Only whole lines are passed on, so that the error does not end up inside one that was cut.
+// Only whole events are passed on, so that the error does not end up inside one that was cut.
 
 import answers from './answers.js';
 import metrics from './metrics.js';
 
 const NEWLINE = 10;
+const RETURN = 13;
 const NOTHING = Buffer.alloc(0);
+// Bytes of one stream that may lie here: an event that is not whole yet, or what the client has not read. Beyond that the
+// stream goes on without njs, as then Nginx takes no more from the replica than the client reads.
+const MOST = 256 * 1024;
 
 function lost(r) {
     const time = r.variables.upstream_response_time;
     return time !== undefined && !time.endsWith('-');
+}
+
+// Where the last whole event of these bytes ends; 0 if none does. A blank line ends an event.
+function end(bytes) {
+    for (let at = bytes.lastIndexOf(NEWLINE); at > 0; at = bytes.lastIndexOf(NEWLINE, at - 1)) {
+        if (bytes[at - 1] === NEWLINE || at > 1 && bytes[at - 1] === RETURN && bytes[at - 2] === NEWLINE) {
+            return at + 1;
+        }
+    }
+    return 0;
 }
 
 // js_header_filter. Nginx' own page about a body that it could not read is the only 400 that no replica gave.
@@ -22,6 +36,37 @@ function begin(r) {
         r.headersOut['Content-Type'] = 'application/json';
         delete r.headersOut['Content-Length'];
     }
+}
+
+function send(r, data) {
+    r.sendBuffer(data, { flush: true });
+    r.passed += data.length;
+    // What was sent is asked for now and then only: it costs as much as all else here.
+    if (r.passed - r.asked > MOST) {
+        r.asked = r.passed;
+        return r.passed - Number(r.variables.bytes_sent) <= MOST;
+    }
+    return true;
+}
+
+// Passes on what ends an event, and holds the rest; whether it may go on.
+function forward(r, data) {
+    // The blank line may lie on the border between what is held and what comes.
+    const seam = r.size ? Buffer.concat([r.border, data]) : data;
+    const at = end(seam) - (seam.length - data.length);
+    if (at <= 0) {
+        r.held.push(Buffer.from(data));
+        r.size += data.length;
+        r.border = Buffer.from(seam.subarray(-2));
+        return r.size <= MOST;
+    }
+    const whole = at === data.length ? data : data.subarray(0, at);
+    const more = send(r, r.size ? Buffer.concat([...r.held, whole]) : whole);
+    const rest = Buffer.from(data.subarray(at));
+    r.held = rest.length ? [rest] : [];
+    r.size = rest.length;
+    r.border = rest.subarray(-2);
+    return more;
 }
 
 function pass(r, data, flags) {
@@ -36,22 +81,20 @@ function pass(r, data, flags) {
             r.done();
             return;
         }
-        r.held = NOTHING;
+        r.held = [];
+        r.size = r.passed = r.asked = 0;
     }
     if (flags.last) {
-        r.sendBuffer(Buffer.concat([r.held, data]), flags);
-    } else if (!data.length && lost(r)) {
-        metrics.cut(r.variables.replica);
-        const error = answers.error(r, 502, 'stream_lost', `The replica ${r.variables.replica} was lost while it answered.`);
-        // Not marked as the end: the client must not think that this connection can be used again.
-        r.sendBuffer(`\ndata: ${error}\n\n`, { flush: true });
-    } else if (!r.held.length && data[data.length - 1] === NEWLINE) {
-        r.sendBuffer(data, { flush: true });
-    } else {
-        const bytes = Buffer.concat([r.held, data]);
-        const end = bytes.lastIndexOf(NEWLINE) + 1;
-        r.held = bytes.subarray(end);
-        r.sendBuffer(bytes.subarray(0, end), { flush: true });
+        r.sendBuffer(Buffer.concat([...r.held, data]), flags);
+    } else if (!data.length) {
+        if (lost(r)) {
+            metrics.cut(r.variables.replica);
+            // Not marked as the end: the client must not think that this connection can be used again.
+            r.sendBuffer(answers.lost(r), { flush: true });
+        }
+    } else if (!forward(r, data)) {
+        r.sendBuffer(Buffer.concat(r.held), { flush: true });
+        r.done();
     }
 }
 

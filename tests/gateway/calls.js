@@ -12,11 +12,12 @@ import stream from './stream.js';
 const MODULES = { answers, body, fleet, health, metrics, prefix, settings, stream };
 
 // Passes chunks through stream.js as Nginx would; `lost` is the chunk at which the connection to the replica was lost.
-function filtered(type, chunks, lost) {
+function filtered(type, chunks, lost, uri, sent) {
     let out = Buffer.alloc(0);
     const request = {
         headersOut: { 'Content-Type': type },
-        variables: { upstream_response_time: '-', replica: 'vllm-0', id: 'r1' },
+        uri: uri || '/v1/chat/completions',
+        variables: { upstream_response_time: '-', replica: 'vllm-0', id: 'r1', bytes_sent: String(sent || 0) },
         sendBuffer(data, flags) {
             out = Buffer.concat([out, Buffer.from(data), Buffer.from(flags.last ? '<last>' : '')]);
         },
@@ -28,8 +29,12 @@ function filtered(type, chunks, lost) {
         if (i === lost) {
             request.variables.upstream_response_time = '1.234';
         }
-        if (!request.over) {
-            stream.pass(request, Buffer.from(chunk, 'base64'), { last: lost < 0 && i === chunks.length - 1 });
+        const data = Buffer.from(chunk, 'base64');
+        const flags = { last: lost < 0 && i === chunks.length - 1 };
+        if (request.over) {
+            request.sendBuffer(data, flags);
+        } else {
+            stream.pass(request, data, flags);
         }
     });
     return out.toString('base64');

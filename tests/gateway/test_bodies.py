@@ -73,7 +73,7 @@ def test_a_chunked_chat_is_routed_by_its_model(client: httpx.Client) -> None:
 def test_a_body_that_never_comes_whole_costs_nobody_else(client: httpx.Client, gateway: Gateway) -> None:
     host, port = gateway.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 5) as connection:
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert client.post("/v1/chat/completions", json=chat("meanwhile")).status_code == 200
     wait_until(lambda: all(replica["in_flight"] == 0 for replica in gateway.status()["replicas"]), "none in flight", 5)
 
@@ -104,7 +104,6 @@ def test_no_body_makes_the_gateway_fail(client: httpx.Client, body: bytes) -> No
         {"X-Session-Id": "a" * 8000},
         {"X-Session-Id": ""},
         {"Content-Type": "multipart/form-data; boundary=x"},
-        {"Content-Type": "\xff"},
         {"X-Request-Id": "a" * 8000},
     ],
 )

@@ -1,7 +1,9 @@
 """The functions of each njs module, called inside real njs."""
 
 import base64
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -314,13 +316,21 @@ def test_the_last_six_holders_of_a_key_are_remembered_the_latest_first(call: Cal
 # ---- stream.js
 
 
-def filtered(call: Call, chunks: list[bytes], lost: int = -1, content_type: str = "text/event-stream") -> bytes:
-    given_chunks = [base64.b64encode(chunk).decode() for chunk in chunks]
-    return base64.b64decode(call("stream", "filtered", content_type, given_chunks, lost))
+def filtered(
+    call: Call,
+    chunks: list[bytes],
+    lost: int = -1,
+    content_type: str = "text/event-stream",
+    uri: str = "/v1/chat/completions",
+    sent: int = 0,
+) -> bytes:
+    """What passes of these chunks; `lost`: the one at which the replica was; `sent`: bytes that the client read."""
+    encoded = [base64.b64encode(chunk).decode() for chunk in chunks]
+    return base64.b64decode(call("stream", "filtered", content_type, encoded, lost, uri, sent))
 
 
-@given(st.lists(st.binary(max_size=50), min_size=1, max_size=8))
-@settings(max_examples=60)
+@given(st.lists(st.binary(max_size=50) | st.text("a\r\n", max_size=9).map(str.encode), min_size=1, max_size=8))
+@settings(max_examples=100, deadline=None)
 def test_a_stream_passes_as_it_came(call: Call, chunks: list[bytes]) -> None:
     assert filtered(call, [*chunks, b""]) == b"".join(chunks) + b"<last>"
 
@@ -336,12 +346,67 @@ def test_a_lost_stream_ends_with_an_error_event_and_no_half_line(call: Call) -> 
     assert "r1" in said["message"]
 
 
+@given(
+    st.lists(st.sampled_from(["data: a", "event: b\ndata: c", ": d", "id: 1\r\ndata: e"]), max_size=5),
+    st.sampled_from(["\n\n", "\r\n\r\n"]),
+    st.text("da: \n\r", max_size=8).filter(lambda text: not text.startswith(("\n", "\r"))),
+    st.lists(st.integers(0, 80), max_size=8),
+    st.sampled_from(["/v1/chat/completions", "/v1/messages", "/v1/responses"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_cut_leaves_whole_events_only_however_they_came(
+    call: Call, events: list[str], blank: str, half: str, cuts: list[int], uri: str
+) -> None:
+    half = half.replace("\n\n", "\n").replace("\n\r\n", "\n").replace("\n\n", "\n")
+    whole = "".join(event + blank for event in events)
+    stream = (whole + half).encode()
+    at = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
+    chunks = [stream[start:end] for start, end in itertools.pairwise(at)]
+    passed = filtered(call, [*chunks, b""], lost=len(chunks), uri=uri).decode()
+    assert passed.startswith(whole)
+    assert passed[len(whole) :].startswith(("event: error\n", "event: response.failed\n", 'data: {"error"'))
+
+
+@pytest.mark.parametrize("size", [300_000, 3_000_000])
+def test_an_event_too_long_to_hold_passes_as_it_came(call: Call, size: int) -> None:
+    stream = b"data: a\n\ndata: " + b"x" * size + b"\n\ndata: b\n\n"
+    chunks = [stream[at : at + 8192] for at in range(0, len(stream), 8192)]
+    assert filtered(call, [*chunks, b""]) == stream + b"<last>"
+    assert filtered(call, [*chunks[:-2], b""], lost=len(chunks) - 2) == b"".join(chunks[:-2])
+
+
+def test_a_client_that_does_not_read_is_left_to_nginx(call: Call) -> None:
+    """njs' own buffers grow without end, so it steps aside: then the error event is lost with the replica."""
+    chunks = [b"data: " + b"x" * 8000 + b"\n\n"] * 70
+    assert filtered(call, [*chunks, b""], lost=70) == b"".join(chunks)
+    assert filtered(call, [*chunks, b""], lost=70, sent=500_000).endswith(b"}}\n\n")
+
+
+def test_a_lost_stream_speaks_the_dialect_of_its_api(call: Call) -> None:
+    def events(uri: str) -> list[tuple[str, Any]]:
+        text = filtered(call, [b"data: a\n\n", b""], lost=1, uri=uri).decode().removeprefix("data: a\n\n")
+        return [(kind, json.loads(data)) for kind, data in re.findall(r"(?:event: (\S+)\n)?data: (.*)\n\n", text)]
+
+    [(kind, error)] = events("/v1/messages")
+    assert (kind, error["type"], error["error"]["type"]) == ("error", "error", "api_error")
+    assert "r1" in error["error"]["message"]
+    [(first, failed), (second, error)] = events("/v1/responses")
+    assert (first, failed["type"], failed["response"]["status"]) == ("response.failed", "response.failed", "failed")
+    assert failed["response"]["error"]["message"] == error["message"]
+    assert (second, error["type"], error["code"], error["error"]["code"]) == (
+        "error",
+        "error",
+        "stream_lost",
+        "stream_lost",
+    )
+
+
 def test_what_is_no_stream_is_left_alone(call: Call) -> None:
-    assert filtered(call, [b'{"a":', b"1}", b""], lost=2, content_type="application/json") == b'{"a":'
+    assert filtered(call, [b'{"a":', b"1}", b""], lost=2, content_type="application/json") == b'{"a":1}'
 
 
 # ---- settings.js
 
 
 def test_settings_have_safe_defaults(call: Call) -> None:
-    assert call("settings") == {"policy": "prefix", "closed": "", "complaint": ""}
+    assert call("settings") == {"policy": "prefix", "closed": "", "hosts": [], "origins": [], "complaint": ""}

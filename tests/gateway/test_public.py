@@ -64,7 +64,7 @@ def test_the_wrong_method_is_named(client: httpx.Client, method: str, path: str,
 def test_too_large_a_body_is_refused_whether_announced_or_not(gateway: Gateway, length: str) -> None:
     host, port = gateway.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 10) as connection:
-        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n{length}\r\n\r\n".encode())
+        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode())
         if "chunked" in length:
             connection.sendall(b"%x\r\n " % (65 * 2**20))
         answer = http.client.HTTPResponse(connection)
@@ -78,7 +78,7 @@ def test_too_large_a_body_is_refused_whether_announced_or_not(gateway: Gateway, 
 def test_bytes_that_are_no_http_get_a_plain_400(gateway: Gateway) -> None:
     host, port = gateway.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 5) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n")
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n")
         assert b" 400 " in connection.recv(65536).split(b"\r\n")[0]
 
 
@@ -127,9 +127,9 @@ def test_the_log_tells_of_each_request_where_it_went_and_why(client: httpx.Clien
 
 
 def test_headers_reach_the_replica_and_come_back(client: httpx.Client, fleet: Replicas) -> None:
-    answer = client.post("/v1/chat/completions", json=chat("headers"), headers={"Authorization": "Bearer k"})
+    answer = client.post("/v1/chat/completions", json=chat("headers"), headers={"Anthropic-Version": "2023-06-01"})
     head = next(request["head"] for sim in fleet for request in seen_by(sim, "headers"))
-    assert "Authorization: Bearer k" in head
+    assert "Anthropic-Version: 2023-06-01" in head
     assert "X-Forwarded-For: 127." in head
     assert answer.headers["server"] == "nginx"
 

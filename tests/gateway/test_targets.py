@@ -133,3 +133,10 @@ def test_the_log_stays_utf_8_and_has_the_path_of_what_was_refused(gateway: Gatew
     wait_until(lambda: len(logged()) == 2, "what has an id is in the log", 5)
     assert logged() == ["/v1/", "/v1/%ff/logged"]
     assert "\ufffd" not in gateway.log()
+
+
+def test_the_docs_say_why_each_path_is_open() -> None:
+    rows = re.findall(r"^\| (`/.*`) \| (open|closed) \| .+ \|$", (ROOT / "docs/design.md").read_text(), re.MULTILINE)
+    of = {path: fate for paths, fate in rows for path in re.findall(r"`([^`]+)`", paths)}
+    assert sum(len(re.findall(r"`([^`]+)`", paths)) for paths, _ in rows) == len(of), "a path is there twice"
+    assert {path for path, fate in of.items() if fate == "open"} == LISTED

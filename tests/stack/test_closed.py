@@ -2,38 +2,40 @@
 
 import http.client
 import json
+import re
 from urllib.parse import urlsplit
 
 import pytest
 import requests
 
-from tests.conftest import Stack
+from tests.conftest import ROOT, Stack
 
-# What vLLM or the gateway has beside the OpenAI paths.
+# Each path of the engine in docs/design.md, open or closed.
+ROWS = re.findall(r"^\| (`/.*`) \| (open|closed) \| ", (ROOT / "docs/design.md").read_text(), re.MULTILINE)
+ENGINE = {path: fate for paths, fate in ROWS for path in re.findall(r"`([^`]+)`", paths)}
+# The gateway answers these itself.
+OWN = {"/v1/models", "/health"}
 CLOSED = [
-    "/metrics",
-    "/load",
-    "/version",
-    "/docs",
-    "/openapi.json",
-    "/ping",
-    "/invocations",
-    "/pause",
-    "/resume",
-    "/sleep",
-    "/wake_up",
-    "/server_info",
-    "/reset_prefix_cache",
-    "/collective_rpc",
-    "/scale_elastic_ep",
-    "/inference/v1/generate",
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
+    *sorted(path for path, fate in ENGINE.items() if fate == "closed" and path not in OWN),
     "/fleet",
     "/replicas",
     "/canary",
     "/replicas/vllm-0/drain",
 ]
+
+
+def test_every_path_that_the_engine_announces_is_in_the_table(stack: Stack) -> None:
+    """A new version of the engine with a new path does not go unnoticed."""
+    ask = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8000/openapi.json').read().decode())"
+    announced = json.loads(stack.compose("exec", "-T", "vllm-0", "python3", "-c", ask))["paths"]
+    assert set(announced) - set(ENGINE) == set()
+
+
+@pytest.mark.parametrize("path", sorted(path for path, fate in ENGINE.items() if fate == "open"))
+def test_an_open_path_reaches_a_replica(stack: Stack, path: str) -> None:
+    """A replica answers, though it may say that its model cannot do that."""
+    answer = requests.post(stack.url + path, json={}, timeout=30)
+    assert answer.headers["x-replica"].startswith("vllm-")
 
 
 @pytest.mark.parametrize("path", CLOSED)

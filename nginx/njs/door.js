@@ -1,0 +1,65 @@
+// Who is let in while there are no keys: programs, and of pages in browsers only those that a setting names. A page cannot
+// hide where it comes from: a browser sends the page's origin with every POST, and the name that it took for an address.
+
+import answers from './answers.js';
+import settings from './settings.js';
+
+// Another's DNS cannot make these mean this host; `gateway` is the name that the other containers use.
+const LOCAL = /^(localhost|gateway|[0-9.]+|\[[0-9a-f:.]+\])?$/;
+const BODY = /^(application\/json|multipart\/form-data)\s*(;|$)/i;
+
+// $cors: the origin that may read the answer, or ''.
+function cors(r) {
+    const origin = r.headersIn.Origin || '';
+    return settings.origins.includes(origin.toLowerCase()) ? origin : '';
+}
+
+// Why the request is not let in (host, origin, media), '' if it is; a browser's question before it sends (preflight) is
+// answered in the same place.
+function reason(r) {
+    const host = r.variables.host;
+    if (!LOCAL.test(host) && !settings.hosts.includes(host)) {
+        return 'host';
+    }
+    const origin = r.headersIn.Origin;
+    if (origin !== undefined) {
+        if (cors(r)) {
+            if (r.method === 'OPTIONS') {
+                return 'preflight';
+            }
+        } else if (!/^https?:\/\//.test(origin) || origin.slice(origin.indexOf('//') + 2) !== (r.headersIn.Host || '').toLowerCase()) {
+            return 'origin';
+        }
+    }
+    const type = r.headersIn['Content-Type'];
+    return r.method === 'POST' && type !== undefined && !BODY.test(type) ? 'media' : '';
+}
+
+// $refused: the reason, asked once; a redirect to an error's page is let in.
+function refusal(r) {
+    return r.internal ? '' : reason(r);
+}
+
+function answer(r) {
+    switch (reason(r)) {
+    case 'host':
+        answers.send(r, 421, 'unknown_host', `This gateway does not answer to the name ${r.variables.host}: `
+            + 'use an IP address or localhost, or list the name in GATEWAY_HOSTS.');
+        break;
+    case 'origin':
+        answers.send(r, 403, 'foreign_origin', `Pages of ${r.headersIn.Origin.slice(0, 200)} may not use this gateway: `
+            + 'list the origin in CORS_ORIGINS if they should.');
+        break;
+    case 'media':
+        answers.send(r, 415, 'unsupported_media_type', `A body of type ${r.headersIn['Content-Type'].slice(0, 200)} is not `
+            + "read here: send JSON with the header 'Content-Type: application/json'.");
+        break;
+    default:
+        r.headersOut['Access-Control-Allow-Methods'] = 'GET, POST';
+        r.headersOut['Access-Control-Allow-Headers'] = r.headersIn['Access-Control-Request-Headers'] || '';
+        r.headersOut['Access-Control-Max-Age'] = '600';
+        r.return(204);
+    }
+}
+
+export default { cors, refusal, answer };
