@@ -167,6 +167,7 @@ class Gateway(Nginx):
         self._files = dict(files or {})
 
     def configure(self) -> None:
+        """Writes the project's configuration with this gateway's addresses and fleet file."""
         shutil.copytree(ROOT / "nginx", self.conf)
         shutil.rmtree(self.conf / "fleet", ignore_errors=True)
         (self.conf / "fleet").mkdir()
