@@ -22,6 +22,6 @@ roll: ## restart the replicas one by one without breaking a stream
 bench: ## compare the gateway with its peers
 	scripts/bootstrap.sh bench && PYTHONPATH=scripts .venv/bin/python -m lab.bench $(ARGS)
 chaos: ## run the fault table
-	scripts/bootstrap.sh test && PYTHONPATH=scripts .venv/bin/python -m lab.chaos $(ARGS)
+	scripts/bootstrap.sh bench && PYTHONPATH=scripts .venv/bin/python -m lab.chaos $(ARGS)
 bundle: ## pack images, models and this checkout for a host without a network
 	scripts/bootstrap.sh && .venv/bin/python scripts/bundle.py $(ARGS)

@@ -124,7 +124,7 @@ def total(expr: str, legend: str) -> list[Query]:
 
 
 def by(labels: str, expr: str) -> list[Query]:
-    """An additive expression, a line for each value of the labels (`replica, cause`)."""
+    """An additive expression, one line for each value of the labels (`replica, cause`)."""
     return [Query(f"sum by ({labels}) ({expr})", " ".join(f"{{{{{label}}}}}" for label in labels.split(", ")))]
 
 
@@ -144,7 +144,7 @@ def quantiles(metric: str, labels: str) -> list[Query]:
 
 
 def p90_per_replica(metric: str, labels: str) -> list[Query]:
-    """The 90th percentile of a histogram, a line a replica."""
+    """The 90th percentile of a histogram, one line per replica."""
     return [
         Query(f"histogram_quantile(0.90, sum by (replica, le) ({rate(f'{metric}_bucket', labels)}))", "{{replica}}")
     ]
@@ -259,20 +259,22 @@ FLEET = Dashboard(
                 "Running",
                 "short",
                 per_replica(f"vllm:num_requests_running{{{ENGINE}}}"),
-                "Requests in each engine's batch. A flat top is the limit MAX_NUM_SEQS.",
+                "Requests in each engine's batch. A flat top is the limit MAX_NUM_SEQS: raise it if the KV cache has"
+                " room.",
             ),
             Panel(
                 "Waiting",
                 "short",
                 per_replica(f"vllm:num_requests_waiting{{{ENGINE}}}"),
-                "Requests that wait in each engine. If they wait on one replica only, the load is uneven. If they wait"
-                " on all, the fleet is full.",
+                "Requests that wait in each engine. If they wait on one replica only, the load is uneven. If they"
+                " wait on all, the fleet is full.",
             ),
             Panel(
                 "Time in the queue, p90",
                 "s",
                 p90_per_replica("vllm:request_queue_time_seconds", ENGINE),
-                "Nine of ten requests waited less than this in the engine before it began their prompt.",
+                "Nine of ten requests waited less than this in the engine before it began their prompt. If it grows,"
+                " the fleet is full: add a replica.",
             ),
         ],
         "Latency": [
@@ -280,7 +282,8 @@ FLEET = Dashboard(
                 "Time to first token (TTFT)",
                 "s",
                 quantiles("vllm:time_to_first_token_seconds", ENGINE),
-                "From the request's arrival in the engine to its first token: queue and prompt together.",
+                "From the request's arrival in the engine to its first token. If it is long, look at the queue first,"
+                " then at the length of the prompts.",
             ),
             Panel(
                 "Inter-token latency (ITL)",
@@ -333,14 +336,16 @@ FLEET = Dashboard(
                     Query(f"max by (replica) (vllm:kv_cache_usage_perc{{{ENGINE}}})", "{{replica}}"),
                     Query(f"avg(vllm:kv_cache_usage_perc{{{ENGINE}}})", "fleet"),
                 ],
-                "Share of the KV blocks that running requests hold. Near 100 %, requests wait or are preempted.",
+                "Share of the KV blocks that running requests hold. Near 100 %, requests wait or are preempted: give"
+                " the cache more memory or add a replica.",
                 ceiling=1,
             ),
             Panel(
                 "Prefix cache hits",
                 "percentunit",
                 share("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total", ENGINE),
-                "Share of the prompt tokens that the engine found in its KV cache and did not compute again.",
+                "Share of the prompt tokens that the engine found in its KV cache and did not compute again. If it is"
+                " low though prompts repeat, look at the reasons for the gateway's choice.",
                 ceiling=1,
             ),
             Panel(
@@ -353,8 +358,8 @@ FLEET = Dashboard(
                         "matched",
                     )
                 ],
-                "Share of the prompts' blocks that the gateway had sent to the same replica before. If it is far above"
-                " the engines' own hits, their caches are too small and forget.",
+                "Share of the prompts' blocks that the gateway had sent to the same replica before. If it is far"
+                " above the engines' own hits, their caches are too small and forget.",
                 ceiling=1,
             ),
             Panel(
@@ -408,8 +413,8 @@ FLEET = Dashboard(
                 "Time to first byte",
                 "s",
                 quantiles("gateway_time_to_first_byte_seconds", GATEWAY),
-                "From the request's arrival at the gateway to the first byte of the answer. This is what clients feel,"
-                " with retries and queues.",
+                "From the request's arrival at the gateway to the first byte of the answer. This is what clients"
+                " feel, with retries and queues.",
             ),
             Panel(
                 "Whole request, p90 per replica",
@@ -422,14 +427,16 @@ FLEET = Dashboard(
                 "reqps",
                 by("replica, cause", rate("gateway_retries_total", GATEWAY)),
                 "Tries a second that failed on a replica before the first byte and went on to the next. connect: no"
-                " connection; reset: it broke; timeout: no answer in time; refused: the replica was full.",
+                " connection; reset: it broke; timeout: no answer in time; failed: the engine broke; refused: the"
+                " replica was full.",
             ),
             Panel(
                 "Refusals",
                 "reqps",
                 by("cause", rate("gateway_refusals_total", GATEWAY_ALL)),
-                "Requests a second that the gateway itself refused. full: every replica refused; none_ready: no replica"
-                " was ready; unknown_model: nobody serves it; closed: the gateway is published without keys.",
+                "Requests a second that the gateway itself refused. full: every replica refused; failed: two broke on"
+                " it; none_ready: no replica was ready; unknown_model: nobody serves it; closed: published without"
+                " keys.",
             ),
             Panel(
                 "Probes",
@@ -595,7 +602,7 @@ def check() -> list[str]:
 
 
 def record(prometheus: str) -> None:
-    """Writes metrics.json: for each scrape job its metrics with their label names, a metric a line."""
+    """Writes metrics.json: for each scrape job its metrics with their label names, one metric per line."""
     blocks = []
     for job in ("replicas", "gateway", "prometheus"):
         reply = httpx.get(f"{prometheus}/api/v1/series", params={"match[]": f'{{job="{job}"}}'}, timeout=30)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv with the Python packages of one group of pyproject.toml: scripts (default), test or lint.
+# Makes .venv with the Python packages of one group of pyproject.toml: scripts (default), test, bench or lint.
 # For the tests it sees to a browser as well. Shell, because Python may not be here yet. Run again it does nothing until
 # pyproject.toml changes.
 # All it says goes to stderr: what the command after it prints may be read by a program.
@@ -15,18 +15,28 @@ apt_install() {
   { $root apt-get update -q && $root env DEBIAN_FRONTEND=noninteractive apt-get install -qy "$@"; } >/dev/null
 }
 
+# Not where the Python that it was made with is gone (an upgrade of the system), or where its making was broken off.
+is_whole() { .venv/bin/python -c 'import pip' 2>/dev/null; }
+is_done() { [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp" && is_whole; }
 # The tests of the status page run in it. Ubuntu's package of that name is a snap; there the tests say what to do.
-if [ "$group" = test ] && ! command -v chromedriver >/dev/null && grep -q '^ID=debian' /etc/os-release; then
+lacks_browser() { [ "$group" = test ] && ! command -v chromedriver >/dev/null && grep -q '^ID=debian' /etc/os-release; }
+
+if is_done && ! lacks_browser; then exit 0; fi
+
+# Two at once would break each other's .venv. The lock is on this file, which is there, and ends with the process.
+if command -v flock >/dev/null; then
+  exec 9<scripts/bootstrap.sh
+  if ! flock --nonblock 9; then
+    echo "Another command installs packages here; waiting for its end ..."
+    flock 9
+  fi
+fi
+
+if lacks_browser; then
   echo "Installing Chromium and its driver for the browser tests ..."
   apt_install chromium chromium-driver || echo "Chromium could not be installed; the browser tests will fail."
 fi
-
-# Not where the Python that it was made with is gone (an upgrade of the system), or where its making was broken off.
-is_whole() { .venv/bin/python -c 'import pip' 2>/dev/null; }
-
-if [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp" && is_whole; then
-  exit 0
-fi
+if is_done; then exit 0; fi
 
 find_python() {
   for python in python3 python3.14 python3.13 python3.12 python3.11; do

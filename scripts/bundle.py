@@ -82,12 +82,12 @@ def main(
 def _images(config: Config) -> list[str]:
     """The images of the stack as it runs. A Problem where one is missing that `make up` does not do without either."""
     services = config.services.values()
-    for image, ours in builds_of(config).items():
-        if label_of(image, RECIPE_LABEL) not in (None, "", recipe(ours)):
+    for image, build in builds_of(config).items():
+        if label_of(image, RECIPE_LABEL) not in (None, "", recipe(build)):
             raise Problem(f"{image} is older than this checkout", "bring the stack up, then pack it: make up")
     missing = {service.image: service.build for service in services if not present(service.image)}
-    for image, build in missing.items():
-        if build:
+    for image, built in missing.items():
+        if built:
             raise Problem(f"{image} is not on this machine", "bring the stack up, then pack it: make up")
         console.print(f"[yellow]{image} is not on this machine and is left out[/]")
     return sorted({service.image for service in services} - missing.keys())
@@ -211,7 +211,7 @@ def _checkout() -> list[str]:
         for name in filter(None, ask("git", "-C", str(ROOT), *others).stdout.split("\0")):
             console.print(f"[yellow]{escape(name)} is left out: git does not track it[/]", soft_wrap=True)
     else:
-        # no repository, or one that is not ours to read: an empty one lists what .gitignore leaves
+        # no repository, or one that this user may not read: an empty one lists what .gitignore leaves
         with tempfile.TemporaryDirectory() as empty:
             ask("git", "init", "--quiet", "--bare", empty)
             done = ask("git", "-C", str(ROOT), f"--git-dir={empty}", f"--work-tree={ROOT}", *others)

@@ -39,6 +39,7 @@ NOT_WISHED = ("GPU_MEMORY_UTILIZATION", "KV_CACHE_GB", "CPU_OFFLOAD_GB")
 # What .env says of these is meant for the first model.
 OF_ONE_MODEL = ("TOOL_CALL_PARSER", "CHAT_TEMPLATE", "TRUST_REMOTE_CODE", "EXTRA_ARGS")
 NO_DRAFT = ("ngram", "suffix")  # ways to speculate without a second model
+MOST_GPUS = 1024  # numbers beyond are a slip of the finger, and a list of them would fill the memory
 NEEDS = re.compile(r"a GPU of compute capability (\d+)\.(\d+) with \d+ GiB")
 
 
@@ -57,6 +58,14 @@ class KvCache(StrEnum):
     fp8 = "fp8"
 
 
+def _tokens(text: str) -> int:
+    """32768, 32k or 1m as a number of tokens, k and m in powers of two as context lengths are."""
+    found = re.fullmatch(r"(\d{1,9})([km]?)", str(text).strip().lower())
+    if not found or not int(found[1]):
+        raise typer.BadParameter(f"{text} is not a number of tokens: write it as 32768 or 32k")
+    return int(found[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[found[2]]
+
+
 def main(
     model: Annotated[
         str, typer.Argument(help="A folder under models/, a name on the hub, or a preset's name.", show_default=False)
@@ -69,7 +78,12 @@ def main(
     ] = None,
     gpus: Annotated[str | None, typer.Option(help="Only these GPUs: 0-3 or 0,2,5.")] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the longest request has to be able to have.")
+        int | None,
+        typer.Option(
+            parser=_tokens,
+            metavar="TOKENS",
+            help="Tokens that the longest request has to have room for: 32768 or 32k.",
+        ),
     ] = None,
     quantization: Annotated[
         Quantization | None,
@@ -79,6 +93,9 @@ def main(
     replicas: Annotated[int | None, typer.Option(min=1, help="Exactly so many replicas.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Exactly this tensor-parallel size.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Exactly so many pipeline stages.")] = None,
+    trust_config: Annotated[
+        bool, typer.Option("--trust-config", help="Plan without the keys of config.json that are not known.")
+    ] = False,
     latency: Annotated[
         bool, typer.Option("--latency/--throughput", help="The shortest answers, or the most tokens a second.")
     ] = False,
@@ -102,6 +119,7 @@ def main(
         replicas=replicas,
         tp=tp,
         pp=pp,
+        trust_config=trust_config,
     )
     with one_line_for_mistakes():
         try:
@@ -146,7 +164,9 @@ def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | No
         if clash := [index for index in pinned if index in taken]:
             raise Problem(f"--also {text}: GPU {clash[0]} has {taken[clash[0]]} already", "give it another")
         left = free.only(pinned, "--also") if at else free.only(sorted(allowed - set(taken)))
-        found, extra, wanted = _model_and_wish(name, Wish(goal=wish.goal, replicas=1), left)
+        found, extra, wanted = _model_and_wish(
+            name, Wish(goal=wish.goal, replicas=1, trust_config=wish.trust_config), left
+        )
         plan = choose.choose(left, found, wanted) if at else _fewest(left, found, wanted)
         wide += [text] if not at and len(plan.replicas[0].gpus) > 1 else []
         taken |= {gpu.index: found.name for replica in plan.replicas for gpu in replica.gpus}
@@ -199,13 +219,13 @@ def _model_and_wish(name: str, wish: Wish, machine: Machine) -> tuple[Model, dic
     """The model, and where `name` is a preset its settings: those that the planner decides go into the wish, if they
     are not there yet, the others to vLLM as they are."""
     if not (path := PRESETS / f"{name}.yaml").is_file():
-        return load_model(name, ROOT / "models"), {}, wish
+        return _load(name, wish), {}, wish
     preset = yaml.safe_load(path.read_text())
     _check_needs(name, preset["needs"], machine)
     settings = {key: str(value) for key, value in preset["settings"].items()}
     if odd := [key for key in NOT_WISHED if key in settings]:
         raise Problem(f"preset {name} sets {odd[0]}, which the planner decides", "take it out of the preset")
-    found = load_model(settings.pop("MODEL"), ROOT / "models")
+    found = _load(settings.pop("MODEL"), wish)
     if text := settings.get("SPECULATIVE_CONFIG"):
         found = _with_draft(name, found, json.loads(text))
     wanted: dict[str, Any] = {WISHED[key]: settings.pop(key) for key in WISHED if key in settings}
@@ -216,6 +236,14 @@ def _model_and_wish(name: str, wish: Wish, machine: Machine) -> tuple[Model, dic
             wanted[key] = int(value)
     said = {key: value for key, value in vars(wish).items() if value is not None}
     return found, settings, Wish(**(wanted | said))
+
+
+def _load(name: str, wish: Wish) -> Model:
+    """The model `name`. What was not read of its config is said as a warning where the user trusts it all the same."""
+    found = load_model(name, ROOT / "models", wish.trust_config)
+    if found.unread:
+        print(f"warning: {name}: planned without {', '.join(found.unread)} of its config.json", file=sys.stderr)
+    return found
 
 
 def _check_needs(name: str, needs: str, machine: Machine) -> None:
@@ -255,6 +283,10 @@ def _numbers(option: str, text: str) -> list[int]:
         first, dash, last = piece.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise Problem(f"{option}: {text} is not a list of GPUs", "write it as 0-3 or 0,2,5")
+        if max(int(first), int(last or first)) >= MOST_GPUS:
+            raise Problem(
+                f"{option}: {text} goes beyond GPU {MOST_GPUS - 1}", "choose from those that nvidia-smi lists"
+            )
         found += range(int(first), int(last or first) + 1)
     if not found:
         raise Problem(f"{option}: {text} names no GPU", "write it as 0-3 or 0,2,5")

@@ -8,9 +8,12 @@ replicas not yet rolled go on serving as they are. So does the only replica of a
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from stack.compose import Compose, running_gpu_file, stays_down
 from stack.console import Problem, Step, console, one_line_for_mistakes, step
@@ -39,7 +42,7 @@ def check_rest(replicas: list[Replica], name: str, by_hand: str) -> None:
 
 
 def drain(gateway: Gateway, name: str, within_s: float, shown: Step) -> None:
-    """Waits until the replica has nothing in flight."""
+    """Returns when the replica has nothing in flight. A Problem after so many seconds."""
 
     def is_idle() -> bool:
         in_flight = gateway.replica(name).in_flight
@@ -55,7 +58,10 @@ def drain(gateway: Gateway, name: str, within_s: float, shown: Step) -> None:
 
 
 def recreate(compose: Compose, name: str, within_s: float, shown: Step) -> None:
-    """Replaces the replica's container and waits until its health check, a one-token request, passes."""
+    """Replaces the replica's container; returns when its health check, a one-token request, passes.
+
+    A Problem, with the last words of the replica, where it does not start or not within so many seconds.
+    """
     compose.ask(*RECREATE, name, timeout_s=within_s)
     began = compose.containers()
 
@@ -77,8 +83,26 @@ def recreate(compose: Compose, name: str, within_s: float, shown: Step) -> None:
         )
 
 
+@contextmanager
+def back_in_the_route(gateway: Gateway, name: str) -> Iterator[None]:
+    """Lets the gateway send to the replica again after the body, however that ended.
+
+    One that is not ready is out of the route anyway; ready again later, it should serve.
+    """
+    try:
+        yield
+    except BaseException:
+        try:
+            gateway.undrain(name)
+        except Problem as problem:
+            # not raised: what went wrong before is what the operator has to know
+            console.print(f"[red]{name} stays drained[/] {escape(problem.what)}", soft_wrap=True)
+        raise
+    gateway.undrain(name)
+
+
 def await_route(gateway: Gateway, name: str) -> None:
-    """Waits until the gateway sends requests to the replica again."""
+    """Returns when the gateway sends requests to the replica again. A Problem after ROUTE_S."""
     if not wait_for(lambda: gateway.replica(name).state == "ready", ROUTE_S):
         replica = gateway.replica(name)
         raise Problem(
@@ -113,16 +137,14 @@ def roll(
                 f"{name} is left as it is: it is the only replica of {models}. With a gap: {by_hand[name]}",
                 soft_wrap=True,
             )
+        compose.check_launch(compose.config(), "make roll")
         for name in rolled:
             check_rest(gateway.replicas(), name, by_hand[name])
-            try:
+            with back_in_the_route(gateway, name):
                 with step(f"{name}: drain") as shown:
                     drain(gateway, name, drain_seconds, shown)
                 with step(f"{name}: recreate and answer a one-token request") as shown:
                     recreate(compose, name, ready_seconds, shown)
-            finally:
-                # Not ready, it is out of the route anyway; ready again later, it should serve.
-                gateway.undrain(name)
             with step(f"{name}: back in the route"):
                 await_route(gateway, name)
         console.print(f"rolled: {', '.join(rolled)}")

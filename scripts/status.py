@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from stack import images, settings
 from stack.compose import Compose, running_gpu_file
 from stack.console import Problem, console, one_line_for_mistakes
-from stack.docker import engine_version
+from stack.docker import docker_version
 from stack.gateway import Gateway, Replica
 
 
@@ -48,7 +49,7 @@ def replica_table(replicas: list[Replica]) -> Table:
 def status() -> bool:
     """Prints both tables and gives whether all is well."""
     wanted = settings.load()
-    if not engine_version()[0]:
+    if not docker_version()[0]:
         raise Problem("the Docker engine does not answer", "`make up` starts it")
     compose = Compose(gpu=running_gpu_file())
     config = compose.config()
@@ -78,6 +79,11 @@ def status() -> bool:
     return all_well and not unready
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Show each part of the stack with its health, and each replica with its load; exit status 1 if any is unwell."""
     with one_line_for_mistakes():
-        raise SystemExit(0 if status() else 1)
+        raise typer.Exit(0 if status() else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -15,6 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
+import typer
 
 from models import served
 from stack import checks, docker, images, settings
@@ -163,7 +164,7 @@ def give_back() -> None:
 
 
 def up() -> None:
-    """All the steps, in their order."""
+    """All the steps, in their order. The first that cannot be done is a Problem."""
     with step("Settings") as shown:
         wanted = settings.load()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
@@ -190,7 +191,7 @@ def up() -> None:
             shown.result = check_disk(missing.values())
     with step("Images") as shown:
         shown.result = images.bring(config, wanted.images, shown.say)
-    # what is built and is not ours Compose builds
+    # what is built over no base of `make up` Compose builds
     services = [name for name, service in config.services.items() if service.build or images.present(service.image)]
     for name in config.services.keys() - services:
         image = config.services[name].image
@@ -202,8 +203,10 @@ def up() -> None:
     served.fetch(config)
     with step("Model") as shown:
         shown.result = served.bring(config, shown.say)
+    open_mounts(config)
+    with step("Settings of the replicas"):
+        compose.check_launch(config, "make up")
     with step("Containers") as shown:
-        open_mounts(config)
         start = ("--progress", "plain", "up", "--detach", "--remove-orphans", *services)
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)
@@ -223,7 +226,8 @@ def up() -> None:
         console.print("            docker compose exec grafana cat /var/lib/grafana/admin_password")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Bring the whole stack up, from whatever this machine has."""
     with one_line_for_mistakes():
         try:
             with one_at_a_time():
@@ -231,3 +235,7 @@ if __name__ == "__main__":
                 up()
         finally:
             give_back()
+
+
+if __name__ == "__main__":
+    typer.run(main)

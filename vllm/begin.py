@@ -65,11 +65,18 @@ class Held:
 
 
 def as_error(event: bytes) -> tuple[Message, Message]:
-    """The two messages of an answer that is this error. What is not the client's fault may go well elsewhere: 503."""
+    """The two messages of an answer that is this error.
+
+    What is not the client's fault may go well elsewhere. 503 says that this replica is full, 502 that its engine
+    failed. Its words stand in a header too, as the gateway drops the body of what it sends on to the next replica.
+    """
     body = event.split(b"\n", 1)[0].removeprefix(b"data: ")
-    code = json.loads(body)["error"].get("code")
-    status = code if isinstance(code, int) and 400 <= code < 500 else 503
+    error = json.loads(body)["error"]
+    code = error.get("code")
+    status = code if isinstance(code, int) and (400 <= code < 500 or code == 503) else 502
+    words = b" ".join(str(error.get("message", "")).encode("ascii", "replace").split())[:500]
+    failure = [(b"x-failure", words)] if status == 502 else []
     return (
-        {"type": "http.response.start", "status": status, "headers": HEADERS},
+        {"type": "http.response.start", "status": status, "headers": [*HEADERS, *failure]},
         {"type": "http.response.body", "body": body},
     )

@@ -32,8 +32,10 @@ SEEN = Path("/tmp/health.json")  # noqa: S108 - a file system of this container'
 PID = Path("/tmp/replica.pid")  # noqa: S108 - the same; written by launch.py
 PROC = Path("/proc")
 PORT = 8000
-# The first token after the start may take its time. Both are below Docker's own limit for the check, 30 s.
+# The first token after the start may take its time.
 FIRST_TIMEOUT_S, TIMEOUT_S = 25, 10
+# All requests of a check together: below Docker's own limit, 30 s, after which nothing would be noted of it.
+LIMIT_S = 25
 IDLE_PROBE_EVERY_S = 60
 FAILURES_OF_A_WEDGED = 3
 BUSY_CORES = 0.5
@@ -59,16 +61,26 @@ class Seen:
     cpu_s_then: float = 0  # that its processes had used when the first of them failed
 
 
-def request(method: str, path: str, timeout_s: float, body: object = None) -> tuple[int, bytes]:
-    """Status and body of one request to the replica. Raises OSError where none comes within the time limit."""
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=timeout_s)
-    try:
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        connection.request(method, path, json.dumps(body) if body is not None else None, headers)
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
+class Replica:
+    """The replica, to be asked in one check: each request has `timeout_s` seconds, all together LIMIT_S."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._until = time.monotonic() + LIMIT_S
+
+    def request(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
+        """Status and body of one request. Raises OSError where none comes in time."""
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"no answer within {LIMIT_S} s")
+        connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=min(left, self._timeout_s))
+        try:
+            headers = {"Content-Type": "application/json"} if body is not None else {}
+            connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
 
 
 def total(metrics: str, *names: str) -> float:
@@ -95,11 +107,11 @@ def must_ask(last: Seen | None, steps: float, running: float, now: float) -> boo
     return running > 0 or last.failures > 0 or now - last.proved_at >= IDLE_PROBE_EVERY_S
 
 
-def ask_for_one_token(timeout_s: float) -> None:
+def ask_for_one_token(replica: Replica) -> None:
     """Returns when the replica answered. Raises RuntimeError where it refused."""
-    model = json.loads(request("GET", "/v1/models", timeout_s)[1])["data"][0]["id"]
+    model = json.loads(replica.request("GET", "/v1/models")[1])["data"][0]["id"]
     for path, body in ONE_TOKEN:
-        status, answer = request("POST", path, timeout_s, {"model": model, **body})
+        status, answer = replica.request("POST", path, {"model": model, **body})
         if status == http.HTTPStatus.NOT_FOUND:
             continue
         if status != http.HTTPStatus.OK:
@@ -110,11 +122,11 @@ def ask_for_one_token(timeout_s: float) -> None:
 
 def look(last: Seen | None) -> Seen:
     """Checks the replica. Raises where it cannot answer."""
-    now, timeout_s = time.monotonic(), TIMEOUT_S if last else FIRST_TIMEOUT_S
-    metrics = request("GET", "/metrics", timeout_s)[1].decode()
+    now, replica = time.monotonic(), Replica(TIMEOUT_S if last else FIRST_TIMEOUT_S)
+    metrics = replica.request("GET", "/metrics")[1].decode()
     steps = total(metrics, STEPS)
     if must_ask(last, steps, total(metrics, *RUNNING), now):
-        ask_for_one_token(timeout_s)
+        ask_for_one_token(replica)
     elif last and steps == last.steps:
         return last  # idle
     return Seen(steps, now)

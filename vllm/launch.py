@@ -2,15 +2,16 @@
 
 Settings are read from /etc/vllm/engine.yaml and from the environment (which Compose fills from .env); the environment
 wins. A setting has one name: `max_model_len` in the file, `MAX_MODEL_LEN` in the environment. An empty value counts as
-unset. A mistake gives one line that says what is wrong, where, and what to do, and exit status 2.
+unset. Each mistake gives one line that says what is wrong, where, and what to do; then the exit status is 2.
 
     launch.py            start the replica
-    launch.py --print    show the command and stop
+    launch.py --print    check all settings, show the command and stop; `make up` and `make roll` begin with it
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import json
 import logging
@@ -21,10 +22,14 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
@@ -40,6 +45,13 @@ KEEP_ALIVE_S = 90
 NCCL_NAMES = ("NCCL_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_DEBUG")
 # arguments of `vllm serve` with which a replica takes another number of GPUs than its settings say
 PARALLEL = re.compile(r"--(tensor|pipeline|data)-parallel-size|-(tp|pp|dp)\b")
+# where vLLM's source lists what a setting may name
+NAMES_IN_VLLM = {
+    "quantization": ("model_executor/layers/quantization/__init__.py", "QuantizationMethods"),
+    "kv_cache_dtype": ("config/cache.py", "CacheDType"),
+    "tool_call_parser": ("tool_parsers/__init__.py", "_TOOL_PARSERS_TO_REGISTER"),
+}
+T = TypeVar("T")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -100,50 +112,62 @@ class Settings(BaseModel):
     drain_seconds: PositiveInt = Field(default=120, description="a whole number of seconds, 1 or more")
 
 
-# Settings that `vllm serve` knows by the same name.
-SAME_NAME = (
-    "dtype",
-    "quantization",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "max_model_len",
-    "gpu_memory_utilization",
-    "cpu_offload_gb",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_num_queued_reqs",
-    "enable_prefix_caching",
-    "enforce_eager",
-    "kv_cache_dtype",
-    "speculative_config",
-    "tool_call_parser",
-)
+# `vllm serve` knows all settings by the same name, but for these.
+OTHERWISE = {
+    *("model", "served_model_name", "chat_template", "trust_remote_code"),
+    *("cpu_threads", "kv_cache_gb", "extra_args", "drain_seconds"),
+}
 
 
-def read_settings(engine_file: Path, environment: dict[str, str]) -> Settings:
-    """The settings of the file, overridden by those of the environment. Raises SettingsError where they are wrong."""
+@dataclass
+class Mistakes:
+    """Gathers what is wrong, so that all of it is told at once; `settings` are the names of settings that are wrong."""
+
+    lines: list[str] = field(default_factory=list)
+    settings: set[str] = field(default_factory=set)
+
+    def of(self, check: Callable[..., T], *arguments: Any, otherwise: T) -> T:
+        """What the check gives; `otherwise` where it finds a mistake, which is noted."""
+        try:
+            return check(*arguments)
+        except SettingsError as error:
+            self.lines += str(error).splitlines()
+            return otherwise
+
+
+def read_settings(engine_file: Path, environment: dict[str, str], mistakes: Mistakes) -> Settings | None:
+    """The settings of the file, overridden by those of the environment; without the wrong ones, which are noted.
+
+    None where the model, without which there is nothing to check, is among those.
+    """
     # by its name in the checkout, which is the user's
     file = "vllm/engine.gpu.yaml" if environment.get("FLEET_DEVICE") == "gpu" else "vllm/engine.yaml"
-    values = _read_file(engine_file, file)
+    values = _known(mistakes.of(_read_file, engine_file, file, otherwise={}), file, mistakes)
     from_environment = {name for name in Settings.model_fields if environment.get(name.upper(), "").strip()}
     values |= {name: environment[name.upper()].strip() for name in from_environment}
+    unreadable = bool(mistakes.lines)
     try:
         return Settings(**values)
     except ValidationError as errors:
         lines = []
         for error in errors.errors():
             name = str(error["loc"][0])
+            mistakes.settings.add(name)
             description = Settings.model_fields[name].description
             place, shown = (".env", name.upper()) if name in from_environment else (file, name)
             if error["type"] == "missing":
-                lines.append(f"{place}: {shown} is not set; it must be {description}")
+                # what could not be read, or is misspelt, may have it
+                if not unreadable:
+                    lines.append(f"{place}: {shown} is not set; it must be {description}")
             else:
                 why = f" ({error['ctx']['error']})" if error["type"] == "value_error" else ""
                 lines.append(f"{place}: {shown} is {values[name]!r}{why}; it must be {description}")
-        raise SettingsError("\n".join(dict.fromkeys(lines))) from None
+    mistakes.lines += dict.fromkeys(lines)
+    right = {name: value for name, value in values.items() if name not in mistakes.settings}
+    return Settings(**right) if "model" in right else None
 
 
-def _read_file(path: Path, shown: str) -> dict[str, Any]:
+def _read_file(path: Path, shown: str) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -159,14 +183,19 @@ def _read_file(path: Path, shown: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"{shown}: holds a {type(content).__name__}; write one `name: value` a line")
+    return content
+
+
+def _known(content: dict[Any, Any], shown: str, mistakes: Mistakes) -> dict[str, Any]:
+    """What is set in a file's content by the names of settings; other names are mistakes."""
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_").lower()
         if name not in Settings.model_fields:
             near = difflib.get_close_matches(name, Settings.model_fields, n=1)
             hint = f"did you mean {near[0]}?" if near else "pass an argument that has no setting through extra_args"
-            raise SettingsError(f"{shown}: unknown setting {key}; {hint}")
-        if value is not None and value != "":
+            mistakes.lines.append(f"{shown}: unknown setting {key}; {hint}")
+        elif value is not None and value != "":
             values[name] = value
     return values
 
@@ -267,13 +296,14 @@ def count_gpus(environment: dict[str, str]) -> int:
 def check_fit(settings: Settings, config: dict[str, Any], gpus: int | None) -> None:
     """Raises SettingsError where the parallel sizes fit neither the GPUs (None: a CPU) nor the model."""
     tp, pp = settings.tensor_parallel_size, settings.pipeline_parallel_size
+    lines = []
     if gpus is None and pp > 1:
-        raise SettingsError(
+        lines.append(
             f"PIPELINE_PARALLEL_SIZE is {pp}, but on a CPU vLLM ends at the first request with stages: set it to 1, "
             "and TENSOR_PARALLEL_SIZE to share the work"
         )
     if gpus not in (None, tp * pp) and not any(PARALLEL.match(word) for word in settings.extra_args):
-        raise SettingsError(
+        lines.append(
             f"TENSOR_PARALLEL_SIZE {tp} times PIPELINE_PARALLEL_SIZE {pp} is {tp * pp}, but this replica is pinned to "
             f"{gpus} GPUs: make the two equal, here or by its device_ids"
         )
@@ -281,10 +311,85 @@ def check_fit(settings: Settings, config: dict[str, Any], gpus: int | None) -> N
     heads = (config | (text_config if isinstance(text_config, dict) else {})).get("num_attention_heads")
     if isinstance(heads, int) and heads % tp:
         sizes = ", ".join(str(size) for size in range(1, min(heads, 16) + 1) if heads % size == 0)
-        raise SettingsError(
+        lines.append(
             f"TENSOR_PARALLEL_SIZE is {tp}, but {settings.model} has {heads} attention heads; "
             f"it must divide them: {sizes}"
         )
+    if lines:
+        raise SettingsError("\n".join(lines))
+
+
+def check_extra_args(settings: Settings) -> None:
+    """Raises SettingsError where an argument would keep the replica from ever being ready."""
+    if any(word.partition("=")[0].replace("_", "-") == "--api-key" for word in settings.extra_args):
+        raise SettingsError(
+            "EXTRA_ARGS has --api-key: the gateway and the health check send no key, so the replica would never be "
+            "ready; leave it out"
+        )
+
+
+def check_names(settings: Settings, vllm: Path | None) -> None:
+    """Raises SettingsError where a setting names what vLLM, whose package lies in that folder, does not have.
+
+    The names are read out of its source, as importing it takes ten seconds and more. What is not found there is left to
+    vLLM.
+    """
+    lines = []
+    for name, (file, variable) in NAMES_IN_VLLM.items():
+        value = getattr(settings, name)
+        listed = _strings_of(vllm / file, variable) if vllm and value is not None else set()
+        if listed and name == "quantization":
+            listed |= {plugin.name for plugin in entry_points(group="vllm.general_plugins")}
+        by_plugin = name == "tool_call_parser" and any("tool-parser-plugin" in word for word in settings.extra_args)
+        if listed and value not in listed and not by_plugin:
+            lines.append(f"{name.upper()} is {value!r}, which vLLM does not have; it has {', '.join(sorted(listed))}")
+    if lines:
+        raise SettingsError("\n".join(lines))
+
+
+def _strings_of(file: Path, variable: str) -> set[str]:
+    """The strings of a `Literal`, or the keys of a dictionary, that a Python file gives a name."""
+    if not file.is_file():
+        return set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == variable:
+            parts = node.value.keys if isinstance(node.value, ast.Dict) else ast.walk(node.value)
+            return {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+    return set()
+
+
+def vllm_folder() -> Path | None:
+    """Where vLLM is installed, without importing it; None where it is not."""
+    spec = find_spec("vllm")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def check(environment: dict[str, str]) -> tuple[Settings, str, str | None]:
+    """The settings, the model's folder or hub name, and the path of its chat template or None, all checked.
+
+    Raises SettingsError with a line for each mistake.
+    """
+    mistakes = Mistakes()
+    settings = read_settings(ENGINE_FILE, environment, mistakes)
+    model, template = "", None
+    if settings:
+        unknown: tuple[str, dict[str, Any]] = ("", {})
+        model, config = mistakes.of(find_model, settings.model, MODELS, otherwise=unknown)
+        if settings.speculative_config:
+            draft = settings.speculative_config
+            found = mistakes.of(find_draft, draft, MODELS, otherwise=draft)
+            settings = settings.model_copy(update={"speculative_config": found})
+        if settings.chat_template:
+            template = mistakes.of(find_chat_template, settings.chat_template, MODELS, otherwise=None)
+        on_gpus = environment.get("FLEET_DEVICE") == "gpu"
+        gpus = mistakes.of(count_gpus, environment, otherwise=0) if on_gpus else None
+        if gpus != 0 and not mistakes.settings & {"tensor_parallel_size", "pipeline_parallel_size", "extra_args"}:
+            mistakes.of(check_fit, settings, config, gpus, otherwise=None)
+        mistakes.of(check_extra_args, settings, otherwise=None)
+        mistakes.of(check_names, settings, vllm_folder(), otherwise=None)
+    if mistakes.lines or not settings:
+        raise SettingsError("\n".join(mistakes.lines))
+    return settings, model, template
 
 
 def find_chat_template(template: str, models: Path) -> str:
@@ -301,10 +406,9 @@ def serve_command(settings: Settings, model: str, chat_template: str | None) -> 
     """The arguments after `vllm`, for a model's folder or hub name and the path of a chat template."""
     command = ["serve", model, "--host", "0.0.0.0", "--port", str(API_PORT)]
     command += ["--served-model-name", settings.served_model_name or settings.model]
-    for name in SAME_NAME:
-        value = getattr(settings, name)
+    for name, value in settings:
         flag = name.replace("_", "-")
-        if value is None:
+        if value is None or name in OTHERWISE:
             continue
         if isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")
@@ -372,13 +476,7 @@ def main(arguments: list[str]) -> int:
     only_print = parser.parse_args(arguments).print
     environment = dict(os.environ)
     try:
-        settings = read_settings(ENGINE_FILE, environment)
-        model, config = find_model(settings.model, MODELS)
-        if settings.speculative_config:
-            found = find_draft(settings.speculative_config, MODELS)
-            settings = settings.model_copy(update={"speculative_config": found})
-        template = find_chat_template(settings.chat_template, MODELS) if settings.chat_template else None
-        check_fit(settings, config, count_gpus(environment) if environment.get("FLEET_DEVICE") == "gpu" else None)
+        settings, model, template = check(environment)
     except SettingsError as error:
         for line in str(error).splitlines():
             print(f"launch: {line}", file=sys.stderr)

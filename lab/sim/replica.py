@@ -9,7 +9,9 @@ vLLM's own metric names, and on `/_sim` its own control: GET gives what it saw, 
      "status": 503,        the answer of fault `status`
      "after_tokens": 5,    how far a stream gets under fault `cut`
      "slow": 1.0,          factor on every time
-     "health": 200}        the answer of /health
+     "health": 200,        the answer of /health
+     "models": null,       the body of /v1/models, if it is not the list of its models
+     "deadly": "text"}     a request with this text in its body ends the replica
 
 A stream's headers come with its first token, as this project's replica sends them (vllm/begin.py); vLLM alone sends
 them at once. Answers depend on the prompt alone: the same prompt gets the same text. HTTP is done by hand on asyncio,
@@ -58,6 +60,8 @@ class Faults:
     after_tokens: int = 5
     slow: float = 1.0
     health: int = 200
+    models: str | None = None
+    deadly: str = ""
 
 
 @dataclass
@@ -89,8 +93,9 @@ class Histogram:
 class Replica:
     """All state of one simulated replica."""
 
-    def __init__(self, model: str, shape: Shape, instant: bool) -> None:
+    def __init__(self, model: str, shape: Shape, instant: bool, adapters: int = 0) -> None:
         self.model = model
+        self.names = [model, *(f"{model}-adapter-{n}" for n in range(adapters))]
         self.shape = shape
         self.instant = instant
         self.engine = Engine(shape)
@@ -101,7 +106,6 @@ class Replica:
         self.ttft = Histogram(TTFT_BUCKETS)
         self.itl = Histogram(ITL_BUCKETS)
         self.e2e = Histogram(TTFT_BUCKETS)
-        self.started = int(time.time())
 
     def set_faults(self, wanted: dict[str, Any]) -> None:
         """Replaces all faults; ValueError where one is unknown."""
@@ -149,14 +153,16 @@ class Replica:
     def models(self) -> dict[str, Any]:
         """The answer to /v1/models."""
         card = {
-            "id": self.model,
             "object": "model",
-            "created": self.started,
+            "created": int(time.time()),  # of the answer, as vLLM has it
             "owned_by": "vllm",
             "root": self.model,
             "parent": None,
+            "max_model_len": self.shape.max_model_len,
         }
-        return {"object": "list", "data": [{**card, "max_model_len": self.shape.max_model_len}]}
+        adapter = {**card, "parent": self.model, "max_model_len": None}
+        cards = [{"id": name, **(adapter if name != self.model else card)} for name in self.names]
+        return {"object": "list", "data": cards}
 
 
 def error(status: int, message: str) -> tuple[int, dict[str, Any]]:
@@ -265,7 +271,8 @@ class Connection(asyncio.Protocol):
         elif path in ("/health", "/ping"):
             self._send(replica.faults.health, b"")
         elif path == "/v1/models":
-            self._send_json(200, replica.models())
+            odd = replica.faults.models
+            self._send(200, json.dumps(replica.models()).encode() if odd is None else odd.encode())
         elif path == "/metrics":
             self._send(200, replica.metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
         elif path == "/version":
@@ -307,6 +314,8 @@ class Connection(asyncio.Protocol):
 
     def _generate(self, method: str, path: str, body: bytes) -> None:
         replica, faults = self.replica, self.replica.faults
+        if faults.deadly and faults.deadly.encode() in body:
+            os._exit(1)
         if faults.fault == "reset":
             self.transport.abort()
             return
@@ -315,7 +324,9 @@ class Connection(asyncio.Protocol):
             self.transport.close()
             return
         if faults.fault == "status":
-            self._send_json(*error(faults.status, "simulated fault"))
+            status, body_of = error(faults.status, "simulated fault")
+            # As vllm/begin.py says of an engine that failed.
+            self._send(status, json.dumps(body_of).encode(), failure="simulated fault" if status >= 500 else "")
             return
         if method != "POST":
             self._send_json(405, {"detail": "Method Not Allowed"})
@@ -331,7 +342,7 @@ class Connection(asyncio.Protocol):
         except (ValueError, TypeError, RecursionError) as why:
             self._send_json(*error(400, str(why)))
             return
-        if wanted.get("model", replica.model) != replica.model:
+        if wanted.get("model", replica.model) not in replica.names:
             self._send_json(*error(404, f"The model `{wanted['model']}` does not exist."))
             return
         max_tokens = wanted.get("max_completion_tokens") or wanted.get("max_tokens") or 64
@@ -421,9 +432,10 @@ class Connection(asyncio.Protocol):
     def _send_json(self, status: int, data: object) -> None:
         self._send(status, json.dumps(data, separators=(",", ":")).encode())
 
-    def _send(self, status: int, body: bytes, kind: str = "application/json") -> None:
+    def _send(self, status: int, body: bytes, kind: str = "application/json", failure: str = "") -> None:
         reason = REASONS.get(status, "Error")
-        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
+        said = f"x-failure: {failure}\r\n" if failure else ""
+        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: {kind}\r\n{said}content-length: {len(body)}\r\n\r\n"
         self.transport.write(head.encode() + body)
 
 
@@ -493,6 +505,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model", default="sim")
+    parser.add_argument("--adapters", type=int, default=0, help="how many adapters it serves beside the model")
     parser.add_argument("--instant", action="store_true", help="answer at once, without an engine")
     parser.add_argument(
         "--load-seconds", type=float, default=0.0, help="time before the port opens, as a model that loads"
@@ -506,7 +519,7 @@ def main() -> None:
     values = {item.name: getattr(args, item.name) for item in fields(Shape)}
 
     async def start() -> None:
-        replica = Replica(args.model, Shape(**values), args.instant)
+        replica = Replica(args.model, Shape(**values), args.instant, args.adapters)
         replica.set_faults({"fault": args.fault})
         await serve(replica, args.host, args.port)
 

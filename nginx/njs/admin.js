@@ -8,13 +8,20 @@ import fleet from './fleet.js';
 
 const shared = ngx.shared.fleet;
 
+function noRoom(r) {
+    answers.send(r, 503, 'no_room', 'The gateway has no room to remember this: its zone `fleet` is full.');
+}
+
 function drain(r, name) {
     if (!fleet.read().some((replica) => replica.name === name)) {
         answers.send(r, 404, 'no_such_replica', `There is no replica ${name}.`);
         return;
     }
     if (r.method === 'PUT') {
-        shared.set(`drain:${name}`, '1');
+        if (!fleet.put('fleet', `drain:${name}`, '1')) {
+            noRoom(r);
+            return;
+        }
     } else {
         shared.delete(`drain:${name}`);
     }
@@ -45,7 +52,10 @@ async function canary(r) {
             answers.send(r, 400, 'bad_canary', wrong);
             return;
         }
-        fleet.set('canary', { replicas: wanted.replicas, share: wanted.share });
+        if (!fleet.set('canary', { replicas: wanted.replicas, share: wanted.share })) {
+            noRoom(r);
+            return;
+        }
         fleet.publish();
     } else if (r.method === 'DELETE') {
         shared.delete('canary');

@@ -11,8 +11,8 @@ const OF_NGINX = {
     414: ['uri_too_long', 'The address is too long.'],
     415: ['unsupported_media_type', 'This media type is not supported.'],
     431: ['headers_too_large', 'The request headers are too large.'],
-    494: ['headers_too_large', 'The request headers are too large.'],
     501: ['not_implemented', 'This is not supported.'],
+    505: ['http_version', 'This version of HTTP is not spoken here.'],
 };
 
 // The body of an error, which names the request id. `param` is the field at fault, or null.
@@ -28,11 +28,17 @@ function send(r, status, code, message, param) {
     r.return(status, error(r, status, code, message, param));
 }
 
-// error_page: what Nginx itself refused.
+// The body of what Nginx itself refused.
+function page(r, status) {
+    const [code, message] = OF_NGINX[status] || ['internal_error', 'The gateway failed.'];
+    return error(r, status, code, message);
+}
+
+// error_page
 function answer(r) {
     const status = Number(r.variables.status);
-    const [code, message] = OF_NGINX[status] || ['internal_error', 'The gateway failed.'];
-    send(r, status === 494 ? 431 : status, code, message);
+    r.headersOut['Content-Type'] = 'application/json';
+    r.return(status, page(r, status));
 }
 
 function notFound(r) {
@@ -51,4 +57,4 @@ function json(r, value) {
     r.return(200, JSON.stringify(value));
 }
 
-export default { error, send, answer, notFound, method, json };
+export default { error, page, send, answer, notFound, method, json };

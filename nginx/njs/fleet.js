@@ -1,19 +1,22 @@
 // The fleet as the gateway sees it: which replicas there are, what state each is in, how many requests it has in flight.
 //
 // health.js keeps a record of each replica in the shared dictionary `fleet`; `publish` makes of all records one table that
-// every request reads. Requests in flight are counted in `load`, per replica, and per replica and worker, so that the
-// count of a worker that was killed can be taken back.
+// every request reads. What grows with the number of models lies apart, so that it can't take the room of a replica's state:
+// the names in `models`, one list a replica, and their cards in `cards`. Requests in flight are counted in `load`, per replica,
+// and per replica and worker, so that the count of a worker that was killed can be taken back.
 
 import fs from 'fs';
 
 const shared = ngx.shared.fleet;
+const models = ngx.shared.models;
+const cards = ngx.shared.cards;
 const load = ngx.shared.load;
 const counters = ngx.shared.counters;
 
 const WORK_LEFT = Math.exp(-1 / 5);   // after a second: work counts for some five seconds
 
-const ALL = 1e9;                      // keys; a shared dictionary gives 1,024 unless told otherwise
-const ZONES = ['fleet', 'counters'];  // those whose writes may be lost: nothing is evicted from them
+const ALL = 1e9;   // keys; a shared dictionary gives 1,024 unless told otherwise
+const ZONES = ['fleet', 'models', 'cards', 'counters'];   // those that can be full: nothing is evicted from them
 
 const worker = ` ${process.pid}`;   // asking for it costs more than counting
 
@@ -46,8 +49,21 @@ function get(key, otherwise) {
     return text === undefined ? otherwise : JSON.parse(text);
 }
 
+// Sets a JSON value; says whether there was room.
 function set(key, value) {
-    shared.set(key, JSON.stringify(value));
+    return put('fleet', key, JSON.stringify(value));
+}
+
+// Writes into a zone; says whether there was room. Where there was none the old value goes too, or it would be believed for ever.
+function put(zone, key, text) {
+    try {
+        ngx.shared[zone].set(key, text);
+        return true;
+    } catch (e) {
+        ngx.shared[zone].delete(key);
+        lost(zone, e);
+        return false;
+    }
 }
 
 let told = -Infinity;
@@ -64,7 +80,7 @@ function lost(zone, e) {
 
 // The last look at a replica (health.js).
 function record(name) {
-    return get(`look:${name}`, { alive: null, reason: 'not asked yet', models: [], cards: [], metrics: {} });
+    return get(`look:${name}`, { alive: null, reason: 'not asked yet', metrics: {} });
 }
 
 // [state, reason] of a replica, from the last look, the last one-token request, the last failed connection and the
@@ -79,7 +95,7 @@ function stateOf(name, look) {
         return [look.alive === null ? 'unknown' : look.state, look.reason];
     }
     if (!probe) {
-        return ['loading', 'has not answered a one-token request yet'];
+        return ['loading', look.complaint || 'has not answered a one-token request yet'];
     }
     if (!probe.ok) {
         return ['wedged', probe.reason];
@@ -90,50 +106,53 @@ function stateOf(name, look) {
     return ['ready', ''];
 }
 
-// Makes the table anew from all records, and returns it:
-// {replicas: [{id, name, host, weight, state, reason, models, canary, suspect, metrics}], models: {model: [index]}, canary: its share or null}
-function publish() {
+// The table, made from all records:
+// {replicas: [{id, name, host, weight, state, reason, canary, suspect, metrics}], canary: its share or null}
+function build() {
     const ids = get('ids', {});
     const canary = get('canary', { share: null, replicas: [] });
-    const table = { replicas: [], models: {}, canary: canary.share };
-    read().forEach((replica, index) => {
-        const look = record(replica.name);
-        const [state, reason] = stateOf(replica.name, look);
+    const now = { replicas: [], canary: canary.share };
+    for (const { name, host, weight } of read()) {
+        const look = record(name);
+        const [state, reason] = stateOf(name, look);
         // Given up, maybe too soon: not asked yet, a failed connection, or so slow that it seems dead (`late`) or wedged. Where
         // nothing else is left, as while the others load, it is better to wait there than to be refused.
         const suspect = state === 'unknown' || state === 'wedged'
             || (look.alive || look.late) && (state === 'unreachable' || state === 'loading');
         // A replica keeps its number when others come and go: prefix.js remembers by number.
-        ids[replica.name] = ids[replica.name] || Object.keys(ids).length % 255 + 1;
-        table.replicas.push({
-            id: ids[replica.name],
-            name: replica.name,
-            host: replica.host,
-            weight: replica.weight,
+        ids[name] = ids[name] || Object.keys(ids).length % 255 + 1;
+        now.replicas.push({
+            id: ids[name],
+            name,
+            host,
+            weight,
             state,
             reason,
-            models: look.models,
-            canary: canary.replicas.includes(replica.name),
-            suspect: suspect && !shared.has(`drain:${replica.name}`),
+            canary: canary.replicas.includes(name),
+            suspect: suspect && !shared.has(`drain:${name}`),
             metrics: look.metrics,
         });
-        for (const model of look.models) {
-            (table.models[model] = table.models[model] || []).push(index);
-        }
-    });
+    }
+    set('ids', ids);
+    return now;
+}
+
+// Makes the table anew, for all workers, and returns it.
+function publish() {
     started();
     ZONES.forEach((zone) => counters.add(`lost|${zone}`, 0));
-    set('ids', ids);
-    set('table', table);
+    const now = build();
+    set('table', now);
     // After the table: who reads this number reads this table or a later one.
     counters.incr('table', 1, 0);
-    return table;
+    return now;
 }
 
 let seen = 0;
 let parsed = null;
 
-// The table, and `lists`: what route.js made of it. It is read anew only when another one was published.
+// The table; with each replica's `models`; with `models`, the indices of the replicas of each model; and with `lists`, what
+// route.js made of it. It is read anew only when another one was published.
 function table() {
     const number = counters.get('table');
     if (number === undefined) {
@@ -141,11 +160,55 @@ function table() {
         return table();
     }
     if (number !== seen) {
-        parsed = get('table');
+        // There is none if it found no room.
+        parsed = get('table') || build();
+        const { of, by } = listing(parsed.replicas);
+        parsed.replicas.forEach((replica, i) => { replica.models = of[i]; });
+        parsed.models = by;
         parsed.lists = Object.create(null);
         seen = number;
     }
     return parsed;
+}
+
+let listed = { key: '' };
+
+// The names of models: `of` each of these replicas, and `by` name the indices of those that serve it. They seldom change, and
+// are read anew only then.
+function listing(replicas) {
+    const key = `${counters.get('models')} ${replicas.map((replica) => replica.name)}`;
+    if (key !== listed.key) {
+        listed = { key, of: [], by: Object.create(null) };
+        replicas.forEach(({ name }, index) => {
+            const names = JSON.parse(models.get(name) || '[]');
+            listed.of.push(names);
+            for (const model of names) {
+                (listed.by[model] = listed.by[model] || []).push(index);
+            }
+        });
+    }
+    return listed;
+}
+
+// Takes over what a replica says its models are: their cards. Says whether there was room for their names.
+function learn(name, said) {
+    for (const card of said) {
+        put('cards', card.id, JSON.stringify(card));
+    }
+    const names = JSON.stringify(said.map((card) => card.id));
+    if (models.get(name) === names) {
+        return true;
+    }
+    const kept = put('models', name, names);
+    counters.incr('models', 1, 0);
+    const { by } = listing(read());
+    cards.keys(ALL).forEach((model) => by[model] || cards.delete(model));
+    return kept;
+}
+
+// The card of a model.
+function card(model) {
+    return JSON.parse(cards.get(model) || JSON.stringify({ id: model, object: 'model' }));
 }
 
 // The indices of the replicas that serve this model, or undefined.
@@ -161,13 +224,15 @@ function clock() {
 
 // When this gateway began, by `clock`; a reload does not count.
 function started() {
-    shared.add('started', String(clock()));
-    return Number(shared.get('started'));
+    counters.add('started', clock());
+    return counters.get('started');
 }
 
 // A connection to the replica failed: it leaves the route at once; health.js brings it back.
 function unreachable(name) {
-    set(`down:${name}`, { reason: 'a connection failed', at: clock() });
+    if (!set(`down:${name}`, { reason: 'a connection failed', at: clock() })) {
+        shared.delete(`probe:${name}`);
+    }
     publish();
 }
 
@@ -210,6 +275,6 @@ function forgetDeadWorkers() {
 }
 
 export default {
-    ALL, ZONES, read, parse, get, set, lost, record, publish, table, serving, clock, started, unreachable, enter, leave, inFlight,
-    work, addWork, ageWork, forgetDeadWorkers,
+    ALL, ZONES, read, parse, get, set, put, lost, record, publish, table, serving, learn, card, clock, started, unreachable, enter,
+    leave, inFlight, work, addWork, ageWork, forgetDeadWorkers,
 };

@@ -112,6 +112,9 @@ async function look(replica) {
             now.state = refused && !old.ever ? 'loading' : 'unreachable';
         }
     }
+    if (now.alive && models && models.status === 200) {
+        list(replica, now, models.text);
+    }
     if (!now.alive) {
         shared.delete(`probe:${name}`);
         now.metrics = {};
@@ -119,13 +122,20 @@ async function look(replica) {
     } else if (measured.status === 200) {
         measure(replica, now, old, parse(measured.text));
     }
-    if (now.alive && models && models.status === 200) {
-        now.cards = JSON.parse(models.text).data;
-        now.models = now.cards.map((card) => card.id);
-        now.asked = began;
-    }
     metrics.looked(name, health.status === 200);
     fleet.set(`look:${name}`, now);
+}
+
+// Takes a replica's models into the record `now`.
+function list(replica, now, text) {
+    const cards = JSON.parse(text).data;
+    now.model = cards.length ? cards[0].id : '';
+    now.asked = now.at;
+    if (!fleet.learn(replica.name, cards)) {
+        now.alive = false;
+        now.state = 'unreachable';
+        now.reason = 'the gateway has no room for the names of its models';
+    }
 }
 
 // Takes new metrics into the record `now`, and says what they tell of progress.
@@ -162,6 +172,8 @@ async function watch() {
     replicas.forEach((replica) => fleet.ageWork(replica.name));
     await Promise.all(replicas.map((replica) => look(replica).catch((e) => {
         ngx.log(ngx.ERR, `looking at ${replica.name}: ${e.message}`);
+        // What it was may not be so any more.
+        shared.delete(`look:${replica.name}`);
     })));
     fleet.publish();
 }
@@ -171,7 +183,7 @@ async function watch() {
 // Why the replica should be asked for a token now, or ''.
 function need(name, now) {
     const record = fleet.record(name);
-    if (!record.alive || !record.models.length) {
+    if (!record.alive || !record.model) {
         return '';
     }
     const last = fleet.get(`probe:${name}`);
@@ -191,7 +203,7 @@ function need(name, now) {
 }
 
 async function oneToken(replica) {
-    const model = fleet.record(replica.name).models[0];
+    const { model } = fleet.record(replica.name);
     const began = fleet.clock();
     let answer = await ask(replica, '/v1/completions', { model, prompt: 'a', max_tokens: 1, user: 'gateway-probe' });
     if (answer.status >= 400 && answer.status < 500) {
@@ -221,8 +233,8 @@ async function probe() {
         ngx.log(ngx.WARN, settings.complaint);
     }
     // Another turn that began later, in a new worker, takes over.
-    shared.set('turn', turn);
-    while (fleet.clock() < end && shared.get('turn') === turn && !ending()) {
+    fleet.put('fleet', 'turn', turn);
+    while (fleet.clock() < end && (shared.get('turn') || turn) === turn && !ending()) {
         try {
             for (const replica of fleet.read()) {
                 if (!running.has(replica.name) && need(replica.name, fleet.clock())) {

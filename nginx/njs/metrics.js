@@ -7,7 +7,8 @@ import fleet from './fleet.js';
 const counters = ngx.shared.counters;
 
 const STATES = ['ready', 'loading', 'wedged', 'draining', 'unreachable'];
-const CAUSES = { retry: ['connect', 'reset', 'timeout', 'refused'], refusal: ['full', 'none_ready', 'unknown_model', 'closed'] };
+const CAUSES = { retry: ['connect', 'reset', 'timeout', 'failed', 'refused'],
+    refusal: ['full', 'none_ready', 'failed', 'unknown_model', 'closed'] };
 const FIRST_BYTE = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
 const SERIES = 10000;   // of gateway_requests_total; with the longest names they take 6 MiB of the zone's 8
 const LONGEST = 256;    // characters of a model's name
@@ -97,7 +98,7 @@ function refusals() {
 // ---- the text
 
 function escape(value) {
-    return String(value).replace(/\\/g, '\\\\').replace(/"/g, '\\"').replace(/\n/g, '\\n');
+    return !/[\\"\n]/.test(value) ? value : String(value).replace(/\\/g, '\\\\').replace(/"/g, '\\"').replace(/\n/g, '\\n');
 }
 
 function line(name, labels, value) {
@@ -136,8 +137,10 @@ function text() {
     for (const [key, value] of counters.items(fleet.ALL)) {
         const [kind, replica, ...rest] = key.split('|');
         if (kind === 'request') {
-            const labels = { replica, model: rest.slice(2).join('|'), status: rest[0], reason: rest[1] };
-            requests.push(line('gateway_requests_total', labels, value));
+            // There may be thousands: line() would take its time.
+            const model = rest.length === 3 ? rest[2] : rest.slice(2).join('|');
+            requests.push(`gateway_requests_total{replica="${replica}",model="${escape(model)}",status="${rest[0]}",`
+                + `reason="${rest[1]}"} ${value}\n`);
         } else if (kind === 'buckets') {
             if (rest[0] !== '') {
                 plus(first[replica] = first[replica] || {}, rest[0], value);

@@ -9,7 +9,8 @@ import policies from './policies.js';
 import settings from './settings.js';
 
 const policy = policies[settings.policy];
-const TRIES = 9;   // Nginx allows ten internal redirects
+const TRIES = 9;       // Nginx allows ten internal redirects
+const DELIVERED = 2;   // replicas that one request may break
 
 // ---- choosing
 
@@ -47,7 +48,7 @@ function refuse(r, cause, status, code, message, param) {
     r.variables.reason = 'refused';
     r.chosen = { replica: '', model: r.variables.model || '', reason: 'refused' };
     metrics.refused(cause);
-    if (status !== 404) {
+    if (status === 429 || status === 503) {
         r.headersOut['Retry-After'] = status === 429 ? '1' : '5';
     }
     answers.send(r, status, code, message, param);
@@ -114,18 +115,19 @@ function last(value) {
     return value === undefined ? '-' : value.slice(value.lastIndexOf(' ') + 1);
 }
 
-// Why the last try failed: the replica refused it, no connection, a timeout, or a connection that broke.
+// Why the last try failed: the replica is full, its engine failed, no connection, a timeout, or a connection that broke.
 function cause(r) {
+    const status = last(r.variables.upstream_status);
     if (last(r.variables.upstream_header_time) !== '-') {
-        return 'refused';
+        return status === '503' ? 'refused' : 'failed';
     }
     if (last(r.variables.upstream_connect_time) === '-') {
         return 'connect';
     }
-    return last(r.variables.upstream_status) === '504' ? 'timeout' : 'reset';
+    return status === '504' ? 'timeout' : 'reset';
 }
 
-// js_access of @retry.
+// js_access of @retry. A request that may have ended the replica it was sent to goes to one more, not to all in turn.
 function retry(r) {
     const failed = r.variables.replica;
     const why = cause(r);
@@ -137,12 +139,18 @@ function retry(r) {
     }
     const tried = `${r.variables.tried ? `${r.variables.tried} ` : ''}${failed}=${why}`;
     r.variables.tried = tried;
-    const names = tried.split(' ').map((entry) => entry.split('=')[0]);
+    const entries = tried.split(' ');
+    const names = entries.map((entry) => entry.split('=')[0]);
+    const broken = entries.filter((entry) => /=(reset|timeout|failed)$/.test(entry));
     const table = fleet.table();
     const model = r.variables.model || '';
     const list = candidates(table, fleet.serving(table, model), names);
-    if (list.length && names.length < TRIES) {
+    if (list.length && broken.length < DELIVERED && names.length < TRIES) {
         send(r, load.leastBusy(list), model, 'retry');
+    } else if (broken.length) {
+        const words = r.variables.upstream_http_x_failure;
+        refuse(r, 'failed', 502, 'replica_failed', `This request failed on ${broken.join(' and on ').replace(/=/g, ': ')}`
+            + `${words ? ` (${words})` : ''}. It is not tried again, as it may be the cause.`);
     } else if (tried.includes('=refused')) {
         refuse(r, 'full', 429, 'fleet_full', 'All replicas are full. Try again later.');
     } else {
@@ -172,19 +180,14 @@ function models(r) {
         return;
     }
     const table = fleet.table();
-    const cards = Object.create(null);
-    for (const replica of table.replicas) {
-        for (const card of fleet.record(replica.name).cards) {
-            cards[card.id] = card;
-        }
-    }
+    const names = Object.keys(table.models);
     const wanted = r.uri.slice('/v1/models/'.length);
-    if (!wanted && Object.keys(cards).length) {
-        answers.json(r, { object: 'list', data: Object.values(cards) });
+    if (!wanted && names.length) {
+        answers.json(r, { object: 'list', data: names.map(fleet.card) });
     } else if (!wanted) {
         refuseNone(r, table);
-    } else if (cards[wanted]) {
-        answers.json(r, cards[wanted]);
+    } else if (fleet.serving(table, wanted)) {
+        answers.json(r, fleet.card(wanted));
     } else {
         refuseModel(r, table, wanted);
     }

@@ -15,7 +15,21 @@ function lost(r) {
     return time !== undefined && !time.endsWith('-');
 }
 
+// js_header_filter. Nginx' own page about a body that it could not read is the only 400 that no replica gave.
+function begin(r) {
+    if (r.status === 400 && r.variables.upstream_status === undefined) {
+        r.unread = true;
+        r.headersOut['Content-Type'] = 'application/json';
+        delete r.headersOut['Content-Length'];
+    }
+}
+
 function pass(r, data, flags) {
+    if (r.unread) {
+        // The page may come in pieces; the answer takes the place of its end.
+        r.sendBuffer(flags.last ? answers.page(r, 400) : NOTHING, flags);
+        return;
+    }
     if (r.held === undefined) {
         if (!(r.headersOut['Content-Type'] || '').startsWith('text/event-stream')) {
             r.sendBuffer(data, flags);
@@ -41,4 +55,4 @@ function pass(r, data, flags) {
     }
 }
 
-export default { pass };
+export default { begin, pass };

@@ -1,26 +1,26 @@
 """Where a model can be brought from: the hub, a folder, or an HTTP or S3 mirror.
 
-Each source lists its files with their size and what it knows of their content, and gives a file's bytes from an offset,
-so that a download can be resumed and checked whatever it came from. Where a source does not answer, httpx's errors
-come through."""
+Each source lists its files with their size and what it knows of their content, and goes on with a file where it ended,
+so that a download can be resumed and checked whatever it came from."""
 
 import hashlib
-import hmac
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Protocol
-from urllib.parse import quote
-from xml.etree import ElementTree
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-import httpx
-from pydantic import BaseModel, Field, ValidationError
+import huggingface_hub
 
-from models.hub import client, gated, is_repository, not_the_hub, read_token
+from models import hub
 from stack.console import Problem
 
 SUMS = "SHA256SUMS"
@@ -29,10 +29,12 @@ CHUNK = 1 << 20
 # What vLLM loads; of weights in both formats, the first.
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 WANTED = (*WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
-TIMEOUT = httpx.Timeout(30, connect=10, read=120)
-# compressed on the way, sizes and offsets would mean something else
-PLAIN = {"Accept-Encoding": "identity"}
-REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+AGAIN = "run this again: it goes on where it ended"
+CHECK_ADDRESS = f"check the address and the network, then {AGAIN}"
+CHECK_S3 = (
+    "check the address, the network (proxies have to be http:// ones), AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID"
+    f" and AWS_SECRET_ACCESS_KEY, then {AGAIN}"
+)
 
 
 @dataclass(frozen=True)
@@ -46,35 +48,47 @@ class File:
     version: str = ""  # where there is no sum: changes when the file does
 
 
-class Source(Protocol):
-    """A place that has a model."""
-
-    name: str  # OWNER/NAME, the folder under models/
-    revision: str  # what exactly was taken: a commit, or the sum of all sums
-
-    def files(self) -> list[File]:
-        """What there is of WANTED."""
-
-    def read(self, file: File, offset: int) -> Iterator[bytes]:
-        """The file's bytes from `offset`."""
+# Appends to the stream, which stands at its end, what it lacks of the file, and tells each time how many bytes came.
+# A Problem where that breaks off.
+Fetch = Callable[[File, BinaryIO, Callable[[int], object]], None]
 
 
-def open_source(text: str, revision: str | None, token_file: Path | None, endpoint: str) -> Source:
-    """The source that `text` names: a folder, an http(s):// or s3:// address, or a repository of the hub `endpoint`."""
+@dataclass(frozen=True)
+class Source:
+    """A place that has a model: what there is of WANTED, how to get it, and at the hub of which commit it is."""
+
+    files: list[File]
+    fetch: Fetch
+    commit: str = ""
+
+    @property
+    def revision(self) -> str:
+        """What exactly is there: the commit, or the sum of all sums."""
+        lines = sorted(f"{file.sha256 or file.version} {file.size} {file.path}\n" for file in self.files)
+        return self.commit or hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def name_of(text: str) -> str:
+    """What the model at the source `text` is called under models/, if the user gives it no other name."""
+    return text if hub.is_repository(text) and not Path(text).is_dir() else PurePosixPath(Path(text).resolve()).name
+
+
+def open_source(text: str, revision: str | None, token_file: Path | None, at: str | None) -> Source:
+    """The source that `text` names: a folder, an address (http, https, s3), or a repository of the hub, or of `at`."""
     folder = Path(text)
     is_address = text.startswith(("http://", "https://", "s3://"))
     if revision and (is_address or folder.is_dir()):
         raise Problem(f"{text} has no revisions: --revision is the hub's", "leave --revision out")
     if folder.is_dir():
-        return Folder(folder.resolve())
+        return _folder(folder)
     if text.startswith("s3://"):
-        return S3.from_address(text)
+        return _s3(text)
     if is_address:
         # HF_TOKEN_FILE's token is for the hub alone
-        return Http(text.rstrip("/"), read_token(token_file) if token_file else None)
-    if not is_repository(text):
+        return _web(text.rstrip("/"), hub.read_token(token_file) if token_file else None)
+    if not hub.is_repository(text):
         raise Problem(f"{text} is neither a folder, an address nor a name like owner/model", "correct it")
-    return Hub(text, revision or "main", read_token(token_file), endpoint.rstrip("/"))
+    return _hub(text, revision or "main", hub.read_token(token_file), hub.endpoint(at))
 
 
 def wanted(path: str) -> bool:
@@ -126,269 +140,170 @@ def with_sums(found: list[File], content: bytes, where: str) -> list[File]:
     return [replace(file, sha256=sums.get(file.path)) for file in found]
 
 
-def _sum_of(files: list[File]) -> str:
-    lines = sorted(f"{file.sha256 or file.version} {file.size} {file.path}\n" for file in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _client(token: str | None) -> httpx.Client:
-    headers = PLAIN | ({"Authorization": f"Bearer {token}"} if token else {})
-    return client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
-
-
-def _stream(
-    client: httpx.Client,
-    url: str,
-    offset: int,
-    refused: Callable[[int], Problem],
-    headers: dict[str, str] | None = None,
-) -> Iterator[bytes]:
-    """A file's bytes from `offset`; where the server knows no ranges, the first bytes are skipped."""
-    asked = {**(headers or {}), **({"Range": f"bytes={offset}-"} if offset else {})}
-    with client.stream("GET", url, headers=asked) as answer:
-        if answer.status_code not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
-            raise refused(answer.status_code)
-        skip = offset if answer.status_code == httpx.codes.OK else 0
-        for chunk in answer.iter_raw(CHUNK):
-            if skip >= len(chunk):
-                skip -= len(chunk)
-            else:
-                yield chunk[skip:]
-                skip = 0
-
-
-@dataclass
-class Folder:
+def _folder(folder: Path) -> Source:
     """A folder on this host, a USB disk say. Its SHA256SUMS is used where there is one."""
 
-    folder: Path
-    name: str = field(init=False)
-    revision: str = field(init=False, default="")
+    def fetch(file: File, stream: BinaryIO, advance: Callable[[int], object]) -> None:
+        with (folder / file.path).open("rb") as source:
+            source.seek(stream.tell())
+            while chunk := source.read(CHUNK):
+                advance(stream.write(chunk))
 
-    def __post_init__(self) -> None:
-        self.name = self.folder.name
-
-    def files(self) -> list[File]:
-        found = []
-        for path in self.folder.rglob("*"):
-            inside = str(path.relative_to(self.folder))
-            if wanted(inside) and path.is_file():
-                about = path.stat()
-                found.append(File(inside, about.st_size, version=str(about.st_mtime_ns)))
-        sums = self.folder / SUMS
-        if sums.is_file():
-            found = with_sums(found, sums.read_bytes(), str(sums))
-        self.revision = _sum_of(found)
-        return found
-
-    def read(self, file: File, offset: int) -> Iterator[bytes]:
-        with (self.folder / file.path).open("rb") as stream:
-            stream.seek(offset)
-            while chunk := stream.read(CHUNK):
-                yield chunk
+    found = []
+    for path in folder.rglob("*"):
+        inside = str(path.relative_to(folder))
+        if wanted(inside) and path.is_file():
+            about = path.stat()
+            found.append(File(inside, about.st_size, version=str(about.st_mtime_ns)))
+    sums = folder / SUMS
+    return Source(with_sums(found, sums.read_bytes(), str(sums)) if sums.is_file() else found, fetch)
 
 
-@dataclass
-class Http:
+def _fetch_from(base: str, token: str | None, refused: Callable[[str, int], Problem], fix: str) -> Fetch:
+    """How to get files below the address `base`. A connection that breaks is tried again a few times.
+
+    Not by hf_hub_download: what arrived before a run ended it throws away.
+    """
+
+    def fetch(file: File, stream: BinaryIO, advance: Callable[[int], object]) -> None:
+        url = f"{base}/{quote(file.path)}"
+        with hub.reaching(url, fix):
+            from huggingface_hub.file_download import http_get  # noqa: PLC0415 - it does not load in every environment
+
+            # it warns of each new try, with the whole address
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+            bar = cast(Any, lambda **_: nullcontext(SimpleNamespace(update=advance)))
+            try:
+                http_get(url, stream, resume_size=stream.tell(), headers=hub.headers(token), tqdm_class=bar)
+            except huggingface_hub.errors.HfHubHTTPError as error:
+                raise refused(file.path, error.response.status_code) from error
+
+    return fetch
+
+
+def _web(url: str, token: str | None) -> Source:
     """A folder on a web server. Its SHA256SUMS says which files there are."""
 
-    url: str
-    token: str | None
-    name: str = field(init=False)
-    revision: str = field(init=False, default="")
-
-    def __post_init__(self) -> None:
-        self.name = httpx.URL(self.url).path.rsplit("/", 1)[-1]
-        self._client = _client(self.token)
-
-    def files(self) -> list[File]:
-        sums = b"".join(self.read(File(SUMS, 0), 0))
-        found = []
-        for path, digest in parse_sums(sums, f"{self.url}/{SUMS}").items():
-            if wanted(path):
-                head = self._client.head(f"{self.url}/{quote(path)}")
-                if head.status_code != httpx.codes.OK:
-                    raise self._refused(path, head.status_code)
-                size = head.headers.get("content-length", "")
-                if not size.isdecimal():
-                    raise Problem(f"{self.url}/{path}: the server tells no size", "let it answer HEAD with a length")
-                found.append(File(path, int(size), digest))
-        self.revision = _sum_of(found)
-        return found
-
-    def read(self, file: File, offset: int) -> Iterator[bytes]:
-        url = f"{self.url}/{quote(file.path)}"
-        yield from _stream(self._client, url, offset, lambda status: self._refused(file.path, status))
-
-    def _refused(self, path: str, status: int) -> Problem:
-        what = f"{self.url}/{path}: status {status}"
-        if status in REFUSED:
+    def refused(path: str, status: int) -> Problem:
+        what = f"{url}/{path}: status {status}"
+        if status in hub.REFUSED:
             return Problem(what, "name a file with the mirror's token: --token-file FILE")
         return Problem(what, f"put there {SUMS} and each file that it names; {WRITE_SUMS}")
 
+    def ask(method: str, path: str) -> Any:
+        answer = hub.ask(f"{url}/{quote(path)}", token, CHECK_ADDRESS, method)
+        if answer.status_code != 200:
+            raise refused(path, answer.status_code)
+        return answer
 
-class _Lfs(BaseModel):
-    sha256: str
+    found = []
+    for path, digest in parse_sums(ask("GET", SUMS).content, f"{url}/{SUMS}").items():
+        if wanted(path):
+            size = ask("HEAD", path).headers.get("content-length", "")
+            if not size.isdecimal():
+                raise Problem(f"{url}/{path}: the server tells no size", "let it answer HEAD with a length")
+            found.append(File(path, int(size), digest))
+    return Source(found, _fetch_from(url, token, refused, CHECK_ADDRESS))
 
 
-class _Sibling(BaseModel):
-    rfilename: str
-    size: int
-    blobId: str  # noqa: N815 - the hub's name
-    lfs: _Lfs | None = None
-
-
-class _About(BaseModel):
-    sha: str = Field(pattern="^[0-9a-f]+$")
-    siblings: list[_Sibling]
-
-
-@dataclass
-class Hub:
+def _hub(name: str, revision: str, token: str | None, endpoint: str) -> Source:
     """A repository on the Hugging Face hub, or on a mirror that speaks its API."""
 
-    name: str
-    revision: str
-    token: str | None
-    endpoint: str
-
-    def __post_init__(self) -> None:
-        self._client = _client(self.token)
-
-    def files(self) -> list[File]:
-        asked = f"{self.endpoint}/api/models/{self.name}/revision/{quote(self.revision, safe='')}?blobs=true"
-        answer = self._client.get(asked)
-        if answer.status_code != httpx.codes.OK:
-            raise self._refused(asked, answer.status_code)
-        try:
-            about = _About.model_validate_json(answer.content)
-        except ValidationError as error:
-            raise not_the_hub(asked) from error
-        # from here on the commit, so that all files are of one
-        self.revision = about.sha
-        return [
-            # git has large files as a pointer, their content has a SHA-256
-            File(one.rfilename, one.size, one.lfs.sha256) if one.lfs else File(one.rfilename, one.size, git=one.blobId)
-            for one in about.siblings
-            if wanted(one.rfilename)
-        ]
-
-    def read(self, file: File, offset: int) -> Iterator[bytes]:
-        url = f"{self.endpoint}/{self.name}/resolve/{self.revision}/{quote(file.path)}"
-        yield from _stream(self._client, url, offset, lambda status: self._refused(url, status))
-
-    def _refused(self, url: str, status: int) -> Problem:
+    def refused(path: str, status: int) -> Problem:
         # of a gated model the hub lists the files for everyone, and refuses them
-        if status in REFUSED:
-            return gated(self.name)
-        return Problem(f"{url}: status {status}", "correct the name or --revision, or try again later")
+        if status in hub.REFUSED:
+            return hub.gated(name)
+        wrong = "the name" if revision == "main" else "--revision"
+        return Problem(f"{path} of {name} at {endpoint}: status {status}", f"correct {wrong}, or {AGAIN}")
+
+    with hub.reaching(endpoint):
+        try:
+            api = huggingface_hub.HfApi(endpoint, token=token or False)
+            about: Any = api.model_info(name, revision=revision, files_metadata=True, timeout=hub.TIMEOUT)
+            # git has large files as a pointer, their content has a SHA-256
+            found = [
+                File(one.rfilename, one.size, one.lfs and one.lfs.sha256, None if one.lfs else one.blob_id)
+                for one in about.siblings
+                if wanted(one.rfilename)
+            ]
+        except huggingface_hub.errors.HfHubHTTPError as error:
+            raise refused(f"revision {revision}", error.response.status_code) from error
+        except huggingface_hub.errors.HFValidationError as error:
+            raise Problem(f"{name} is no name of a model on the hub: {error}", "correct it") from error
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise hub.not_the_hub(endpoint) from error
+    whole = all(isinstance(file.size, int) and (file.sha256 or file.git) for file in found)
+    if not whole or not re.fullmatch("[0-9a-f]+", str(about.sha)):
+        raise hub.not_the_hub(endpoint)
+    # by the commit, so that all files are of one
+    address = f"{endpoint}/{name}/resolve/{about.sha}"
+    return Source(found, _fetch_from(address, token, refused, f"{hub.CHECK}; then {AGAIN}"), about.sha)
 
 
-@dataclass
-class S3:
-    """A prefix of an S3 bucket, at Amazon or at AWS_ENDPOINT_URL. Keys from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
-    (and AWS_SESSION_TOKEN); without them the bucket has to be public. Its SHA256SUMS is used where there is one."""
+@contextmanager
+def _reaching_s3(where: str) -> Iterator[None]:
+    """Turns boto3's errors on the way to an object into Problems."""
+    from botocore import exceptions  # noqa: PLC0415 - half a second that other sources need not wait for
 
-    bucket: str
-    prefix: str
-    name: str = field(init=False)
-    revision: str = field(init=False, default="")
+    try:
+        yield
+    except exceptions.ClientError as error:
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if status == 412:
+            raise Problem(f"{where} has changed meanwhile", "run this again: it begins anew") from error
+        raise Problem(f"{where}: status {status}, {error}", CHECK_S3) from error
+    # a ValueError where AWS_ENDPOINT_URL is no address
+    except (exceptions.BotoCoreError, ValueError) as error:
+        raise Problem(f"cannot reach {where}, it does not answer or broke off: {error}", CHECK_S3) from error
 
-    @staticmethod
-    def from_address(text: str) -> "S3":
-        bucket, _, folder = text.removeprefix("s3://").partition("/")
-        if not bucket or not folder.strip("/"):
-            raise Problem(f"{text} names no bucket with a folder", "write it as s3://BUCKET/FOLDER")
-        return S3(bucket, folder.strip("/") + "/")
 
-    def __post_init__(self) -> None:
-        self.name = self.prefix.rstrip("/").rsplit("/", 1)[-1]
-        self._region = os.environ.get("AWS_REGION", "us-east-1")
-        endpoint = os.environ.get("AWS_ENDPOINT_URL")
-        # an endpoint of one's own rarely has a name for each bucket
-        amazon = f"https://{self.bucket}.s3.{self._region}.amazonaws.com"
-        self._base = f"{endpoint.rstrip('/')}/{self.bucket}" if endpoint else amazon
-        self._client = client(headers=PLAIN, timeout=TIMEOUT)
+def _s3_client(bucket: str) -> Any:
+    """With the keys that boto3 finds; without any the bucket has to be public."""
+    import boto3  # noqa: PLC0415 - as above
+    from botocore import UNSIGNED, config  # noqa: PLC0415
 
-    def files(self) -> list[File]:
-        found: list[File] = []
-        sums = None
-        more = ""
-        while True:
-            query = {"list-type": "2", "prefix": self.prefix}
-            if more:
-                query["continuation-token"] = more
-            text = "&".join(f"{key}={quote(value, safe='')}" for key, value in sorted(query.items()))
-            answer = self._client.get(f"{self._base}/?{text}", headers=self._signed("/", text))
-            if answer.status_code != httpx.codes.OK:
-                raise self._refused("", answer.status_code)
-            try:
-                page = ElementTree.fromstring(answer.content)  # noqa: S314 - of the user's own storage
-                listed = [self._listed(one) for one in page.iterfind("{*}Contents")]
-            except (ElementTree.ParseError, ValueError) as error:
-                raise Problem(
-                    f"{self._base} answers something else than S3 does", "correct AWS_ENDPOINT_URL"
-                ) from error
-            found += [file for file in listed if wanted(file.path)]
-            sums = next((file for file in listed if file.path == SUMS), sums)
-            more = page.findtext("{*}NextContinuationToken") or ""
-            if not more:
-                break
-        if sums:
-            found = with_sums(found, b"".join(self.read(sums, 0)), f"s3://{self.bucket}/{self.prefix}{SUMS}")
-        self.revision = _sum_of(found)
-        return found
+    session = boto3.Session()
+    region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+    endpoint = os.environ.get("AWS_ENDPOINT_URL") or f"https://{bucket}.s3.{region}.amazonaws.com"
+    options: dict[str, Any] = {"connect_timeout": 10}
+    if not session.get_credentials():
+        options["signature_version"] = UNSIGNED
+    # boto3 does not look at ALL_PROXY
+    if (proxy := getproxies().get("all")) and not proxy_bypass(urlsplit(endpoint).hostname or ""):
+        options["proxies"] = {"http": proxy, "https": proxy} | getproxies()
+    return session.client("s3", region_name=region, config=config.Config(**options))
 
-    def _listed(self, row: ElementTree.Element) -> File:
-        path = row.findtext("{*}Key", "").removeprefix(self.prefix)
-        return File(path, int(row.findtext("{*}Size", "")), version=row.findtext("{*}ETag", ""))
 
-    def read(self, file: File, offset: int) -> Iterator[bytes]:
-        path = "/" + quote(self.prefix + file.path)
+def _s3(text: str) -> Source:
+    """A folder in an S3 bucket, at Amazon or at AWS_ENDPOINT_URL. Its SHA256SUMS is used where there is one."""
+    bucket, _, folder = text.removeprefix("s3://").partition("/")
+    folder = folder.strip("/")
+    if not bucket or not folder:
+        raise Problem(f"{text} names no bucket with a folder", "write it as s3://BUCKET/FOLDER")
+
+    def fetch(file: File, stream: BinaryIO, advance: Callable[[int], object]) -> None:
         # an object that was replaced since it was listed is refused
-        headers = self._signed(path, "") | ({"If-Match": file.version} if file.version else {})
-        yield from _stream(
-            self._client, self._base + path, offset, lambda status: self._refused(file.path, status), headers
-        )
+        asked = {"Bucket": bucket, "Key": f"{folder}/{file.path}", "IfMatch": file.version}
+        if have := stream.tell():
+            asked["Range"] = f"bytes={have}-"
+        with _reaching_s3(f"s3://{bucket}/{folder}/{file.path}"):
+            for chunk in client.get_object(**asked)["Body"].iter_chunks(CHUNK):
+                advance(stream.write(chunk))
 
-    def _refused(self, path: str, status: int) -> Problem:
-        what = f"s3://{self.bucket}/{self.prefix}{path}: status {status}"
-        if status == httpx.codes.PRECONDITION_FAILED:
-            return Problem(f"{what}, it has changed meanwhile", "run this again: it begins anew")
-        return Problem(
-            what,
-            "check the address, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL",
-        )
-
-    def _signed(self, path: str, query: str) -> dict[str, str]:
-        key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
-        if not key or not secret:
-            return {}
-        base = httpx.URL(self._base)
-        headers = {"host": base.netloc.decode()}
-        if token := os.environ.get("AWS_SESSION_TOKEN"):
-            headers["x-amz-security-token"] = token
-        # at the root of a bucket's own host there is no path
-        return sign_s3(base.path.rstrip("/") + path, query, headers, key, secret, self._region, datetime.now(UTC))
-
-
-EMPTY = hashlib.sha256(b"").hexdigest()
-
-
-def sign_s3(
-    path: str, query: str, headers: dict[str, str], key: str, secret: str, region: str, now: datetime
-) -> dict[str, str]:
-    """The headers of a GET with those of AWS Signature Version 4. `headers` has lower-case names, `host` among them."""
-    stamp, day = f"{now:%Y%m%dT%H%M%SZ}", f"{now:%Y%m%d}"
-    every = headers | {"x-amz-content-sha256": EMPTY, "x-amz-date": stamp}
-    names = ";".join(sorted(every))
-    lines = "".join(f"{name}:{every[name]}\n" for name in sorted(every))
-    canonical = f"GET\n{path}\n{query}\n{lines}\n{names}\n{EMPTY}"
-    scope = f"{day}/{region}/s3/aws4_request"
-    text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
-    signing = f"AWS4{secret}".encode()
-    for part in (day, region, "s3", "aws4_request"):
-        signing = hmac.digest(signing, part.encode(), "sha256")
-    signature = hmac.digest(signing, text.encode(), "sha256").hex()
-    authorization = f"AWS4-HMAC-SHA256 Credential={key}/{scope},SignedHeaders={names},Signature={signature}"
-    return every | {"authorization": authorization}
+    with _reaching_s3(text):
+        client = _s3_client(bucket)
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{folder}/")
+        rows = [row for page in pages for row in page.get("Contents", ())]
+    if not rows:
+        raise Problem(f"{text} is empty, or no S3 answers", CHECK_S3)
+    listed = {
+        path: File(path, row["Size"], version=row["ETag"])
+        for row in rows
+        if (path := row["Key"].removeprefix(f"{folder}/"))
+    }
+    found = [file for path, file in listed.items() if wanted(path)]
+    if SUMS in listed:
+        sums = BytesIO()
+        fetch(listed[SUMS], sums, int)
+        found = with_sums(found, sums.getvalue(), f"s3://{bucket}/{folder}/{SUMS}")
+    return Source(found, fetch)

@@ -44,6 +44,7 @@ class Wish:
     replicas: int | None = None
     tp: int | None = None
     pp: int | None = None
+    trust_config: bool = False  # plan without the keys of config.json that the planner does not know
 
 
 @dataclass(frozen=True)

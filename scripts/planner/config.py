@@ -1,24 +1,30 @@
 """Reads a model from its files: config.json, and what others of them add."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from math import ceil
+from math import ceil, gcd
 from pathlib import Path
 from typing import Any
 
 from models.hub import fetch_config, fetch_further
 from planner.model import Attention, Cached, Mlp, Model, Tower, Weights
 from planner.pooling import Further, Pooling
-from planner.quantization import MXFP4_METHODS, Quantization, read_quantization
+from planner.quantization import MXFP4, MXFP4_METHODS, Quantization, read_quantization
 from stack.console import Problem
 
 DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
-# Layers that keep a state instead of keys and values, which this arithmetic does not describe: how they are named, and
-# how the keys begin that only such models have.
-STATE_SPACE = ("mamba", "ssm", "rwkv", "linear_attention", "recurrent", "conv")
-STATE_KEYS = ("mamba_", "ssm_", "hybrid_override_pattern", "linear_num_", "linear_attn_config", "conv_L_cache")
+# Models that keep a state of another kind than those that are read here, by how keys begin that only such models have.
+STATE_KEYS = ("ssm_cfg", "mamba_d_", "mamba_expand", "mamba_dt_rank", "conv_L_cache", "time_step_rank", "state_size")
+STATE_SPACE = ("mamba", "rwkv", "lfm2", "recurrent", "zamba", "jamba", "bamba", "falcon_h1")
+# What a layer does, by its name in layer_types; those with a state by how it is made.
+GATED_DELTA, MAMBA2, KDA = "linear_attention", "mamba", "kda"
+SEEING = ("full_attention", "sliding_attention", "attention", "chunked_attention", "full", "sliding")
+# Letters of hybrid_override_pattern.
+PATTERN = {"M": MAMBA2, "*": "full_attention", "-": "mlp", "E": "moe"}
 # What a config.json leaves to its class in transformers; those of Gemma 3 on the hub say little else.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
@@ -32,6 +38,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
         "sliding_window_pattern": 6,
+    },
+    "gemma4": {
+        "vision_config": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 16,
+            "patch_size": 16,
+            "image_size": 800,  # 2,520 patches
+        },
+        "audio_config": {"hidden_size": 1024, "num_hidden_layers": 12},
     },
     "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "sliding_window_pattern": 2},
     "llama4_text": {
@@ -61,6 +77,7 @@ UNGATED = (
     "starcoder2",
     "bloom",
     "mpt",
+    "nemotron_h",
     "bert",
     "roberta",
     "xlm-roberta",
@@ -70,9 +87,9 @@ NAMES = {
     "hidden": ("hidden_size", "n_embd", "d_model"),
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "heads": ("num_attention_heads", "n_head"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
-    "vocabulary": ("vocab_size",),
-    "intermediate": ("intermediate_size", "n_inner", "ffn_dim"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num"),
+    "vocabulary": ("vocab_size", "padded_vocab_size"),
+    "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
     "experts": ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"),
     "used_experts": (
         "num_experts_per_tok",
@@ -83,8 +100,13 @@ NAMES = {
         "moe_top_k",
         "moe_k",
     ),
-    "shared_experts": ("n_shared_experts", "moe_num_shared_experts"),
-    "first_dense": ("first_k_dense_replace", "moe_layer_start_index"),
+    "shared_experts": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
+    "shared_width": (
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+    ),
+    "first_dense": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
     "sparse_step": ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step"),
     "length": (
         "max_position_embeddings",
@@ -95,6 +117,7 @@ NAMES = {
         "max_seq_length",
         "seq_len",
     ),
+    "window_every": ("sliding_window_pattern", "global_attn_every_n_layers"),
     "tower_hidden": ("embed_dim", "hidden_size"),
     "tower_layers": ("depth", "num_hidden_layers", "num_layers"),
     "dtype": ("torch_dtype", "dtype"),
@@ -103,22 +126,87 @@ NAMES = {
 SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope")
 # Methods whose groups do not keep experts from being split further.
 FINER = ("fp8", *MXFP4_METHODS)
+# Keys of a size-like kind that are without effect on what a GPU holds, or on which too much is counted without them.
+HARMLESS = {
+    "attention_chunk_size",  # taken to see all
+    "attn_layer_indices",
+    "bos_token_id",
+    "chunk_size",
+    "ep_size",
+    "head_dim_rope",
+    "index_topk_pattern",
+    "layer_rope_theta",
+    "max_window_layers",
+    "mlp_multipliers",
+    "model_parallel_size",
+    "moe_layers",
+    "num_mtp_layers",
+    "no_rope_layers",
+    "activation_sparsity_pattern",
+    "qk_head_dim",
+    "rotary_dim",
+    "tensor_parallel_size",
+    "type_vocab_size",
+    "unpadded_vocab_size",
+}
+SIZES = re.compile(
+    r"(_dims?|_sizes?|_heads|_layers|_groups|_ratios?|_rank|_inner|_expand|_state|_per_layer|_d_conv)$|^block_configs$"
+)
+ENCODER_DECODERS = ("whisper", "t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100")
+LFS_POINTER = b"version https://git-lfs.github.com/"
+MOST_LAYERS = 10_000
 NO_FILES: dict[str, Mapping[str, Any]] = {}
 NOT_A_MODEL = "give the folder or the hub's name of a language model"
 
 
-def read_model(config: object, name: str, disk_bytes: int | None = None, further: Further = NO_FILES.get) -> Model:
+def read_model(
+    config: object, name: str, disk_bytes: int | None = None, further: Further = NO_FILES.get, trust: bool = False
+) -> Model:
     """The model of a config.json. `disk_bytes` of its weights where the files are at hand; `further` gives another JSON
     file of the model by its name, None where it has none.
 
-    Raises Problem where its arithmetic is not known."""
+    Raises Problem where its arithmetic is not known. A key that may change sizes and was not read is one of these,
+    unless `trust` has it left to the caller in `unread`."""
     if not isinstance(config, Mapping):
         raise Problem(f"{name}: config.json is not an object", NOT_A_MODEL)
+    if config.get("is_encoder_decoder") or config.get("model_type") in ENCODER_DECODERS:
+        raise Problem(
+            f"{name} is an encoder-decoder ({config.get('model_type')}), of which the planner knows no arithmetic",
+            "for speech pin its GPUs in docker-compose.gpu.yml; for text take a decoder, which vLLM serves",
+        )
     try:
-        return Config(config, name, further).model(disk_bytes)
+        read = Config(config, name, further)
+        model = read.model(disk_bytes)
+        unread = read.unread()
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # any of its values may be of another type than everybody's
         raise Problem(f"{name}: config.json is not one of a language model: {error}", NOT_A_MODEL) from error
+    except Problem as error:
+        if config.get("auto_map") and error.fix == NOT_A_MODEL:
+            raise Problem(
+                f"{name} is described by code of its own (auto_map), which the planner does not run",
+                "pin its GPUs in docker-compose.gpu.yml, with TRUST_REMOTE_CODE=1 if you trust that code",
+            ) from error
+        raise
+    if unread and not trust:
+        raise Problem(
+            f"{name}: config.json has {', '.join(unread)}, which may change sizes and which the planner does not know",
+            "plan without it by --trust-config, or pin its GPUs in docker-compose.gpu.yml",
+        )
+    return replace(model, unread=unread)
+
+
+class Keys(dict[str, Any]):
+    """A part of a config.json without its nulls; it notes which keys were read."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        super().__init__((key, value) for key, value in found.items() if value is not None)
+        self.read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dict does."""
+        self.read.add(key)
+        return super().get(key, default)
 
 
 class Config:
@@ -128,8 +216,14 @@ class Config:
         text = whole.get("text_config") or whole.get("llm_config") or whole
         if not isinstance(text, Mapping):
             raise Problem(f"{name}: text_config in config.json is not an object", NOT_A_MODEL)
-        self.name, self.whole, self.further = name, whole, further
-        self.text = DEFAULTS.get(str(text.get("model_type")), {}) | {k: v for k, v in text.items() if v is not None}
+        self.name, self.whole, self.further = (
+            name,
+            DEFAULTS.get(str(whole.get("model_type")), {}) | dict(whole),
+            further,
+        )
+        self.text = Keys(text)
+        for key, value in DEFAULTS.get(str(text.get("model_type")), {}).items():
+            self.text.setdefault(key, value)
         self.kind = str(self.text.get("model_type", ""))
         self.architecture = str((whole.get("architectures") or [""])[0])
         _refuse_recurrent(self.text, name)
@@ -141,7 +235,11 @@ class Config:
                 f"{name}: config.json says 0 for hidden_size, num_hidden_layers, num_attention_heads or vocab_size",
                 NOT_A_MODEL,
             )
-        self.intermediate = self.number("intermediate", 4 * self.hidden) or 4 * self.hidden
+        if self.layers > MOST_LAYERS:
+            raise Problem(f"{name}: config.json says that it has {self.layers} layers", NOT_A_MODEL)
+        self.kinds = self.layer_kinds()
+        # the last so many keep nothing of their own and see what earlier ones kept
+        self.sharing = min(self.number("num_kv_shared_layers", 0), self.layers - 1)
 
     def get(self, what: str, default: Any = None) -> Any:
         """The first value there is by any of its NAMES, of the language model before the whole one."""
@@ -159,6 +257,16 @@ class Config:
             raise Problem(f"{self.name}: config.json has no {names[0]}", NOT_A_MODEL)
         return found if found is not None else default or 0
 
+    def unread(self) -> tuple[str, ...]:
+        """Keys of the language model that may change sizes and were not read, once all else is read."""
+        return tuple(
+            key
+            for key, value in self.text.items()
+            if value
+            and key not in self.text.read | HARMLESS
+            and (SIZES.search(str(key)) or (isinstance(value, list) and len(value) >= self.layers))
+        )
+
     def model(self, disk_bytes: int | None) -> Model:
         """The whole model. Raises Problem where a number is missing or makes no sense."""
         found = self.get("quantization_config") or self.whole.get("compression_config")
@@ -173,6 +281,17 @@ class Config:
             split=weights.split + split,
             replicated=weights.replicated + replicated + 2 * self.hidden,
         )
+        if rank := self.number("laurel_rank", 0):  # two narrow matrices beside the attention of Gemma 3n
+            weights = replace(weights, split=weights.split + 2 * self.hidden * rank)
+        if width := self.number("hidden_size_per_layer_input", 0):
+            # each layer looks up an embedding of its own, which a matrix narrows the first one to and two more apply
+            words = self.number("vocab_size_per_layer_input", self.vocabulary)
+            weights = replace(
+                weights,
+                look_up=words * width * self.layers,
+                split=weights.split + self.hidden * width,
+                replicated=weights.replicated + 2 * self.hidden * width,
+            )
         if words := self.number("draft_vocab_size", 0):
             # An EAGLE-3 head: the embedding is the large model's, the output a shorter one of its own, and its one
             # layer sees three of the large model's layers through a matrix, and its own input beside them.
@@ -198,64 +317,191 @@ class Config:
             file_bytes=disk_bytes,
         )
         if found:
-            return replace(model, quantization=_quantization(found, model, split))
+            return replace(model, quantization=_quantization(found, model, split, str(self.text.get("expert_dtype"))))
         stored = DTYPE_BYTES.get(str(self.get("dtype")), 2)
         return replace(model, file_bytes=disk_bytes * 2 // stored if disk_bytes else None)
 
     def attention(self, pooling: Pooling | None) -> tuple[Attention, int, int]:
-        """Each layer's attention; its parameters that tp splits; those that each GPU keeps whole."""
-        hidden, heads = self.hidden, self.heads
+        """The attention; of an average layer's parameters those that tp splits, and those that each GPU keeps whole."""
+        hidden, heads, encoder = self.hidden, self.heads, bool(pooling and pooling.encoder)
+        windows = self.windows()
+        if self.text.get("compress_ratios"):
+            return self.compressed()
+        states, state_split, state_whole = self.states()
+        seeing = [layer for layer in range(self.layers) if self.kinds[layer] in SEEING]
         if rank := self.number("kv_lora_rank", 0):
             nope, rope, value = (self.number(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+            for key in ("head_dim", *NAMES["kv_heads"]):  # said of the others
+                self.text.get(key)
             query_rank = self.number("q_lora_rank", 0)
             split = heads * ((query_rank or hidden) * (nope + rope) + rank * (nope + value) + value * hidden)
             replicated = hidden * (rank + rope) + hidden * query_rank
-            return Attention(heads, 0, value, self.cached(0, value, rank + rope, pooling)), split, replicated
+            cached = _cached(Counter((0, value, rank + rope, windows[layer]) for layer in seeing))
+            split, replicated = (
+                (one * len(seeing) + more) // self.layers
+                for one, more in ((split, state_split), (replicated, state_whole))
+            )
+            return Attention(heads, 0, value, () if encoder else cached + states), split, replicated
         head_dim = self.number("head_dim", 0) or hidden // heads
-        kv_heads = self.number("kv_heads", heads) or heads
+        kv_heads = self.kv_heads()
         if not head_dim:
             raise Problem(f"{self.name}: config.json has more heads than its width of {hidden}", NOT_A_MODEL)
-        encoder = bool(pooling and pooling.encoder)
         bias = bool(self.text.get("attention_bias") or self.architecture.startswith("Qwen2") or encoder)
-        split = 2 * hidden * heads * head_dim + (2 * hidden + 2 * bias) * kv_heads * head_dim + bias * heads * head_dim
-        return Attention(heads, kv_heads, head_dim, self.cached(kv_heads, head_dim, 0, pooling)), split, 0
+        gated = self.text.get("attn_output_gate", GATED_DELTA in self.kinds)  # by a second matrix for queries
+        # layers that see all may be of another shape
+        wide, few = self.number("global_head_dim", head_dim), self.number("num_global_key_value_heads", 0)
+        split, kept = 0, Counter[tuple[int, int, int, int]]()
+        for layer in seeing:
+            window = windows[layer]
+            dim, kv = (head_dim, kv_heads[layer]) if window else (wide, few or kv_heads[layer])
+            if not kv:
+                continue  # no attention at all
+            own = 0 if layer >= self.layers - self.sharing else kv
+            split += (2 + bool(gated)) * hidden * heads * dim + (2 * hidden + 2 * bias) * own * dim + bias * heads * dim
+            if own:
+                kept[kv, dim, 0, window] += 1
+        cached = () if encoder else _cached(kept) + states
+        return Attention(heads, max(kv_heads), head_dim, cached), (split + state_split) // self.layers, 0
 
-    def cached(self, kv_heads: int, head_dim: int, latent: int, pooling: Pooling | None) -> tuple[Cached, ...]:
-        """The kinds of layers by how far they see."""
-        if pooling and pooling.encoder:
-            return ()
-        window, sliding = self.sliding()
-        kinds = ((self.layers - sliding, 0), (sliding, window))
-        return tuple(Cached(layers, kv_heads, head_dim, latent, seen) for layers, seen in kinds if layers)
+    def layer_kinds(self) -> list[str]:
+        """What each layer does: a name of SEEING, GATED_DELTA, MAMBA2, KDA, or "mlp" and "moe" for one that is no more
+        than that. Raises Problem for another."""
+        linear = self.text.get("linear_attn_config")
+        if pattern := self.text.get("hybrid_override_pattern"):
+            found = [PATTERN.get(one, str(one)) for one in pattern]
+        elif linear:
+            found = [KDA if layer + 1 in linear["kda_layers"] else "full_attention" for layer in range(self.layers)]
+        elif found := self.text.get("layer_types") or self.text.get("layers_block_type"):
+            found = [str(one) for one in found]
+        elif self.kind.startswith(("qwen3_next", "qwen3_5")):
+            every = self.number("full_attention_interval", 4)
+            found = [GATED_DELTA if (layer + 1) % every else "full_attention" for layer in range(self.layers)]
+        else:
+            found = ["full_attention"] * self.layers
+        known = (*SEEING, GATED_DELTA, MAMBA2, KDA, "mlp", "moe")
+        if odd := next((one for one in found if one not in known), None):
+            raise Problem(f"{self.name} has layers of a kind that the planner does not know: {odd}", "pin its GPUs")
+        if len(found) < self.layers:
+            raise ValueError(f"it says the kind of {len(found)} layers of {self.layers}")
+        return found[: self.layers]
 
-    def sliding(self) -> tuple[int, int]:
-        """(window, how many layers see only that far)."""
+    def states(self) -> tuple[tuple[Cached, ...], int, int]:
+        """The layers that keep a state, in vLLM's types (vllm/model_executor/layers/mamba/mamba_utils.py): what they
+        keep, and of all of them the parameters that tp splits and those that each GPU keeps whole."""
+        hidden = self.hidden
+        if count := self.kinds.count(GATED_DELTA):
+            key_dim, value_dim = self.number("linear_key_head_dim"), self.number("linear_value_head_dim")
+            heads, few = self.number("linear_num_value_heads"), self.number("linear_num_key_heads")
+            kernel, keys, values = self.number("linear_conv_kernel_dim", 4), few * key_dim, heads * value_dim
+            number = DTYPE_BYTES.get(str(self.text.get("mamba_ssm_dtype")), 2)
+            state = (kernel - 1) * (2 * keys + values) * 2 + heads * key_dim * value_dim * number
+            split = hidden * (2 * keys + 3 * values + 2 * heads) + kernel * (2 * keys + values)
+            return (Cached(count, gcd(heads, few), 0, state=state),), count * split, 0
+        if count := self.kinds.count(MAMBA2):
+            heads, width = self.number("mamba_num_heads"), self.number("mamba_head_dim")
+            groups, size = self.number("n_groups"), self.number("ssm_state_size")
+            kernel, inner = self.number("conv_kernel", 4), heads * width
+            number = DTYPE_BYTES.get(str(self.text.get("mamba_ssm_cache_dtype", "float32")), 4)
+            conv = inner + 2 * groups * size
+            state = (kernel - 1) * conv * 2 + heads * width * size * number
+            split = hidden * (2 * inner + conv + heads) + kernel * conv
+            return (Cached(count, heads, 0, state=state),), count * split, 0
+        if count := self.kinds.count(KDA):
+            said = self.text["linear_attn_config"]
+            heads, width, kernel = said["num_heads"], said["head_dim"], said.get("short_conv_kernel_size", 4)
+            inner = heads * width
+            state = (kernel - 1) * 3 * inner * 2 + heads * width * width * 4
+            # queries, keys, values, output; two narrow gates
+            split = 4 * hidden * inner + 2 * width * inner + hidden * heads
+            return (Cached(count, heads, 0, state=state),), count * split, count * 2 * hidden * width
+        return (), 0, 0
+
+    def compressed(self) -> tuple[Attention, int, int]:
+        """DeepSeek V4's: each layer keeps a window, most also a row for every few tokens, those with the fewest an
+        index of these (vllm/models/deepseek_v4/attention.py). Rows are of 8 bits with scales."""
+        hidden, heads, dim = self.hidden, self.heads, self.number("head_dim")
+        rank, groups, out = self.number("q_lora_rank"), self.number("o_groups", 8), self.number("o_lora_rank")
+        index_heads, index_dim = self.number("index_n_heads", 64), self.number("index_head_dim", 128)
+        rope, window = self.number("qk_rope_head_dim"), self.number("sliding_window")
+        self.number("kv_heads", 1)
+        row = dim - rope + 2 * rope + 8
+        split = rank * heads * dim + heads * dim * out + groups * out * hidden
+        cached, replicated = [Cached(self.layers, 0, dim, window=window, row=row)], 0
+        for ratio, count in Counter(self.text["compress_ratios"][: self.layers]).items():
+            replicated += count * hidden * (rank + dim)
+            if ratio > 1:
+                cached.append(Cached(count, 0, dim, row=row, ratio=ratio))
+                replicated += count * 2 * hidden * dim * (2 if ratio == 4 else 1)
+            if ratio == 4:
+                cached.append(Cached(count, 0, index_dim, row=index_dim + 4, ratio=ratio))
+                replicated += count * (rank * index_heads * index_dim + hidden * (index_heads + 4 * index_dim))
+        return Attention(heads, 0, dim, tuple(cached)), split, replicated // self.layers
+
+    def kv_heads(self) -> list[int]:
+        """Of each layer, 0 where one has no attention."""
+        if blocks := self.text.get("block_configs"):
+            said = [block["attention"] for block in blocks[: self.layers]]
+            if any(one.get("replace_with_linear") for one in said):
+                raise Problem(f"{self.name}: attention replaced by a matrix is not known", "pin its GPUs")
+            return [0 if one.get("no_op") else self.heads // one["n_heads_in_group"] for one in said]
+        one = self.number("kv_heads", self.heads) or self.heads
+        if self.text.get("multi_query") and not self.text.get("new_decoder_architecture"):
+            one = 1
+        return [one] * self.layers
+
+    def windows(self) -> list[int]:
+        """How far each layer sees, 0 for all of it."""
         window = self.text.get("sliding_window")
+        every = self.number("window_every", 0)
         qwen = self.kind.startswith("qwen")  # only if they say so
         if not isinstance(window, int) or window < 1 or not self.text.get("use_sliding_window", not qwen):
-            return 0, 0
-        if kinds := self.text.get("layer_types"):
-            return window, sum(kind == "sliding_attention" for kind in kinds)
-        if pattern := self.text.get("sliding_window_pattern"):
-            return window, self.layers - self.layers // int(pattern)
-        return window, self.layers
+            return [0] * self.layers
+        if self.text.get("layer_types"):
+            return [window if kind in ("sliding_attention", "sliding") else 0 for kind in self.kinds]
+        return [0 if every and layer % every == every - 1 else window for layer in range(self.layers)]
+
+    def widths(self) -> list[int]:
+        """Of each layer's MLP that is not of experts, 0 where one has none."""
+        said = self.text.get("intermediate_size")
+        if isinstance(said, list):
+            return [int(said[layer]) for layer in range(self.layers)]
+        one = self.number("intermediate", 4 * self.hidden) or 4 * self.hidden
+        if blocks := self.text.get("block_configs"):
+            return [self._block_width(block["ffn"]) for block in blocks[: self.layers]]
+        if "mlp" in self.kinds or "moe" in self.kinds:
+            return [one if kind == "mlp" else 0 for kind in self.kinds]
+        wider = self.sharing if self.text.get("use_double_wide_mlp") else 0
+        return [one] * (self.layers - wider) + [2 * one] * wider
+
+    def _block_width(self, ffn: Mapping[str, Any]) -> int:
+        """As `_ffn_mult_to_intermediate_size` in vllm/model_executor/models/nemotron_nas.py."""
+        if ffn.get("no_op"):
+            return 0
+        if ffn.get("replace_with_linear"):
+            raise Problem(f"{self.name}: an MLP replaced by a matrix is not known", "pin its GPUs")
+        return int(ffn.get("intermediate_size") or ceil(int(2 * ffn["ffn_mult"] * self.hidden / 3) / 256) * 256)
 
     def mlp(self) -> tuple[Mlp, Weights]:
         """The MLPs' widths; the embedding's, head's and MLPs' parameters."""
-        hidden, layers, dense = self.hidden, self.layers, self.intermediate
+        hidden, layers, widths = self.hidden, self.layers, self.widths()
         words = self.vocabulary * hidden
         matrices = 2 if self.kind in UNGATED else 3
         experts = self.number("experts", 0)
-        if not experts:
-            return Mlp(dense, dense), Weights(words, words, matrices * hidden * dense, 0)
+        dense = max(widths)
         width = self.number("moe_intermediate_size", dense) or dense
         used = self.number("used_experts", 2)
-        shared = self.number("shared_expert_intermediate_size", 0) or self.number("shared_experts", 0) * width
+        shared = self.number("shared_width", 0) or self.number("shared_experts", 0) * width
+        routing = self.routing_layers()
+        if not experts:
+            split = matrices * hidden * sum(widths) // layers
+            return Mlp(gcd(*widths), dense), Weights(words, words, split, 0)
         if self.kind == "llama4_text":  # its dense MLPs have a width of their own, and one expert is shared
             shared, dense = width, self.number("intermediate_size_mlp")
-        routing = self.routing_layers()
+        if self.kind == "gemma4_text":  # a dense MLP stands beside the experts of each layer
+            shared = dense
         routed = matrices * hidden * width * experts * routing
-        rest = matrices * hidden * (shared * routing + dense * (layers - routing))
+        alone = sum(widths) if "moe" in self.kinds else dense * (layers - routing)
+        rest = matrices * hidden * (shared * routing + alone)
         mlp = Mlp(width, max(used * width + shared, dense if routing < layers else 0))
         router = hidden * experts * routing // layers
         return mlp, Weights(words, words, (routed + rest) // layers, router, routed // layers, used / experts)
@@ -263,18 +509,27 @@ class Config:
     def routing_layers(self) -> int:
         """Layers that route to experts: DeepSeek starts with some dense ones, Qwen and Llama 4 may take every n-th."""
         first_dense, step = (
-            next((int(one) for key in NAMES[what] if (one := self.text.get(key))), default)
+            next((int(one) for one in [self.text.get(key) for key in NAMES[what]] if one), default)
             for what, default in (("first_dense", 0), ("sparse_step", 1))
         )
+        if "moe" in self.kinds:
+            return self.kinds.count("moe")
         only_dense = len(self.text.get("mlp_only_layers") or [])
+        if kinds := self.text.get("mlp_layer_types"):
+            return sum(kind != "dense" for kind in kinds[: self.layers])
         return max(0, ceil((self.layers - first_dense) / max(1, step)) - only_dense)
 
     def tower(self) -> Tower | None:
-        """An estimate, rather too large. What its config does not say is as in Qwen2-VL, one of the larger towers,
-        whose pictures may be of any size."""
+        """Those of pictures and of sounds, an estimate, rather too large. What a config does not say is as in Qwen2-VL,
+        one of the larger towers, whose pictures may be of any size."""
+        sound, heard = self.whole.get("audio_config"), 0
+        # of Gemma's only the models with an embedding a layer hear
+        if isinstance(sound, Mapping) and ("gemma" not in self.kind or "hidden_size_per_layer_input" in self.text):
+            width = _number(sound, ("hidden_size", "d_model"), 1) or 1280
+            heard = 24 * width * width * (_number(sound, ("num_hidden_layers", "encoder_layers"), 1) or 32)
         vision = self.whole.get("vision_config")
         if not isinstance(vision, Mapping):
-            return None
+            return Tower(heard, 0, 0) if heard else None
 
         def number(default: int, what: str) -> int:
             return _number(vision, NAMES.get(what, (what,)), 1) or default
@@ -284,7 +539,7 @@ class Config:
         layers = number(32, "tower_layers")
         patches = (number(3584, "image_size") // number(14, "patch_size")) ** 2
         parameters = layers * (4 * hidden * hidden + 3 * hidden * intermediate)
-        return Tower(parameters, 8 * hidden + 3 * intermediate, patches)
+        return Tower(parameters + heard, 8 * hidden + 3 * intermediate, patches)
 
     def max_length(self) -> int:
         """The longest input, as vLLM derives it (`derive_max_model_len_and_key` in
@@ -307,25 +562,32 @@ class Config:
         return length
 
 
+def _cached(kinds: Mapping[tuple[int, int, int, int], int]) -> tuple[Cached, ...]:
+    """Of (KV heads, head's width, latent, window) each with its number of layers."""
+    return tuple(Cached(layers, *kind) for kind, layers in kinds.items())
+
+
 def _number(found: Mapping[str, Any], keys: tuple[str, ...], least: int) -> int | None:
-    values = (found.get(key) for key in keys)
+    values = [found.get(key) for key in keys]  # all, so that each counts as read
     return next((one for one in values if isinstance(one, int) and not isinstance(one, bool) and one >= least), None)
 
 
 def _refuse_recurrent(text: Mapping[str, Any], name: str) -> None:
-    kinds = " ".join([str(text.get("model_type", "")), *map(str, text.get("layer_types") or [])]).lower()
-    if any(word in kinds for word in STATE_SPACE) or any(str(key).startswith(STATE_KEYS) for key in text):
+    if str(text.get("model_type", "")).startswith(STATE_SPACE) or any(str(key).startswith(STATE_KEYS) for key in text):
         raise Problem(
             f"{name} keeps a recurrent state, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml"
         )
 
 
-def _quantization(found: Mapping[str, Any], model: Model, attention: int) -> Quantization:
+def _quantization(found: Mapping[str, Any], model: Model, attention: int, expert_dtype: str) -> Quantization:
     """How the model is quantized, with the bits of its files where they are at hand: the config may not say, or not all
     is quantized that one would think. `attention`: parameters of one layer's."""
     said = read_quantization(found)
     weights, candidates = model.weights, []
     experts_only = bool(weights.experts and (said.experts_only or not said.attention))
+    if said.bits and expert_dtype == "fp4":
+        share = weights.experts / weights.split
+        said = replace(said, bits=said.bits * (1 - share) + MXFP4 * share)
     if said.bits:
         share = 0 if said.attention or experts_only else attention / weights.split
         candidates.append(said.bits * (1 - share) + 16 * share)
@@ -359,15 +621,36 @@ def weight_files_bytes(folder: Path) -> int | None:
     return sum(there[name] for name in names) or None if names <= set(there) else None
 
 
-def load_model(name: str, models: Path) -> Model:
-    """The model `name`: a folder, a folder under `models`, or a repository on the hub (its config.json alone)."""
+def load_model(name: str, models: Path, trust: bool = False) -> Model:
+    """The model `name`: a folder, a folder under `models`, or a repository on the hub (its config.json alone).
+
+    `trust`: as for read_model. Raises Problem where there is none, or none that the planner knows."""
     name = name.rstrip("/") or name
     for folder in (Path(name), models / name):
+        _check_folder(folder, name)
         if (path := folder / "config.json").is_file():
-            return read_model(_json(path), name, weight_files_bytes(folder), partial(_further_in, folder))
+            return read_model(_json(path), name, weight_files_bytes(folder), partial(_further_in, folder), trust)
     if Path(name).is_dir():
         raise Problem(f"{name}: the folder has no config.json", NOT_A_MODEL)
-    return read_model(fetch_config(name), name, further=partial(fetch_further, name))
+    return read_model(fetch_config(name), name, further=partial(fetch_further, name), trust=trust)
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Raises Problem for a folder that holds something else than a model in the files that vLLM loads."""
+    for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise Problem(f"{name}: {path.name} is a git-LFS pointer, not the file", "run git lfs pull there")
+    if (folder / "model_index.json").is_file():
+        raise Problem(f"{name} is a diffusion pipeline, which draws pictures", NOT_A_MODEL)
+    if (folder / "config.json").is_file():
+        return
+    if (path := folder / "adapter_config.json").is_file():
+        base = (_further_in(folder, path.name) or {}).get("base_model_name_or_path", "its base model")
+        raise Problem(f"{name} is an adapter of {base}, not a model", f"plan {base}, and merge the adapter into it")
+    if any(folder.glob("*.gguf")):
+        raise Problem(f"{name} is a model in GGUF without a config.json", "take the model in safetensors")
 
 
 def _further_in(folder: Path, file: str) -> Mapping[str, Any] | None:

@@ -14,11 +14,16 @@ from planner.model import Model
 from planner.quantization import MXFP4_METHODS
 
 BLOCK = 16  # tokens; vLLM's KV block
+# States that a request keeps: its own, and the one that it came from, for the prefix cache (mamba_cache_mode "align").
+STATES = 2
 DEFAULT_UTILIZATION = 0.92  # vLLM's own default
 # KV cache that a request of full length has to leave free, as vLLM refuses to start with less than the request takes:
 # the predictions are trusted to 5 %.
 MARGIN = 1.05
 NOT_TORCH = 256 << 20  # attention workspaces and the like, inside what vLLM asks for
+# The first start compiles, which peaks above a small model's activations and is freed before CUDA graphs are captured:
+# seen on a 4090 with Qwen3-8B (1.18 GiB cold, 0.19 warm) and on a laptop's 8 GB with Qwen2.5-1.5B.
+COMPILING = round(1.1 * GIB)
 # Patches that a vision tower sees while vLLM measures (`profile_run` in vllm/v1/worker/gpu/model_runner.py): pictures
 # that fill a step, in Gemma 3 16 patches a token; one of the largest size where that is more. An estimate.
 PATCHES_A_TOKEN = 16
@@ -117,7 +122,7 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
     bytes_ = per_gpu * stage_layers(model.layers, pp)[stage]
     padded = ceil(model.vocabulary / 64) / (model.vocabulary / 64)
     if stage == 0:
-        bytes_ += 2 * weights.embedding * padded / tp
+        bytes_ += 2 * (weights.embedding + weights.look_up) * padded / tp
     if stage == pp - 1 and (weights.head or pp > 1) and not model.pooling:
         bytes_ += 2 * (weights.head or weights.embedding) * padded / tp
     if model.file_bytes and found is None:
@@ -159,14 +164,32 @@ def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Set
     cached = model.attention.cached
     if not cached:
         return draft
+    under_way = settings.max_batched_tokens * (pp if model.pooling else pp + 1)
+    if any(one.row for one in cached):
+        # blocks of different sizes are packed
+        kept = 0
+        for one in cached:
+            tokens = min(one.window - 1 + under_way, length) if one.window else length
+            kept += one.layers * one.row * ceil(ceil(tokens / one.ratio) / BLOCK) * BLOCK
+        return kept * layers // model.layers + draft
     fewest, most = min(one.layers for one in cached), max(one.layers for one in cached)
     group = most if most < 1.5 * fewest else fewest
-    under_way = settings.max_batched_tokens * (pp if model.pooling else pp + 1)
+    token = max(one.token_bytes(tp, settings.kv_bytes) for one in cached)
+    # a page of attention is made so large that a state fits into it (`_align_hybrid_block_size` in
+    # vllm/platforms/interface.py); where nothing else is kept a page is a state
+    state = max(ceil(one.state / tp) for one in cached)
+    least = 128 if state and model.attention.latent else BLOCK
+    page = ceil(state / (token * least)) * token * least if state and token else state or token * BLOCK
     blocks = 0
     for one in cached:
-        kept = ceil(min(one.window - 1 + under_way, length) / BLOCK) + 1 if one.window else ceil(length / BLOCK)
+        if one.state:
+            kept = STATES
+        else:
+            # a kind with smaller pages has as many more tokens in a block, where these come out even
+            times, rest = divmod(page, one.token_bytes(tp, settings.kv_bytes) * BLOCK)
+            block = BLOCK * (1 if rest else times)
+            kept = ceil(min(one.window - 1 + under_way, length) / block) + 1 if one.window else ceil(length / block)
         blocks += ceil(one.layers / group) * kept
-    page = max(one.token_bytes(tp, settings.kv_bytes) for one in cached) * BLOCK
     here = -(-group * layers // model.layers)  # of a group's layers, rounded up
     return page * here * blocks + draft
 
@@ -210,10 +233,12 @@ def account(model: Model, gpu: Gpu, tp: int, pp: int, length: int, settings: Set
         weights = max(0, weight_bytes(model, tp, pp, stage) - settings.offload)
         activations = activation_bytes(model, tp, stage == pp - 1, settings)
         graphs = graph_bytes(model, layers, settings)
+        if not settings.eager:
+            activations = max(activations, COMPILING - graphs)
         kv = requested - weights - activations - graphs - NOT_TORCH
         one = request_bytes(model, tp, layers, length, settings, pp)
         requests = max(0.0, kv / one) if one else float(settings.max_num_seqs if kv > 0 else 0)
-        if model.attention.sliding_layers:
+        if any(kind.window or kind.state or kind.row for kind in model.attention.cached):
             tokens = floor(requests * length)
         else:
             per_token = kv_bytes_per_token(model, tp, layers, settings.kv_bytes)

@@ -13,17 +13,23 @@ ONLINE_BITS = {"fp8": 8.0, "bitsandbytes": NF4}
 
 @dataclass(frozen=True)
 class Cached:
-    """Layers that keep the same of a request: a key and a value of each KV head, or with MLA one latent vector."""
+    """Layers that keep the same of a request: a key and a value of each KV head, with MLA one latent vector, or a state
+    that no token adds to."""
 
     layers: int
     kv_heads: int
     head_dim: int
     latent: int = 0  # kv_lora_rank + qk_rope_head_dim
     window: int = 0  # how far they see; 0: all of it
+    state: int = 0  # bytes for a request, which tp splits
+    row: int = 0  # bytes for each `ratio` tokens whatever the KV cache's numbers, whole on each GPU
+    ratio: int = 1
 
     def token_bytes(self, tp: int, kv_bytes: int) -> int:
         """What one of `tp` GPUs keeps of one token in one such layer, at `kv_bytes` a number: of its share of the KV
         heads, at least one; of a latent vector all."""
+        if self.state or self.row:
+            return self.row // self.ratio
         if self.latent:
             return self.latent * kv_bytes
         return 2 * max(1, -(-self.kv_heads // tp)) * self.head_dim * kv_bytes
@@ -73,6 +79,7 @@ class Weights:
     replicated: int  # of one average layer, whole on each GPU
     experts: int = 0  # the part of `split` that are routed experts
     active_share: float = 1.0  # of the experts, the share that one token uses
+    look_up: int = 0  # embeddings for each layer, never quantized, split by tp; on the first stage
 
     def layer(self) -> int:
         """Parameters of one average layer."""
@@ -81,7 +88,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower beside the language model, whole on each GPU."""
+    """What sees and hears beside the language model, whole on each GPU."""
 
     parameters: int
     width: int  # numbers that it keeps of one patch of a picture while it computes
@@ -106,6 +113,7 @@ class Model:
     tower: Tower | None = None
     file_bytes: int | None = None  # of the weights as vLLM loads them, where the files are at hand
     draft: "Model | None" = None  # the model or head that guesses its next tokens, on the same GPUs
+    unread: tuple[str, ...] = ()  # keys of its config that may change sizes and were not read
 
     @property
     def bits(self) -> float:
@@ -119,8 +127,14 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """All of them, tied embeddings once."""
-        return self.weights.embedding + self.weights.head + self.layers * self.weights.layer()
+        """Those of the language model, tied embeddings once."""
+        weights = self.weights
+        return weights.embedding + weights.look_up + weights.head + self.layers * weights.layer()
+
+    @property
+    def all_parameters(self) -> int:
+        """With those of its towers."""
+        return self.parameters + (self.tower.parameters if self.tower else 0)
 
     @property
     def active_parameters(self) -> float:
@@ -138,6 +152,7 @@ class Model:
             if not self.attention.heads % tp
             and not self.mlp.width % tp
             and not (kv and kv % tp and tp % kv)
+            and not any(one.state and one.kv_heads % tp for one in self.attention.cached)
             and not (group and (self.mlp.width // tp) % group)
             and (not self.draft or tp in self.draft.tp_sizes(tp))
         ]

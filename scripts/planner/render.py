@@ -148,7 +148,7 @@ def _length_reason(plan: Plan) -> str:
 
 def _weights_reason(plan: Plan, replica: Replica) -> str:
     model = plan.model
-    text = f"{model.parameters / 1e9:.2f} B parameters × {model.bits:.3g} bits"
+    text = f"{model.all_parameters / 1e9:.2f} B parameters × {model.bits:.3g} bits"
     parts = [f"tp {replica.tp}"] * (replica.tp > 1) + [f"pp {replica.pp}"] * (replica.pp > 1)
     text += f" over {' × '.join(parts)}" if parts else ""
     text += (
@@ -167,8 +167,10 @@ def _reserve_reason(replica: Replica) -> str:
 
 def _kv_reason(plan: Plan, replica: Replica, layers: int, per_token: int) -> str:
     attention, kv_bytes, draft = plan.model.attention, replica.settings.kv_bytes, plan.model.draft
-    size = f"{per_token / 1024:g} KiB a token and GPU: {layers} layers × "
-    if attention.latent:
+    size = f"{per_token / 1024:.6g} KiB a token and GPU: {layers} layers × "
+    if any(one.state or one.row for one in attention.cached):
+        text = f"{per_token / 1024:.1f} KiB a token and GPU"
+    elif attention.latent:
         text = size + f"a latent of {attention.latent} × {kv_bytes} bytes, whole on each GPU"
     else:
         heads = max(1, -(-attention.kv_heads // replica.tp))
@@ -176,8 +178,13 @@ def _kv_reason(plan: Plan, replica: Replica, layers: int, per_token: int) -> str
     if draft:
         kib = memory.kv_bytes_per_token(draft, replica.tp, draft.layers, kv_bytes) / 1024
         text += f", and {kib:g} KiB of the draft model"
-    if attention.sliding_layers:
+    if attention.sliding_layers and not any(one.row for one in attention.cached):
         text += f"; {attention.sliding_layers} of {plan.model.layers} layers keep only {attention.window:,} tokens"
+    for one in attention.cached:
+        if one.state:
+            text += (
+                f"; {one.layers} of {plan.model.layers} layers keep a state of {one.state / MIB / replica.tp:.1f} MiB"
+            )
     return text
 
 

@@ -17,7 +17,7 @@ Choice = Literal["auto", "on", "off"]
 Override = Literal["none", "cpu", "gpu"]
 
 # The oldest that the stack was run with, and what it needs of them.
-OLDEST_ENGINE: Version = (20, 10)  # BuildKit's bind mounts; unprivileged users may open port 80 in a container
+OLDEST_DOCKER: Version = (20, 10)  # BuildKit's bind mounts; unprivileged users may open port 80 in a container
 OLDEST_COMPOSE: Version = (2, 24, 4)  # the tag `!override`
 OLDEST_BUILDX: Version = (0, 13)
 
@@ -47,8 +47,8 @@ def recent_enough(what: str, found: Version, oldest: Version, fix: str) -> None:
         raise Problem(f"{what} {dotted(found)} is too old: {dotted(oldest)} or newer is needed", fix)
 
 
-def engine_answers(error: str) -> None:
-    """Sorts out why the Docker engine did not answer; returns where starting it would help."""
+def docker_answers(error: str) -> None:
+    """A Problem where starting Docker would not help, by what its client says of an engine that does not answer."""
     if "permission denied" in error.lower():
         raise Problem(
             "no rights on the Docker socket",

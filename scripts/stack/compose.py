@@ -42,7 +42,7 @@ class Service(BaseModel):
     deploy: dict[str, Any] = {}
 
     @property
-    def ours(self) -> Build | None:
+    def over_a_base(self) -> Build | None:
         """How its image is built over a base that `make up` chooses; None for one that is pulled or Compose builds."""
         return self.build if self.build and "BASE" in self.build.args else None
 
@@ -141,7 +141,7 @@ class Compose:
         return done.stdout
 
     def config(self) -> Config:
-        """What the files say."""
+        """What the files say, settings filled in. A Problem where they are not those of the stack."""
         try:
             return Config.model_validate_json(self.ask("config", "--format", "json"))
         except ValidationError as error:
@@ -150,6 +150,29 @@ class Compose:
                 f"the Compose files are not those of the stack: {'.'.join(map(str, first['loc']))}: {first['msg']}",
                 "correct them; COMPOSE_FILE, where it is set, has to name docker-compose.yml first",
             ) from None
+
+    def check_launch(self, config: Config, command: str) -> None:
+        """A Problem with all settings that a replica's launcher refuses, asked in its image beside whatever runs.
+
+        Replicas that differ only in which GPUs they have are asked once. `command` is what to run when all is mended.
+        """
+        alike: dict[str, str] = {}
+        for name in config.replicas:
+            replica = config.services[name]
+            kind = repr((replica.image, replica.environment, replica.volumes, len(replica.gpus)))
+            alike.setdefault(kind, name)
+        refused: dict[str, str] = {}
+        for name in alike.values():
+            done = ask(*self.command("run", "--rm", "--no-deps", "--no-TTY", name, "--print"), timeout=120)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if line.startswith("launch: ")]
+                for line in lines or done.stderr.strip().splitlines()[-1:] or ["no reason given"]:
+                    refused.setdefault(line.removeprefix("launch: "), name)
+        if refused:
+            raise Problem(
+                "\n".join(f"{name}: {line}" for line, name in refused.items()),
+                f"correct that and run `{command}` again; what runs was left as it is",
+            )
 
     def containers(self) -> dict[str, Container]:
         """The stack's containers, running or not, by service."""
@@ -165,7 +188,7 @@ class Compose:
         return containers
 
     def last_words(self, service: str) -> str:
-        """The last line that a service logged."""
+        """The last line that a service logged, or words that it logged nothing."""
         lines = self.ask("logs", "--no-log-prefix", "--no-color", "--tail", "20", service).split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it logged nothing")
 

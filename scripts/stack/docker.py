@@ -16,13 +16,13 @@ PLUGINS = {"compose": checks.OLDEST_COMPOSE, "buildx": checks.OLDEST_BUILDX}
 PLUGIN_FOLDER = Path("/usr/local/lib/docker/cli-plugins")
 SYSTEMD = Path("/run/systemd/system")
 # where there is no systemd
-ENGINE_LOG = Path("/var/log/dockerd.log")
+DOCKER_LOG = Path("/var/log/dockerd.log")
 # The Debian suite whose plugins are recent; they need nothing but the C library.
 PLUGIN_SUITE = "forky"
 
 
-def engine_version() -> tuple[checks.Version | None, str]:
-    """The version of the engine that answers, or None and its client's error."""
+def docker_version() -> tuple[checks.Version | None, str]:
+    """The version of the engine that answers and '', or None and what the client says of it."""
     done = ask("docker", "version", "--format", "{{.Server.Version}}")
     return (checks.version(done.stdout), "") if done.returncode == 0 else (None, done.stderr)
 
@@ -35,12 +35,12 @@ def plugin_version(name: str) -> checks.Version | None:
 
 def check() -> str:
     """Looks at what is there without changing it, and says so; what is there but will not do is a Problem."""
-    found, error = engine_version()
+    found, error = docker_version()
     if found:
         fix = "upgrade it (https://docs.docker.com/engine/install/)"
-        checks.recent_enough("Docker engine", found, checks.OLDEST_ENGINE, fix)
+        checks.recent_enough("Docker engine", found, checks.OLDEST_DOCKER, fix)
     else:
-        checks.engine_answers(error)
+        checks.docker_answers(error)
     words = [f"engine {checks.dotted(found)}" if found else "no engine answers yet"]
     for name, oldest in PLUGINS.items():
         if version := plugin_version(name):
@@ -63,11 +63,11 @@ def gpu_toolkit() -> bool:
 def bring(say: Say) -> str:
     """Installs and starts the engine and installs its plugins, as far as they are missing; says what was done."""
     done = []
-    if not engine_version()[0]:
+    if not docker_version()[0]:
         if ask("dockerd", "--version").returncode:
             apt_install(["docker.io", "ca-certificates"], say)
             done.append("engine installed")
-        if not engine_version()[0]:
+        if not docker_version()[0]:
             start(say)
             done.append("engine started")
     missing = [name for name in PLUGINS if not plugin_version(name)]
@@ -78,22 +78,22 @@ def bring(say: Say) -> str:
 
 
 def start(say: Say) -> None:
-    """Starts the engine, by systemd where that runs the machine, and waits until it answers."""
+    """Starts the engine, by systemd where that runs the machine, and returns when it answers: a minute at most."""
     say("starting the engine")
     if SYSTEMD.is_dir():
         see = "see `journalctl -u docker`"
         work(as_root("systemctl", "enable", "--now", "docker"), say, fix=see)
     else:
-        see = f"see the end of {ENGINE_LOG}"
+        see = f"see the end of {DOCKER_LOG}"
         # It outlives this command, and a Ctrl-C here.
-        detached = f"exec setsid dockerd >{ENGINE_LOG} 2>&1 </dev/null"
+        detached = f"exec setsid dockerd >{DOCKER_LOG} 2>&1 </dev/null"
         subprocess.Popen(as_root("sh", "-c", detached), start_new_session=True)
 
     def answers() -> bool:
-        found, error = engine_version()
+        found, error = docker_version()
         if not found:
             # it may run by now, and not for this user
-            checks.engine_answers(error)
+            checks.docker_answers(error)
         return bool(found)
 
     if not wait_for(answers, 60):
@@ -101,7 +101,7 @@ def start(say: Say) -> None:
 
 
 def install_plugins(names: list[str], say: Say) -> None:
-    """Installs Compose and Buildx as plugins of the Docker command."""
+    """Installs these plugins of the Docker command, compose and buildx. A Problem where they cannot be had."""
     if "ubuntu" in Path("/etc/os-release").read_text().lower():
         apt_install([{"compose": "docker-compose-v2", "buildx": "docker-buildx"}[name] for name in names], say)
         return

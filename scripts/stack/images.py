@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+from stack.checks import dotted, version
 from stack.compose import Build, Config
-from stack.console import Problem
+from stack.console import Problem, console
 from stack.shell import CACHE, LOG, ROOT, Say, apt_install, as_root, ask, work
 
 Mode = Literal["auto", "registry", "packages"]
@@ -121,7 +122,7 @@ def kind(build: Build) -> Literal["cpu", "gpu", "rest"]:
 
 
 def stand_in_for(official: str) -> DebianBase | None:
-    """What is built from packages instead of an official image, or None."""
+    """What is built from packages instead of an official image; None where nothing is."""
     return STAND_INS.get(official.rsplit(":", 1)[0])
 
 
@@ -148,8 +149,8 @@ def without_base(config: Config, mode: Mode) -> dict[str, Build]:
 
 
 def builds_of(config: Config) -> dict[str, Build]:
-    """The images that are built here, and how."""
-    return {service.image: service.ours for service in config.services.values() if service.ours}
+    """How each image is built that is built over a base, by its name."""
+    return {service.image: build for service in config.services.values() if (build := service.over_a_base)}
 
 
 def bring(config: Config, mode: Mode, say: Say) -> str:
@@ -168,11 +169,28 @@ def bring(config: Config, mode: Mode, say: Say) -> str:
             what = f"{', '.join(old)}: out of date, and cannot be built anew"
             raise Problem(f"{what}: {problem.what}", problem.fix) from None
         raise
+    for image, base in chosen.items():
+        if difference := other_version(official_base(builds[image]), base):
+            console.print(f"[yellow]{image}: {difference}[/]", soft_wrap=True)
     changed = [image for image, base in (bases | chosen).items() if build_over(base, image, builds[image], say)]
     for image in {service.image for service in config.services.values() if not service.build}:
         if registry_answers and not present(image):
             pull(image, say)
     return ", ".join(f"{image} built over {(bases | chosen)[image]}" for image in changed) or "all there"
+
+
+def other_version(official: str, base: str) -> str:
+    """In words, how the version in a base of Debian's packages differs from the pinned one; '' where it does not."""
+    stand_in = stand_in_for(official)
+    # the wheels over Debian's Python are pinned themselves
+    if stand_in in (None, PYTHON) or base != stand_in.tag:
+        return ""
+    package, pinned = stand_in.packages[0], version(official.rsplit(":", 1)[1])
+    query = ["dpkg-query", "--show", "--showformat=${Version}", package]
+    found = version(ask("docker", "run", "--rm", "--network=none", f"--entrypoint={query[0]}", base, *query[1:]).stdout)
+    if found is None or pinned is None or found == pinned:
+        return ""
+    return f"Debian has {package} {dotted(found)} today, not {dotted(pinned)} as docker-compose.yml pins"
 
 
 def build_over(base: str, image: str, build: Build, say: Say) -> bool:
@@ -239,35 +257,23 @@ def debian_mirror() -> str | None:
 
 
 def build_debian(base: DebianBase, say: Say) -> None:
-    """Makes one base image from Debian's packages."""
+    """Makes one base image, `base.tag`, from Debian's packages. A Problem where it cannot be built."""
     say(f"building {base.tag} from Debian's packages")
-    hooks = [f"--customize-hook={line}" for line in base.finish]
-    unneeded = [f"--dpkgopt=path-exclude=/usr/share/{folder}/*" for folder in ("doc", "man", "locale", "i18n")]
     mirror = debian_mirror()
-    make = [
-        *as_root("mmdebstrap"),
-        "--quiet",
-        "--variant=essential",
-        f"--include={','.join(base.packages)}",
-        # forky is a testing suite, whose release files run out within days on a mirror that lags
-        '--aptopt=Acquire::Check-Valid-Until "false"',
-        *unneeded,
-        *hooks,
-        base.suite,
-        "-",
-        # without one, mmdebstrap takes Debian's own
-        *([f"deb {mirror} {base.suite} main"] if mirror else []),
-    ]
-    load = [
-        "docker",
-        "import",
-        "--change=ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "-",
-        base.tag,
-    ]
+    # forky is a testing suite, whose release files run out within days on a mirror that lags
+    make = [*as_root("mmdebstrap"), "--quiet", "--variant=essential", '--aptopt=Acquire::Check-Valid-Until "false"']
+    make += [f"--dpkgopt=path-exclude=/usr/share/{folder}/*" for folder in ("doc", "man", "locale", "i18n")]
+    make += [f"--include={','.join(base.packages)}", *(f"--customize-hook={line}" for line in base.finish)]
+    # without a mirror, mmdebstrap takes Debian's own
+    make += [base.suite, "-", *([f"deb {mirror} {base.suite} main"] if mirror else [])]
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    load = ["docker", "import", f"--change=ENV PATH={path}", "-", base.tag]
     with LOG.open("a") as log:
         tree = subprocess.Popen(make, stdout=subprocess.PIPE, stderr=log)
-        loaded = subprocess.run(load, stdin=tree.stdout, stdout=log, stderr=log)
+        assert tree.stdout
+        # closed here as well: what packs the tree would wait for ever for a reader that ended early
+        with tree.stdout:
+            loaded = subprocess.run(load, stdin=tree.stdout, stdout=log, stderr=log)
         if tree.wait() or loaded.returncode:
             raise Problem(
                 f"{base.tag} could not be built from Debian's packages",
@@ -276,7 +282,7 @@ def build_debian(base: DebianBase, say: Say) -> None:
 
 
 def gather_wheels(say: Say) -> None:
-    """Fetches the wheels of the replica's base image, once."""
+    """Fetches the wheels of the replica's base image into WHEELS, once. A Problem where no index gives them."""
     wanted = WHEEL_LIST.read_text()
     complete = WHEELS / WHEEL_LIST.name
     if complete.exists() and complete.read_text() == wanted:

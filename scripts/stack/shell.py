@@ -112,7 +112,7 @@ def let_all_read(paths: Iterable[Path]) -> None:
 
 
 def apt_install(packages: Sequence[str], say: Say) -> None:
-    """Installs Debian or Ubuntu packages."""
+    """Installs Debian or Ubuntu packages. A Problem where there is no apt-get, or it fails."""
     if not shutil.which("apt-get"):
         raise Problem(
             f"cannot install {', '.join(packages)}: this is neither Debian nor Ubuntu",

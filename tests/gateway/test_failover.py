@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import httpx
+import openai
 import pytest
 
-from lab.sim.fleet import Gateway, Replicas, Sim, wait_until
+from lab.sim.fleet import Gateway, Replicas, Sim, answers, wait_until
 from lab.sim.load import Outcome, SteadyLoad, session, stream
 from tests.gateway.conftest import chat, seen_by
 from tests.gateway.test_public import error_of
@@ -162,14 +164,56 @@ def test_the_retried_request_has_its_whole_body(gateway: Gateway, fleet: Replica
             return ask(client, f"in {sessions[-1]}", headers={"X-Session-Id": sessions[-1]}) == "vllm-0"
 
         wait_until(there, "a session begins on vllm-0", 15)
-        for name in ("vllm-0", "vllm-1"):
-            fleet[name].fault("reset")
+        fleet["vllm-0"].fault("reset")
         before = counted(gateway, retries)
         # Too long a prompt for the replica, which says so.
         answer = client.post("/v1/chat/completions", json=chat(text), headers={"X-Session-Id": sessions[-1]})
-        assert (answer.status_code, answer.headers["x-replica"]) == (400, "vllm-2")
+        home = answer.headers["x-replica"]
+        assert answer.status_code == 400
+        assert home in {"vllm-1", "vllm-2"}
         assert counted(gateway, retries) == before + 1
-    assert len(seen_by(fleet["vllm-2"], text)) == 1
+    assert len(seen_by(fleet[home], text)) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_request_ends_two_replicas_at_most_whatever_the_client_repeats(stream: bool) -> None:
+    with Replicas(4) as replicas, Gateway(replicas) as gateway:
+        gateway.wait_ready()
+        for sim in replicas:
+            sim.fault(deadly="poison")
+        client = openai.OpenAI(base_url=gateway.url + "/v1", api_key="none", timeout=30)
+        with pytest.raises(openai.InternalServerError) as failed:
+            client.chat.completions.create(**chat("this is poison", stream=stream))
+        assert failed.value.status_code == 502
+        assert failed.value.response.headers["x-should-retry"] == "false"
+        said = str(error_of(cast("httpx.Response", failed.value.response))["message"])
+        assert said.count("vllm-") == 2
+        assert "reset" in said
+        alive = [sim for sim in replicas if answers(f"{sim.url}/health")]
+        assert len(alive) == 2
+        assert client.chat.completions.create(**chat("harmless")).choices
+
+
+def test_a_replica_that_refuses_or_is_gone_costs_no_try(gateway: Gateway, fleet: Replicas) -> None:
+    with httpx.Client(base_url=gateway.url, timeout=30) as client:
+        known = known_to(client, "vllm-0")
+        fleet["vllm-0"].fault("reset")
+        # Whichever comes next is full, and passes the request on to the third.
+        fleet["vllm-1"].fault("status", status=503)
+        for _ in range(4):
+            assert ask(client, known) == "vllm-2"
+
+
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_an_engines_failure_is_passed_on_in_its_own_words(gateway: Gateway, fleet: Replicas, status: int) -> None:
+    for sim in fleet:
+        sim.fault("status", status=status)
+    asked = f"what went wrong? {status}"
+    answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat(asked))
+    assert answer.status_code == (500 if status == 500 else 502)
+    assert "simulated fault" in answer.json()["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false"
+    assert sum(len(seen_by(sim, asked)) for sim in fleet) == (1 if status == 500 else 2)
 
 
 def test_a_stream_that_breaks_off_ends_with_an_error_event(gateway: Gateway, fleet: Replicas) -> None:

@@ -1,5 +1,6 @@
 """A replica's state: what it is, how soon it is seen, and that it comes back by itself."""
 
+import contextlib
 import re
 import threading
 import time
@@ -8,9 +9,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from lab.sim.fleet import Gateway, Replicas, wait_until
+from lab.sim.fleet import Gateway, Replicas, Sim, wait_until
 from tests.conftest import ROOT
-from tests.gateway.conftest import chat
+from tests.gateway.conftest import chat, resized
 from tests.gateway.test_routing import ask, counted
 
 
@@ -169,6 +170,65 @@ def test_replicas_are_added_and_removed_by_a_reload() -> None:
         wait_until(lambda: list(gateway.states()) == ["vllm-1"], "only vllm-1 is left", 5)
         with httpx.Client(base_url=gateway.url) as client:
             assert {ask(client, f"{n}") for n in range(4)} == {"vllm-1"}
+
+
+@contextlib.contextmanager
+def crowd(count: int, adapters: int, **zones: str) -> Iterator[tuple[Gateway, Sim]]:
+    """A gateway with `count` replicas of `adapters` adapters each, and with zones of these sizes; and the last replica.
+
+    All others are one process under many names.
+    """
+    with Replicas(2, "--instant", "--adapters", str(adapters)) as replicas:
+        first, last = replicas.upstreams().splitlines(keepends=True)
+        names = (
+            re.sub(r"upstream \S+ \{ zone \S+", f"upstream many-{n} {{ zone many-{n}", first) for n in range(count - 1)
+        )
+        with Gateway(replicas, upstreams="".join(names) + last, files=resized(**zones)) as gateway:
+            yield gateway, replicas["vllm-1"]
+
+
+@pytest.mark.parametrize(("count", "adapters"), [(40, 200), (3, 800)])
+def test_many_replicas_of_many_adapters_are_watched_as_few_are(count: int, adapters: int) -> None:
+    with crowd(count, adapters) as (gateway, last), httpx.Client(base_url=gateway.url) as client:
+        gateway.wait_ready(60)
+        assert len(client.get("/v1/models").json()["data"]) == adapters + 1
+        name = f"sim-adapter-{adapters - 1}"
+        assert client.get(f"/v1/models/{name}").json()["parent"] == "sim"
+        assert client.post("/v1/chat/completions", json=chat("hi", model=name)).status_code == 200
+        assert "[error]" not in gateway.log()
+        last.kill()
+        assert gateway.wait_states({"vllm-1": "unreachable"}, 10) < 4
+
+
+def test_cards_without_room_leave_the_watch_alone() -> None:
+    with crowd(3, 800, cards="64k") as (gateway, last):
+        gateway.wait_ready()
+        wait_until(lambda: "the zone cards is full" in gateway.log(), "it is logged")
+        assert counted(gateway, 'gateway_writes_lost_total{zone="cards"}') > 0
+        listed = httpx.get(gateway.url + "/v1/models").json()["data"]
+        assert {f"sim-adapter-{n}" for n in range(800)} < {card["id"] for card in listed}
+        last.kill()
+        assert gateway.wait_states({"vllm-1": "unreachable"}, 10) < 4
+
+
+def test_a_replica_whose_models_find_no_room_is_not_ready() -> None:
+    with crowd(3, 2000, models="32k") as (gateway, _):
+        wait_until(lambda: "the zone models is full" in gateway.log(), "it is logged")
+        wait_until(lambda: "no room" in reason(gateway, "vllm-1"), "the status says why")
+        assert "ready" not in gateway.states().values()
+        assert counted(gateway, 'gateway_writes_lost_total{zone="models"}') > 0
+
+
+def test_a_replica_whose_state_finds_no_room_is_not_ready() -> None:
+    with crowd(60, 0, fleet="32k") as (gateway, last):
+        wait_until(lambda: "the zone fleet is full" in gateway.log(), "it is logged")
+        assert counted(gateway, 'gateway_writes_lost_total{zone="fleet"}') > 0
+        last.kill()
+        wait_until(lambda: gateway.states()["vllm-1"] != "ready", "the dead one left the route", 5)
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            assert gateway.states()["vllm-1"] != "ready"
+            time.sleep(0.2)  # the state is sampled all the time
 
 
 def test_the_watch_for_tokens_rests_for_a_few_seconds_in_minutes() -> None:

@@ -99,7 +99,7 @@ Fill = Callable[[int, int], None]
 
 @contextlib.contextmanager
 def filling(**zones: str) -> Iterator[tuple[Gateway, Fill]]:
-    """A gateway of its own with zones of these sizes, and `fill(A, B)`: a request over for each of model-A to model-B."""
+    """A gateway of its own with zones of these sizes, and `fill(A, B)`, a request for each of model-A to model-B."""
     with Replicas(1, "--instant") as replicas:
         place = f"{replicas.gateway_host}:8089"
         server = f"js_import fill from fill.js; server {{ listen {place}; location / {{ js_content fill.fill; }} }}"
@@ -121,7 +121,8 @@ def test_three_thousand_series_are_all_there_and_only_grow() -> None:
         for end in (500, 1500, 3000, 3000):
             fill(0, end)
             now = exposed(gateway)
-            assert not {key for key in before if ("_total" in key or "_bucket" in key) and now.get(key, 0) < before[key]}
+            counters = {key for key in before if "_total" in key or "_bucket" in key}
+            assert not {key for key in counters if now.get(key, 0) < before[key]}
             before = now
     assert len(of_models(before)) == 3000
     assert sum(of_models(before).values()) == 8000

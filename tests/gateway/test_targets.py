@@ -1,14 +1,17 @@
 """What was checked is what is sent, and what is no HTTP gets an answer that a client can read."""
 
 import http.client
+import json
 import re
 import socket
 
 import httpx
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lab.sim.fleet import ROOT, Gateway, Replicas
+from lab.sim.fleet import ROOT, Gateway, Replicas, wait_until
+from tests.gateway.test_public import error_of
 
 LISTED = set(
     re.findall(r"location = (\S+)\s+\{ include conf\.d/generate\.conf; \}", (ROOT / "nginx/nginx.conf").read_text())
@@ -81,3 +84,52 @@ def test_the_next_replica_gets_the_listed_path_too(client: httpx.Client, gateway
         assert answer.headers["x-replica"] == "vllm-2"
     assert {path.split("?")[0] for path in seen(fleet)} <= LISTED
     assert "/v1/chat/completions?moved=1" in seen(fleet)
+
+
+HOST = b"Host: localhost\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST
+MALFORMED = {
+    "a NUL in the path": (b"GET /v1/%00 HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "no hexadecimal": (b"GET /v1/%zz HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "above the root": (b"GET /../../x HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "a space in the path": (b"GET /a b HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "no method": (b"hello there\r\n\r\n", 400),
+    "OPTIONS *": (b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "CONNECT": (b"CONNECT a.example:443 HTTP/1.1\r\nHost: a.example:443\r\n\r\n", 405),
+    "TRACE": (b"TRACE / HTTP/1.1\r\n" + HOST + b"\r\n", 405),
+    "a TLS hello": (bytes.fromhex("16030100c8010000c40303") + b"\x01" * 190, 400),
+    "an HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    "HTTP/3.0": (b"GET / HTTP/3.0\r\n" + HOST + b"\r\n", 505),
+    "20 KB of address": (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
+    "20 KB in one header": (b"GET / HTTP/1.1\r\n" + HOST + b"X-A: " + b"a" * 20_000 + b"\r\n\r\n", 431),
+    "100 KB of headers": (b"GET / HTTP/1.1\r\n" + HOST + (b"X-A: " + b"a" * 900 + b"\r\n") * 110 + b"\r\n", 431),
+    "no Host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    "two Hosts": (b"GET / HTTP/1.1\r\n" + HOST + HOST + b"\r\n", 400),
+    "a NUL in a header": (b"GET / HTTP/1.1\r\n" + HOST + b"X-A: a\0b\r\n\r\n", 400),
+    "a length that is none": (b"GET / HTTP/1.1\r\n" + HOST + b"Content-Length: x\r\n\r\n", 400),
+    "two lengths": (POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "an encoding": (POST + b"Transfer-Encoding: gzip\r\n\r\n", 501),
+    "a bad chunk": (POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n{}\r\n", 400),
+    "a bad second chunk": (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\nzz\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_what_is_no_http_is_refused_in_json_that_names_the_request(gateway: Gateway, name: str) -> None:
+    request, expected = MALFORMED[name]
+    status, answer = send(gateway, request)
+    assert status == expected
+    error_of(answer)
+
+
+def test_the_log_stays_utf_8_and_has_the_path_of_what_was_refused(gateway: Gateway) -> None:
+    for path in (b"/v1/%ff/logged", b"/v1/\xff\xfe", b"/v1/%zz"):
+        send(gateway, b"GET " + path + b"?secret=1 HTTP/1.0\r\nX-Request-Id: utf-8\r\n\r\n")
+
+    def logged() -> list[str]:
+        lines = [json.loads(line) for line in gateway.log().splitlines() if line.startswith("{")]
+        return sorted(line["path"] for line in lines if line["id"] == "utf-8")
+
+    wait_until(lambda: len(logged()) == 2, "what has an id is in the log", 5)
+    assert logged() == ["/v1/", "/v1/%ff/logged"]
+    assert "\ufffd" not in gateway.log()

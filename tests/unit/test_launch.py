@@ -51,6 +51,15 @@ def start(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     return run
 
 
+def read(file: Path, environment: dict[str, str]) -> launch.Settings:
+    """The settings, where they are all right."""
+    mistakes = launch.Mistakes()
+    settings = launch.read_settings(file, environment, mistakes)
+    if mistakes.lines or settings is None:
+        raise launch.SettingsError("\n".join(mistakes.lines))
+    return settings
+
+
 def value_of(arguments: list[str], flag: str) -> str:
     """What follows a flag."""
     return arguments[arguments.index(flag) + 1]
@@ -205,9 +214,72 @@ def test_each_mistake_is_told(start: Start) -> None:
     assert [line.split()[2] for line in errors.splitlines()] == ["MAX_MODEL_LEN", "MAX_NUM_SEQS"]
 
 
+def test_mistakes_of_all_kinds_are_told_at_once(start: Start, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "vllm_folder", lambda: source_of_vllm(models.parent))
+    status, errors, arguments = start(
+        "model: org/none\nmax_lenght: 1\nmax_num_seqs: 0",
+        MODEL="none",
+        MAX_MODEL_LEN="abc",
+        CHAT_TEMPLATE="none.jinja",
+        PIPELINE_PARALLEL_SIZE="2",
+        QUANTIZATION="fp9",
+        EXTRA_ARGS="--seed 1 --api_key=secret",
+    )
+    assert (status, arguments) == (2, [])
+    about = ["max_lenght", "MAX_MODEL_LEN", "max_num_seqs", "MODEL", "none.jinja", "PIPELINE", "--api-key", "'fp9'"]
+    assert [name for name, line in zip(about, errors.splitlines(), strict=True) if name not in line] == [], errors
+    assert "secret" not in errors
+
+
+def source_of_vllm(folder: Path) -> Path:
+    """A folder with the parts of vLLM's source that list names."""
+    for name, text in {
+        "model_executor/layers/quantization/__init__.py": 'QuantizationMethods = Literal[\n    "awq",\n    "fp8",\n]\n',
+        "config/cache.py": 'CacheDType = Literal["auto", "fp8"]\n',
+        "tool_parsers/__init__.py": '_TOOL_PARSERS_TO_REGISTER = {\n    "hermes": ("file", "Class"),\n}\n',
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["QUANTIZATION", "KV_CACHE_DTYPE", "TOOL_CALL_PARSER"])
+def test_a_name_that_vllm_does_not_have_is_a_mistake_with_those_that_it_has(
+    start: Start, models: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What its source does not list is left to vLLM, as is a parser beside a plugin."""
+    monkeypatch.setattr(launch, "vllm_folder", lambda: source_of_vllm(models.parent))
+    right = {"QUANTIZATION": "fp8", "KV_CACHE_DTYPE": "fp8", "TOOL_CALL_PARSER": "hermes"}[name]
+    assert start(**{name: right})[0] == 0
+    status, errors, _ = start(**{name: "file"})
+    assert status == 2
+    assert f"{name} is 'file', which vLLM does not have; it has " in errors
+    assert right in errors
+    assert start(TOOL_CALL_PARSER="mine", EXTRA_ARGS="--tool-parser-plugin /mine.py")[0] == 0
+    monkeypatch.setattr(launch, "vllm_folder", lambda: models)
+    assert start(**{name: "file"})[0] == 0
+
+
+def test_a_plugin_of_vllm_may_bring_a_quantization(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "entry_points", lambda group: [types.SimpleNamespace(name=f"{group}.own")])
+    vllm = source_of_vllm(models.parent)
+    launch.check_names(launch.Settings(model="a", quantization="vllm.general_plugins.own"), vllm)
+    with pytest.raises(launch.SettingsError, match="'own', which vLLM does not have"):
+        launch.check_names(launch.Settings(model="a", quantization="own"), vllm)
+
+
+def test_a_key_for_the_replica_is_refused_as_nobody_would_send_it(start: Start) -> None:
+    for words in ("--api-key s3cret", "--api-key=s3cret", "--seed 1 --api_key s3cret"):
+        status, errors, _ = start(EXTRA_ARGS=words)
+        assert status == 2
+        assert "EXTRA_ARGS has --api-key" in errors
+        assert "s3cret" not in errors
+    assert start(EXTRA_ARGS="--seed 1")[0] == 0
+
+
 def test_a_missing_engine_file_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(launch.SettingsError, match=r"^vllm/engine\.yaml: cannot be read"):
-        launch.read_settings(tmp_path / "none.yaml", {})
+        read(tmp_path / "none.yaml", {})
 
 
 @pytest.mark.parametrize("content", [None, "{", "", "[]"])
@@ -362,7 +434,7 @@ def test_replicas_on_a_cpu_share_the_cores(
 
 @pytest.mark.parametrize("name", ["engine.yaml", "engine.gpu.yaml"])
 def test_the_engine_files_that_we_ship_are_right(name: str) -> None:
-    launch.read_settings(ROOT / "vllm" / name, {})
+    read(ROOT / "vllm" / name, {})
 
 
 @given(text=st.text() | st.text(st.sampled_from("model:- 0123{}[]'\"#&*!\n")))
@@ -371,7 +443,7 @@ def test_no_engine_file_makes_a_traceback(tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(text, encoding="utf-8", errors="replace")
     with contextlib.suppress(launch.SettingsError):
-        launch.read_settings(path, {})
+        read(path, {})
 
 
 @given(name=st.sampled_from(sorted(launch.Settings.model_fields)), value=st.text(st.characters(codec="utf-8")))
@@ -381,7 +453,7 @@ def test_no_value_in_the_environment_makes_a_traceback(
     path = tmp_path_factory.getbasetemp() / "model.yaml"
     path.write_text("model: org/small")
     with contextlib.suppress(launch.SettingsError):
-        launch.serve_command(launch.read_settings(path, {name.upper(): value}), "org/small", None)
+        launch.serve_command(read(path, {name.upper(): value}), "org/small", None)
 
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {
@@ -397,7 +469,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 def test_the_settings_for_gpus_start_on_one_without_bfloat16() -> None:
     """A Turing has none, and vLLM refuses it there; by itself it takes float16."""
-    assert launch.read_settings(ROOT / "vllm" / "engine.gpu.yaml", {}).dtype == "auto"
+    assert read(ROOT / "vllm" / "engine.gpu.yaml", {}).dtype == "auto"
 
 
 @given(values=st.fixed_dictionaries({}, optional=VALUES))
@@ -410,4 +482,4 @@ def test_a_value_means_the_same_in_the_file_and_in_the_environment(
     texts = {
         name.upper(): json.dumps(value) if isinstance(value, dict) else str(value) for name, value in values.items()
     }
-    assert launch.read_settings(folder / "full.yaml", {}) == launch.read_settings(folder / "bare.yaml", texts)
+    assert read(folder / "full.yaml", {}) == read(folder / "bare.yaml", texts)

@@ -64,7 +64,7 @@ def test_a_chats_opening_event_waits_for_the_first_token() -> None:
         [START, chunk(opening % 0 + opening % 1 + token), more],
     ]
     error = chunk(b'data: {"error": {"code": 500}}\n\n')
-    assert sent(START, chunk(opening % 0), error)[-1][0]["status"] == 503
+    assert sent(START, chunk(opening % 0), error)[-1][0]["status"] == 502
 
 
 def test_an_answer_without_a_body_is_not_held_for_ever() -> None:
@@ -77,8 +77,9 @@ def test_an_answer_without_a_body_is_not_held_for_ever() -> None:
     ("code", "status"),
     [
         pytest.param(400, 400, id="the client's fault stays here"),
-        pytest.param(500, 503, id="a dead engine sends the request to the next replica"),
-        pytest.param(None, 503, id="no code"),
+        pytest.param(503, 503, id="a full queue"),
+        pytest.param(500, 502, id="a dead engine sends the request to the next replica"),
+        pytest.param(None, 502, id="no code"),
     ],
 )
 def test_a_stream_that_begins_with_an_error_becomes_that_error(code: int | None, status: int) -> None:
@@ -87,7 +88,8 @@ def test_a_stream_that_begins_with_an_error_becomes_that_error(code: int | None,
     event = f"data: {json.dumps(error)}\n\n".encode()
     start, body = sent(START, chunk(event), chunk(b"data: [DONE]\n\n"), chunk(b"", more=False))[-1]
     assert start["status"] == status
-    assert start["headers"] == [(b"content-type", b"application/json")]
+    failure = [(b"x-failure", b"no")] if status == 502 else []
+    assert start["headers"] == [(b"content-type", b"application/json"), *failure]
     assert json.loads(body["body"]) == error
     assert not body.get("more_body")
 

@@ -4,12 +4,15 @@ import json
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.conftest import ROOT
 from vllm import health
 
 
@@ -25,6 +28,7 @@ class Engine(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.status = {"/v1/completions": 200}
         self.wedged = threading.Event()
+        self.takes_s = 0.0  # for each answer
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -54,6 +58,7 @@ class Answer(BaseHTTPRequestHandler):
         self.reply(self.server.status.get(self.path, 404), "{}")
 
     def reply(self, status: int, body: str) -> None:
+        threading.Event().wait(self.server.takes_s)
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -116,6 +121,27 @@ def test_a_model_that_makes_no_text_is_asked_for_an_embedding(engine: Engine) ->
     engine.status = {"/v1/embeddings": 200}
     assert health.main() == 0
     assert engine.asked == ["/v1/completions", "/v1/embeddings"]
+
+
+def test_a_check_ends_before_docker_ends_it_though_each_answer_is_in_time(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Docker ends is not counted as a failure, so a wedged replica would never be found."""
+    timeout = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["x-replica"]["healthcheck"]["timeout"]
+    assert max(health.FIRST_TIMEOUT_S, health.TIMEOUT_S) <= health.LIMIT_S < int(timeout.removesuffix("s"))
+    engine.status = {"/pooling": 200}
+    engine.takes_s = 0.2
+    monkeypatch.setattr(health, "LIMIT_S", 0.5)
+    assert health.main() == 1
+    assert "/pooling" not in engine.asked
+    monkeypatch.setattr(health, "LIMIT_S", 25)
+    assert health.main() == 0
+    # a single request has no longer than what is left
+    engine.takes_s = 10
+    monkeypatch.setattr(health, "LIMIT_S", 0.2)
+    began = time.monotonic()
+    assert health.main() == 1
+    assert time.monotonic() - began < 5
 
 
 def test_a_restarted_engine_is_asked_again(engine: Engine) -> None:

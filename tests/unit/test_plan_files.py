@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 import plan as command
@@ -354,3 +355,19 @@ def test_a_file_of_a_person_counts_as_changed(tmp_path: Path) -> None:
     assert not render.changed_by_hand(path)
     path.write_text("a: 1\n")
     assert render.changed_by_hand(path)
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("32k", 32768), ("32768", 32768), ("1M", 1048576)])
+def test_a_context_may_be_written_in_thousands(text: str, tokens: int) -> None:
+    assert command._tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["0", "k", "-1", "32 kilos", "1e3", "9999999999"])
+def test_a_context_that_is_no_number_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is not a number of tokens"):
+        command._tokens(text)
+
+
+def test_a_list_of_more_gpus_than_there_can_be_is_refused_at_once() -> None:
+    with pytest.raises(Problem, match="--gpus: 0-9999999999 goes beyond GPU 1023"):
+        command._numbers("--gpus", "0-9999999999")

@@ -1,18 +1,23 @@
 """What the planner reads in a model's files, as vLLM 0.32 reads it."""
 
+import contextlib
 import json
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from planner import choose, memory
 from planner.choose import Wish
-from planner.config import load_model, read_model, weight_files_bytes
-from planner.machine import load_machine
+from planner.config import HARMLESS, SIZES, load_model, read_model, weight_files_bytes
+from planner.machine import GIB, load_machine
 from planner.memory import Settings
-from planner.model import Model
+from planner.model import Cached, Model
 from stack.console import Problem
 from tests.conftest import ROOT
 
@@ -72,6 +77,221 @@ def test_the_same_weights_for_another_program_are_counted_once(tmp_path: Path) -
     for path in tmp_path.glob("model*.safetensors"):
         path.unlink()
     assert weight_files_bytes(tmp_path) == 300, "nothing else is there"
+
+
+# ---- keys that may change sizes
+
+# Read, but without effect: all layers have experts of another width; MLA keeps one vector for all heads.
+IDLE = [("Qwen3-30B-A3B", "intermediate_size"), ("DeepSeek-V3", "num_key_value_heads")]
+IDLE += [("DeepSeek-V4-Flash", "num_key_value_heads")]
+SIZED = [
+    (name, key)
+    for name, config in CONFIGS.items()
+    for key, value in (config.get("text_config") or config).items()
+    if SIZES.search(key) and key not in HARMLESS and isinstance(value, int) and value
+    if name != "mamba-2.8b" and (name, key) not in IDLE
+]
+
+
+def changed(name: str, **keys: Any) -> Model:
+    """The model of a recorded config with some keys of its language model changed."""
+    config = CONFIGS[name]
+    part = {"text_config": config["text_config"] | keys} if "text_config" in config else keys
+    return read_model(config | part, "x")
+
+
+@given(
+    name=st.sampled_from([name for name in CONFIGS if name != "mamba-2.8b"]),
+    key=st.text("abcdefgh_", min_size=1, max_size=12),
+    kind=st.sampled_from(["_dim", "_size", "_heads", "_layers", "_groups", "_ratio", "_ratios", "_rank"]),
+    value=st.integers(1, 10**6) | st.lists(st.integers(), min_size=1),
+)
+def test_a_key_of_a_size_that_is_not_known_is_refused_by_its_name(name: str, key: str, kind: str, value: Any) -> None:
+    unknown = f"x_{key}{kind}"
+    with pytest.raises(Problem, match=f"{unknown}, which may change sizes"):
+        changed(name, **{unknown: value})
+    config = CONFIGS[name]
+    part = {"text_config": config["text_config"] | {unknown: value}} if "text_config" in config else {unknown: value}
+    trusted = read_model(config | part, "x", trust=True)
+    assert trusted.unread == (unknown,)
+    assert replace(trusted, unread=()) == read_model(config, "x"), "planned without it"
+
+
+def test_a_list_with_a_value_for_each_layer_is_read_or_refused() -> None:
+    with pytest.raises(Problem, match="x_kinds"):
+        llama(x_kinds=["a"] * 32)
+    assert llama(x_words=["a"] * 3), "of another length it is not one a layer"
+
+
+@pytest.mark.parametrize(("name", "key"), SIZED)
+def test_a_key_of_a_size_changes_the_model_or_is_refused(name: str, key: str) -> None:
+    """Whatever a recorded config says of sizes is read."""
+    value = (CONFIGS[name].get("text_config") or CONFIGS[name])[key]
+    with contextlib.suppress(Problem):
+        assert changed(name, **{key: 2 * value}) != read_model(CONFIGS[name], "x")
+
+
+# ---- what is no model that the planner knows
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"model-Q4_K_M.gguf": "GGUF"}, "is a model in GGUF .* take the model in safetensors"),
+        ({"adapter_config.json": '{"base_model_name_or_path": "me/base"}'}, "is an adapter of me/base.* plan me/base"),
+        ({"model_index.json": "{}"}, "is a diffusion pipeline"),
+        (
+            {"config.json": "version https://git-lfs.github.com/spec/v1\noid"},
+            "a git-LFS pointer.*lfs pull",
+        ),
+        (
+            {"config.json": json.dumps(LLAMA), "model.safetensors": "version https://git-lfs.github.com/spec/v1\noid"},
+            "model.safetensors is a git-LFS pointer",
+        ),
+        ({"config.json": '{"model_type": "mine", "auto_map": {"AutoConfig": "a.B"}, "width": 7}'}, "code of its own"),
+        ({"config.json": '{"model_type": "whisper", "is_encoder_decoder": true}'}, r"encoder-decoder \(whisper\)"),
+        ({"config.json": '{"model_type": "t5", "d_model": 512}'}, r"encoder-decoder \(t5\)"),
+    ],
+)
+def test_what_is_no_such_model_is_called_by_its_name(tmp_path: Path, files: dict[str, str], words: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(Problem, match=words):
+        load_model(str(tmp_path), tmp_path)
+
+
+# ---- layers of several kinds
+
+
+def test_an_embedding_for_each_layer_is_never_quantized() -> None:
+    """Of Gemma's E-models it is a third of all, and looked up in 16 bits."""
+    model = read_model(CONFIGS["gemma-4-E4B-it"], "x")
+    assert model.weights.look_up == 262144 * 256 * 42
+    assert model.tower
+    whole = 2 * (model.weights.look_up + model.weights.embedding + model.tower.parameters)
+    for tp in (1, 2):
+        small = memory.weight_bytes(model.quantized("bitsandbytes"), tp, 1, 0)
+        assert small > whole / tp + model.layers * model.weights.split * 4.5 / 8 / tp
+    assert memory.weight_bytes(model, 1, 1, 0) > 14.5 * GIB
+
+
+@pytest.mark.parametrize("machine", ["t4", "5080"])
+def test_an_e_model_is_not_planned_whole_where_it_runs_out_of_memory(machine: str) -> None:
+    host = load_machine(ROOT / "tests" / "machines" / "cases" / f"{machine}.json")
+    with pytest.raises(Problem, match="does not fit"):
+        choose.choose(host, read_model(CONFIGS["gemma-4-E4B-it"], "x"), Wish(quantization="none"))
+
+
+def test_layers_that_see_all_have_a_shape_of_their_own() -> None:
+    model = read_model(CONFIGS["gemma-4-31B-it"], "x")
+    assert set(model.attention.cached) == {Cached(50, 16, 256, window=1024), Cached(10, 4, 512)}
+    # a page of these holds twice the tokens of one with a window
+    blocks = 5 * (ceil((1023 + 2 * 2048) / 16) + 1) + 262144 // 32
+    assert memory.request_bytes(model, 1, 60, 262144, Settings(256, 2048)) == blocks * 10 * 16 * 2 * 16 * 256 * 2
+
+
+def test_layers_that_share_what_others_keep_keep_nothing() -> None:
+    model = read_model(CONFIGS["gemma-4-E4B-it"], "x")
+    assert set(model.attention.cached) == {Cached(20, 2, 256, window=512), Cached(4, 2, 512)}
+
+
+def test_a_dense_mlp_beside_experts_is_counted() -> None:
+    text = CONFIGS["gemma-4-31B-it"]["text_config"]
+    experts = {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704, "enable_moe_block": True}
+    shape = {"hidden_size": 2816, "intermediate_size": 2112, "num_attention_heads": 16, "num_key_value_heads": 8}
+    layers = {"num_hidden_layers": 30, "layer_types": text["layer_types"][:30], "num_global_key_value_heads": 2}
+    model = changed("gemma-4-31B-it", **experts, **shape, **layers)
+    assert model.parameters / 1e9 == pytest.approx(25.2, rel=0.03)
+    assert model.active_parameters / 1e9 == pytest.approx(3.8, rel=0.05)
+
+
+def test_layers_without_attention_keep_nothing() -> None:
+    """Of Nemotron's 80 layers 49 have one, and their MLPs are of many widths."""
+    model = read_model(CONFIGS["Nemotron-Super-49B"], "x")
+    assert model.attention.cached == (Cached(49, 8, 128),)
+    assert model.tp_sizes(8) == [1, 2, 4, 8]
+
+
+# ---- layers that keep a state
+
+QWEN3_NEXT = {
+    "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "hidden_size": 2048,
+    "intermediate_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 2,
+    "head_dim": 256, "vocab_size": 151936, "max_position_embeddings": 262144, "full_attention_interval": 4,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "num_experts": 512, "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "decoder_sparse_step": 1,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+NEMOTRON_H_8B = {
+    "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hidden_size": 4096,
+    "intermediate_size": 21504, "num_hidden_layers": 52, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "vocab_size": 131072, "max_position_embeddings": 8192, "mamba_num_heads": 128,
+    "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "tie_word_embeddings": False,
+    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+}  # fmt: skip
+KIMI_LINEAR = {
+    "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear", "hidden_size": 2304,
+    "intermediate_size": 9216, "num_hidden_layers": 27, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "head_dim": 72, "vocab_size": 163840, "model_max_length": 1048576, "kv_lora_rank": 512, "q_lora_rank": None,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_experts": 256,
+    "num_experts_per_token": 8, "num_shared_experts": 1, "moe_intermediate_size": 1024, "moe_layer_freq": 1,
+    "first_k_dense_replace": 1, "tie_word_embeddings": False,
+    "linear_attn_config": {
+        "full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "head_dim": 128, "num_heads": 32,
+        "short_conv_kernel_size": 4, "kda_layers": [n for n in range(1, 27) if n % 4],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "billions", "active", "layers"),
+    [
+        (QWEN3_NEXT, 79.7, 3.6, {36: True, 12: False}),
+        (NEMOTRON_H_8B, 8.1, None, {24: True, 4: False}),
+        (KIMI_LINEAR, 48.5, 3.3, {20: True, 7: False}),
+    ],
+)
+def test_models_with_a_state_are_counted_as_published(
+    config: dict[str, Any], billions: float, active: float | None, layers: dict[int, bool]
+) -> None:
+    model = read_model(config, "x")
+    assert model.parameters / 1e9 == pytest.approx(billions, rel=0.02)
+    if active:
+        assert model.active_parameters / 1e9 == pytest.approx(active, rel=0.1)
+    assert {one.layers: bool(one.state) for one in model.attention.cached} == layers
+
+
+def test_pages_of_attention_are_as_large_as_a_state() -> None:
+    """As vLLM 0.32 aligns them, in groups of one size; a request keeps two states of each group."""
+    model = read_model(QWEN3_NEXT, "x")
+    state = 3 * (2 * 16 * 128 + 32 * 128) * 2 + 32 * 128 * 128 * 2
+    token = 2 * 2 * 256 * 2
+    block = ceil(state / (16 * token)) * 16
+    blocks = ceil(262144 / block) + 3 * 2
+    assert memory.request_bytes(model, 1, 48, 262144, Settings(256, 2048)) == blocks * block * token * 12
+    assert memory.kv_bytes_per_token(model, 1, 48) == 12 * token, "a state grows with no token"
+    assert model.tp_sizes(16) == [1, 2, 4, 8, 16]
+
+
+# ---- rows for several tokens
+
+
+def test_deepseek_v4_weighs_what_it_was_seen_to_weigh() -> None:
+    """79 GiB a GPU over two RTX PRO 6000, where it works."""
+    model = read_model(CONFIGS["DeepSeek-V4-Flash"], "x")
+    assert model.parameters / 1e9 == pytest.approx(284, rel=0.01)
+    assert memory.weight_bytes(model, 2, 1, 0) / GIB == pytest.approx(79, rel=0.08)
+    host = load_machine(ROOT / "tests" / "machines" / "cases" / "pro6000x2.json")
+    plan = choose.choose(host, model, Wish())
+    assert (plan.layout, plan.quantization) == ("1 × tp 2", None)
+
+
+def test_a_longer_request_of_deepseek_v4_keeps_more() -> None:
+    model, settings = read_model(CONFIGS["DeepSeek-V4-Flash"], "x"), Settings(256, 2048)
+    short, long = (memory.request_bytes(model, 4, 43, length, settings) for length in (131072, 1048576))
+    row, index = 448 + 2 * 64 + 8, 128 + 4
+    assert long - short == (1048576 - 131072) * (21 * (row + index) // 4) + (1048576 - 131072) // 128 * 20 * row
 
 
 # ---- quantized checkpoints
@@ -290,12 +510,8 @@ def test_gemma_3_is_read_from_the_little_that_it_says() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*"},
-        {"model_type": "nemotron_h", "mamba_num_heads": 128},
         {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
         {"model_type": "lfm2", "conv_L_cache": 3},
-        {"model_type": "qwen3_next", "linear_num_key_heads": 16},
-        {"model_type": "kimi_linear", "linear_attn_config": {"full_attn_layers": [4]}},
         {"model_type": "jamba", "mamba_d_state": 16},
     ],
 )
@@ -376,11 +592,11 @@ def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.Mo
     """One that is quantized says so elsewhere, one that is pooled states a shorter length elsewhere."""
     there = {"config.json": LLAMA, "hf_quant_config.json": MODELOPT}
 
-    def get(_: httpx.Client, url: str, **__: Any) -> httpx.Response:
+    def get(_: httpx2.Client, __: str, url: str, **___: Any) -> httpx2.Response:
         file = url.partition("/me/model/resolve/main/")[2]
-        return httpx.Response(200, json=there[file]) if file in there else httpx.Response(404)
+        return httpx2.Response(200, json=there[file]) if file in there else httpx2.Response(404)
 
-    monkeypatch.setattr("models.hub.httpx.Client.get", get)
+    monkeypatch.setattr("httpx2.Client.request", get)
     model = load_model("me/model", ROOT / "models")
     assert (model.bits, model.pooling, model.max_length) == (4.5, None, 131072)
     there |= {**LAST, "sentence_bert_config.json": {"max_seq_length": 4096}}
@@ -390,11 +606,11 @@ def test_the_hub_is_asked_for_what_config_json_leaves_out(monkeypatch: pytest.Mo
 
 
 def test_a_hub_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def get(_: httpx.Client, url: str, **__: Any) -> httpx.Response:
+    def get(_: httpx2.Client, __: str, url: str, **___: Any) -> httpx2.Response:
         if url.endswith("/config.json"):
-            return httpx.Response(200, json=LLAMA)
-        raise httpx.ConnectError("gone")
+            return httpx2.Response(200, json=LLAMA)
+        raise httpx2.ConnectError("gone")
 
-    monkeypatch.setattr("models.hub.httpx.Client.get", get)
+    monkeypatch.setattr("httpx2.Client.request", get)
     with pytest.raises(Problem, match="cannot reach"):
         load_model("me/model", ROOT / "models")

@@ -27,7 +27,10 @@ def test_the_launcher_takes_each_preset(path: Path, tmp_path: Path) -> None:
     assert set(preset) == {"about", "needs", "settings"}
     (tmp_path / "engine.yaml").write_text("")
     settings = {name: str(value) for name, value in preset["settings"].items()}
-    read = launch.read_settings(tmp_path / "engine.yaml", settings)
+    mistakes = launch.Mistakes()
+    read = launch.read_settings(tmp_path / "engine.yaml", settings, mistakes)
+    assert not mistakes.lines
+    assert read
     assert read.model == settings["MODEL"]
     documented = (ROOT / ".env.example").read_text()
     for name in settings:

@@ -7,7 +7,8 @@ import time
 import pytest
 
 import roll
-from stack.compose import Compose, Container
+from stack.compose import Compose, Config, Container, Service
+from stack.console import Problem
 from stack.gateway import Gateway, Replica
 
 
@@ -35,7 +36,17 @@ class Fleet(Gateway):
 
 
 class Containers(Compose):
-    """Containers that are well again as soon as they were made anew."""
+    """Containers that are well again as soon as they were made anew; `refused` is what the launcher says of them."""
+
+    refused = ""
+
+    def config(self) -> Config:
+        services = {"vllm-0": Service(image="replica")}
+        return Config.model_validate({"services": services, "x-pins": {}})
+
+    def check_launch(self, _: Config, command: str) -> None:
+        if self.refused:
+            raise Problem(self.refused, command)
 
     def ask(self, *_: str, timeout_s: float = 60) -> str:  # noqa: ARG002
         return ""
@@ -123,3 +134,35 @@ def test_a_replica_that_crashes_and_comes_back_for_ever_ends_the_roll(
     monkeypatch.setattr(time, "sleep", lambda _: None)
     assert run(monkeypatch, Fleet({"vllm-0": "chat", "vllm-1": "chat"})) == 1
     assert "vllm-0 did not come back" in heard(capsys)
+
+
+def test_settings_that_the_launcher_refuses_end_the_roll_before_any_is_drained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Containers, "refused", ".env: MAX_MODEL_LEN is 'abc'")
+    fleet = Fleet({"vllm-0": "chat", "vllm-1": "chat"})
+    assert run(monkeypatch, fleet) == 1
+    assert fleet.drained == []
+    assert "MAX_MODEL_LEN is 'abc'" in heard(capsys)
+
+
+def test_a_gateway_that_fails_too_does_not_hide_why_the_roll_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(what: str) -> None:
+        raise Problem(what, "mend it")
+
+    monkeypatch.setattr(roll, "recreate", lambda *_: fail("vllm-0 did not come back"))
+    monkeypatch.setattr(Fleet, "undrain", lambda *_: fail("no gateway"))
+    assert run(monkeypatch, Fleet({"vllm-0": "chat", "vllm-1": "chat"})) == 1
+    out, err = capsys.readouterr()
+    assert "vllm-0 stays drained no gateway" in out
+    assert "vllm-0 did not come back" in err
+
+
+def test_one_that_ran_out_of_time_to_drain_is_put_back_into_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_back: list[str] = []
+    monkeypatch.setattr(Fleet, "undrain", lambda _, name: put_back.append(name))
+    monkeypatch.setattr(roll, "wait_for", lambda *_: False)
+    assert run(monkeypatch, Fleet({"vllm-0": "chat", "vllm-1": "chat"})) == 1
+    assert put_back == ["vllm-0"]

@@ -41,13 +41,13 @@ def test_recent_enough_versions_pass(found: checks.Version) -> None:
 
 def test_too_old_a_version_is_named_with_the_one_needed() -> None:
     with pytest.raises(Problem, match=r"Docker engine 19\.3 is too old: 20\.10 or newer is needed: upgrade it"):
-        checks.recent_enough("Docker engine", (19, 3), checks.OLDEST_ENGINE, "upgrade it")
+        checks.recent_enough("Docker engine", (19, 3), checks.OLDEST_DOCKER, "upgrade it")
 
 
 def test_no_rights_on_the_socket_are_told_from_an_engine_that_is_down() -> None:
-    checks.engine_answers("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is it running?")
+    checks.docker_answers("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is it running?")
     with pytest.raises(Problem, match=r"no rights on the Docker socket: .*usermod -aG docker"):
-        checks.engine_answers("permission denied while trying to connect to the Docker daemon socket")
+        checks.docker_answers("permission denied while trying to connect to the Docker daemon socket")
 
 
 @pytest.mark.parametrize(("systemd", "where"), [(True, "`journalctl -u docker`"), (False, "the end of .*dockerd.log")])
@@ -58,10 +58,10 @@ def test_an_engine_that_was_started_and_is_not_this_users_is_told_at_once(
     monkeypatch.setattr(docker, "work", lambda *_, **__: None)
     monkeypatch.setattr(docker, "as_root", lambda *args: args)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
-    monkeypatch.setattr(docker, "engine_version", lambda: (None, "permission denied while trying to connect"))
+    monkeypatch.setattr(docker, "docker_version", lambda: (None, "permission denied while trying to connect"))
     with pytest.raises(Problem, match="no rights on the Docker socket"):
         docker.start(print)
-    monkeypatch.setattr(docker, "engine_version", lambda: (None, "Cannot connect to the Docker daemon"))
+    monkeypatch.setattr(docker, "docker_version", lambda: (None, "Cannot connect to the Docker daemon"))
     clock = itertools.count(step=61)
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with pytest.raises(Problem, match=f"does not answer a minute after its start: see {where}"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,3 +235,48 @@ def test_a_program_that_fails_is_quoted_with_its_last_line() -> None:
     with pytest.raises(Problem, match=r"failed: disk is full: make room .*up\.log"):
         work(["sh", "-c", "echo one; echo disk is full; exit 3"], heard.append, fix="make room")
     assert heard == ["one\n", "disk is full\n"]
+
+
+def test_an_import_that_ends_early_is_a_problem_not_a_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk: what packs the file system learns that nobody reads it any more."""
+    docker = tmp_path / "docker"
+    docker.write_text("#!/bin/sh\nexit 1\n")
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(images, "LOG", ROOT / ".cache" / "import-test.log")
+    monkeypatch.setattr(images, "as_root", lambda *_: ["timeout", "20", "cat", "/dev/zero"])
+    began = time.monotonic()
+    with pytest.raises(Problem, match="could not be built from Debian's packages"):
+        images.build_debian(images.PROMETHEUS, print)
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize(
+    ("official", "installed", "said"),
+    [
+        ("docker.io/library/nginx:1.30.6", "1.30.6-1+b2", ""),
+        ("docker.io/library/nginx:1.30.6", "1.30.7-1", "Debian has nginx 1.30.7 today, not 1.30.6 as"),
+        ("docker.io/prom/prometheus:v3.5.3", "3.5.3+ds-2", ""),
+        ("docker.io/prom/prometheus:v3.5.3", "3.6.0+ds-1", "Debian has prometheus 3.6.0 today, not 3.5.3 as"),
+    ],
+)
+def test_a_package_of_another_version_than_the_pin_is_told(
+    monkeypatch: pytest.MonkeyPatch, official: str, installed: str, said: str
+) -> None:
+    monkeypatch.setattr(images, "ask", lambda *args: subprocess.CompletedProcess(args, 0, installed, ""))
+    stand_in = images.stand_in_for(official)
+    assert stand_in
+    assert images.other_version(official, stand_in.tag).startswith(said)
+    assert bool(images.other_version(official, stand_in.tag)) is bool(said)
+    # what came from a registry is what the pin names
+    assert images.other_version(official, official) == ""
+
+
+def test_make_up_names_both_versions(
+    docker: Docker, gateway: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(images, "other_version", lambda official, base: f"{base} is not {official}")
+    images.bring(gateway, "packages", print)
+    assert f"gateway: packages:gateway is not {NGINX}" in capsys.readouterr().out

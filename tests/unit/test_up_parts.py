@@ -154,6 +154,46 @@ def test_the_users_compose_files_are_kept_beside_the_gpu_file(
     assert Compose().files == []
 
 
+def test_the_launcher_of_each_kind_of_replica_is_asked_before_a_container_is_touched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All that it refuses is told, once, whatever else it or Docker writes; kinds differ by more than their GPUs."""
+    said = {
+        "vllm-0": "Network created\nlaunch: .env: A is 1\nlaunch: B is 2\n",
+        "vllm-2": "launch: .env: A is 1\nlaunch: C is 3\n",
+    }
+    asked: list[str] = []
+
+    def run(*args: str, timeout: float) -> subprocess.CompletedProcess[str]:
+        assert args[2:6] == ("run", "--rm", "--no-deps", "--no-TTY")
+        assert args[-1] == "--print"
+        asked.append(args[-2])
+        return subprocess.CompletedProcess(args, 2 if said else 0, "", said.get(args[-2], ""))
+
+    monkeypatch.setattr(compose, "ask", run)
+
+    def on(gpu: str, **environment: str) -> Service:
+        devices = [{"driver": "nvidia", "device_ids": [gpu]}]
+        deploy = {"resources": {"reservations": {"devices": devices}}}
+        return Service(image="replica", environment={**environment}, deploy=deploy)
+
+    services = {"vllm-0": on("0"), "vllm-1": on("1"), "vllm-2": on("2", MODEL="a/b")}
+    config = Config.model_validate({"services": services, "x-pins": {}})
+    with pytest.raises(Problem) as raised:
+        Compose().check_launch(config, "make up")
+    assert raised.value.what.splitlines() == ["vllm-0: .env: A is 1", "vllm-0: B is 2", "vllm-2: C is 3"]
+    assert asked == ["vllm-0", "vllm-2"]
+    said.clear()
+    Compose().check_launch(config, "make up")
+
+
+def test_a_launcher_that_cannot_be_asked_is_a_problem_with_dockers_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 125, "", "one\nno such image\n")
+    monkeypatch.setattr(compose, "ask", lambda *_, **__: failed)
+    with pytest.raises(Problem, match=r"^vllm-0: no such image: "):
+        Compose().check_launch(stack_of(Service(image="replica")), "make up")
+
+
 def test_compose_files_without_that_of_the_stack_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Compose, "ask", lambda *_: '{"name": "mine", "services": {}}')
     with pytest.raises(Problem, match=r"x-pins: Field required: .*COMPOSE_FILE"):
