@@ -9,8 +9,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from lab.sim.fleet import Gateway, Replicas, Sim, wait_until
-from tests.conftest import ROOT
+from lab.sim.gateway import Gateway
+from lab.sim.replicas import Replicas, Sim
+from lab.waiting import until
+from stack.shell import ROOT
 from tests.gateway.conftest import chat, resized
 from tests.gateway.test_routing import ask, counted
 
@@ -126,9 +128,9 @@ def test_what_a_replica_has_to_do_is_shown(gateway: Gateway, fleet: Replicas) ->
                 and now["ttft_ms"] > 0
             )
 
-        wait_until(working, "the replica's load is shown", 5)
+        until(working, "the replica's load is shown", 5)
         assert counted(gateway, f'gateway_requests_in_flight{{replica="{name}"}}') == 1
-    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "nothing in flight", 5)
+    until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "nothing in flight", 5)
 
 
 def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(gateway: Gateway) -> None:
@@ -167,7 +169,7 @@ def test_replicas_are_added_and_removed_by_a_reload() -> None:
         assert targets[2] == {"targets": ["vllm-2:9464"], "labels": {"replica": "vllm-2"}}
         gateway.write_fleet(replicas.upstreams(["vllm-1"]))
         gateway.reload()
-        wait_until(lambda: list(gateway.states()) == ["vllm-1"], "only vllm-1 is left", 5)
+        until(lambda: list(gateway.states()) == ["vllm-1"], "only vllm-1 is left", 5)
         with httpx.Client(base_url=gateway.url) as client:
             assert {ask(client, f"{n}") for n in range(4)} == {"vllm-1"}
 
@@ -203,7 +205,7 @@ def test_many_replicas_of_many_adapters_are_watched_as_few_are(count: int, adapt
 def test_cards_without_room_leave_the_watch_alone() -> None:
     with crowd(3, 800, cards="64k") as (gateway, last):
         gateway.wait_ready()
-        wait_until(lambda: "the zone cards is full" in gateway.log(), "it is logged")
+        until(lambda: "the zone cards is full" in gateway.log(), "it is logged")
         assert counted(gateway, 'gateway_writes_lost_total{zone="cards"}') > 0
         listed = httpx.get(gateway.url + "/v1/models").json()["data"]
         assert {f"sim-adapter-{n}" for n in range(800)} < {card["id"] for card in listed}
@@ -213,18 +215,18 @@ def test_cards_without_room_leave_the_watch_alone() -> None:
 
 def test_a_replica_whose_models_find_no_room_is_not_ready() -> None:
     with crowd(3, 2000, models="32k") as (gateway, _):
-        wait_until(lambda: "the zone models is full" in gateway.log(), "it is logged")
-        wait_until(lambda: "no room" in reason(gateway, "vllm-1"), "the status says why")
+        until(lambda: "the zone models is full" in gateway.log(), "it is logged")
+        until(lambda: "no room" in reason(gateway, "vllm-1"), "the status says why")
         assert "ready" not in gateway.states().values()
         assert counted(gateway, 'gateway_writes_lost_total{zone="models"}') > 0
 
 
 def test_a_replica_whose_state_finds_no_room_is_not_ready() -> None:
     with crowd(60, 0, fleet="32k") as (gateway, last):
-        wait_until(lambda: "the zone fleet is full" in gateway.log(), "it is logged")
+        until(lambda: "the zone fleet is full" in gateway.log(), "it is logged")
         assert counted(gateway, 'gateway_writes_lost_total{zone="fleet"}') > 0
         last.kill()
-        wait_until(lambda: gateway.states()["vllm-1"] != "ready", "the dead one left the route", 5)
+        until(lambda: gateway.states()["vllm-1"] != "ready", "the dead one left the route", 5)
         end = time.monotonic() + 5
         while time.monotonic() < end:
             assert gateway.states()["vllm-1"] != "ready"

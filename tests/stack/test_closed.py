@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from tests.conftest import Stack
+from lab.stack import Stack
 
 # What vLLM or the gateway has beside the OpenAI paths.
 CLOSED = [
