@@ -10,6 +10,8 @@ from pathlib import Path
 
 from stack.shell import ROOT
 
+DOCS = ROOT / "docs" / "benchmarks"
+
 
 def machine() -> str:
     """This machine in a few words."""

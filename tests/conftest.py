@@ -6,10 +6,6 @@ import hypothesis
 import pytest
 
 from lab.stack import Stack, StackError, run
-from stack.shell import ROOT
-
-# Some tests still take these from here.
-__all__ = ["ROOT", "Stack", "run"]
 
 # How long an example takes is the host's business: with a deadline, a busy one would fail what is right.
 hypothesis.settings.register_profile("fleet", deadline=None)

@@ -51,6 +51,7 @@ class InstantNginx(Nginx):
         self._port = port
 
     def configure(self) -> None:
+        """Writes one server on all addresses of the replicas."""
         listen = "\n".join(f"    listen {host}:{self._port} backlog=4096;" for host in self._hosts)
         write_plain(
             self,

@@ -129,6 +129,7 @@ def split_cpus() -> tuple[set[int], str]:
 
 
 def cpus_text(cpus: set[int]) -> str:
+    """CPUs as taskset and Docker take them: "0,2"."""
     return ",".join(map(str, sorted(cpus)))
 
 

@@ -38,6 +38,7 @@ class Target:
 
 
 def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -103,6 +104,7 @@ class PlainNginx(Nginx):
         self._keyed = keyed
 
     def configure(self) -> None:
+        """Writes one server over the replicas."""
         addresses = [url.removeprefix("http://") for url in self._target.urls]
         servers = " ".join(f"server {address} {self._options.format(address)};" for address in addresses)
         modules = os.environ.get("NGINX_MODULES", "/usr/lib/nginx/modules")
@@ -138,6 +140,7 @@ class PlainNginx(Nginx):
 
 @contextmanager
 def nginx(target: Target, method: str, options: str = "", keyed: bool = False) -> Iterator[str]:
+    """Stock Nginx, its upstream by `method`; PlainNginx says what the others mean."""
     with PlainNginx(target, method, options, keyed) as plain:
         yield plain.url
 
@@ -150,6 +153,7 @@ def bounded_hash(target: Target) -> AbstractContextManager[str]:
 
 @contextmanager
 def gateway(target: Target) -> Iterator[str]:
+    """This gateway as it is shipped."""
     assert target.fleet, "this gateway is measured over a fleet of its own"
     with Gateway(target.fleet, cpus=target.cpus) as ours:
         ours.wait_ready()
@@ -171,6 +175,7 @@ def router(target: Target, module: str, policy: str) -> Iterator[str]:
 
 @contextmanager
 def litellm(target: Target) -> Iterator[str]:
+    """LiteLLM's proxy with one worker."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     models = "".join(
@@ -196,6 +201,7 @@ def litellm(target: Target) -> Iterator[str]:
 
 @contextmanager
 def haproxy(target: Target) -> Iterator[str]:
+    """HAProxy with one thread, by leastconn."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     servers = "\n".join(f"  server r{n} {replica.removeprefix('http://')}" for n, replica in enumerate(target.urls))

@@ -16,9 +16,7 @@ from matplotlib.figure import Figure
 
 from lab.bench.peers import OURS
 from lab.bench.workloads import WORKLOADS
-from stack.shell import ROOT
-
-DOCS = ROOT / "docs" / "benchmarks"
+from lab.report import DOCS
 
 matplotlib.use("svg")
 matplotlib.rcParams.update({

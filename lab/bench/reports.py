@@ -9,9 +9,9 @@ from rich.markdown import Markdown
 from lab.bench import overhead, peers
 from lab.bench.overhead import SIZES, Cost
 from lab.bench.peers import OURS
-from lab.bench.pictures import DOCS, draw
+from lab.bench.pictures import draw
 from lab.bench.workloads import WORKLOADS, Cell
-from lab.report import provenance, table
+from lab.report import DOCS, provenance, table
 from lab.sim.gateway import nginx_version
 
 console = Console()
@@ -113,6 +113,7 @@ PICTURES = """![TTFT p90, ms](workloads-ttft.svg)
 
 
 def cell_row(name: str, cell: Cell) -> list[str]:
+    """A peer's row in a workload's table."""
     waits = [f"{wait * 1000:.0f} ms" for wait in (cell.ttft_p50, cell.ttft_p90, cell.ttft_p99)]
     return [
         name,

@@ -31,6 +31,7 @@ class Sizes:
     shared: float = 1.0
 
     def prompt(self, rng: random.Random, tokens: int) -> str:
+        """A text of about `tokens` tokens, scaled."""
         return text(rng, max(4, int(tokens * self.tokens)))
 
     def answer(self, rng: random.Random, tokens: int) -> int:
@@ -38,14 +39,17 @@ class Sizes:
         return max(4, int(tokens * rng.uniform(0.5, 1.5) * self.answers))
 
     def texts(self, rng: random.Random, count: int, tokens: int) -> list[str]:
+        """`count` texts, scaled, of `tokens` tokens each."""
         return [self.prompt(rng, tokens) for _ in range(max(2, int(count * self.shared)))]
 
 
 def user(content: str) -> Message:
+    """A message of the user."""
     return {"role": "user", "content": content}
 
 
 def system(content: str) -> Message:
+    """A system prompt."""
     return {"role": "system", "content": content}
 
 
@@ -148,6 +152,7 @@ def totals(url: str) -> dict[str, float]:
 
 
 def counters(urls: Sequence[str]) -> Counters:
+    """What these replicas have counted by now, all together."""
     now = Counters(time.monotonic())
     for url in urls:
         sums = totals(url)

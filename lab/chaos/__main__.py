@@ -16,12 +16,11 @@ from rich.table import Table
 
 from lab.chaos import real, rows
 from lab.chaos.rows import Row
-from lab.report import provenance, table
+from lab.report import DOCS, provenance, table
 from lab.sim.gateway import nginx_version
 from lab.stack import Stack, StackError
 from stack.shell import ROOT
 
-DOCS = ROOT / "docs" / "benchmarks"
 HEAD = [
     "fault",
     "sent",
@@ -45,10 +44,12 @@ console = Console()
 
 
 def seconds(value: float | None) -> str:
+    """Seconds with their unit; nothing for what was not measured."""
     return "" if value is None else f"{value:.2f} s"
 
 
 def cells(row: Row) -> list[str]:
+    """A row's cells, as HEAD names them."""
     if row.skipped:
         return [row.name, *[""] * (len(HEAD) - 2), f"not run: {row.skipped}"]
     counts = [row.sent, row.failed, row.cut_there, row.cut_elsewhere, row.refused]
@@ -62,6 +63,7 @@ def cells(row: Row) -> list[str]:
 
 
 def show(found: list[Row]) -> None:
+    """Prints the table; rows that are wrong are red."""
     out = Table(*HEAD)
     for row in found:
         out.add_row(*cells(row), style="red" if row.wrong else "yellow" if row.skipped else None)
@@ -69,6 +71,7 @@ def show(found: list[Row]) -> None:
 
 
 async def simulated(only: str, quick: bool) -> list[Row]:
+    """The rows whose name has `only` in it, on simulated replicas."""
     found = []
     for case in rows.CASES:
         if only.lower() in f"{case.name} {case.run.__name__}".lower() and (case.quick or not quick):
@@ -79,6 +82,7 @@ async def simulated(only: str, quick: bool) -> list[Row]:
 
 
 async def on_stack(only: str) -> list[Row]:
+    """The rows whose name has `only` in it, on the running stack."""
     found = []
     stack = Stack.find()
     for name, fault, hits in real.CASES:
@@ -90,6 +94,7 @@ async def on_stack(only: str) -> list[Row]:
 
 
 def tell(row: Row) -> None:
+    """Says how a row went."""
     verdict = f"not run: {row.skipped}" if row.skipped else "; ".join(row.wrong) or f"{row.sent} requests, none failed"
     console.print(f"{row.name}: {verdict}", style="red" if row.wrong else None, highlight=False)
 

@@ -21,10 +21,12 @@ HOLD = 30.0
 
 
 async def compose(*args: str) -> None:
+    """`docker compose ARGS`; StackError where it fails."""
     await asyncio.to_thread(partial(run, "docker", "compose", *args, timeout_s=START_SECONDS))
 
 
 async def kill(watch: Watch) -> None:
+    """Every process of the container but its init gets SIGKILL."""
     # Everything in the container but its init: Docker starts it again by the restart policy, as after a crash.
     code = "import os; print('ready', flush=True); input(); os.kill(-1, 9)"
     command = ["docker", "compose", "exec", "-T", VICTIM, "python3", "-c", code]
@@ -39,6 +41,7 @@ async def kill(watch: Watch) -> None:
 
 
 async def stop(watch: Watch) -> None:
+    """The container stands still for a while."""
     await compose("pause", VICTIM)
     try:
         await watch.left(VICTIM, 10.0)
@@ -49,6 +52,7 @@ async def stop(watch: Watch) -> None:
 
 
 async def network_cut(watch: Watch) -> None:
+    """The container is out of its network for a while."""
     container = run("docker", "compose", "ps", "--quiet", VICTIM).strip()
     template = "{{range $name, $_ := .NetworkSettings.Networks}}{{$name}}{{end}}"
     network = run("docker", "inspect", "--format", template, container).strip()
@@ -65,11 +69,13 @@ async def network_cut(watch: Watch) -> None:
 
 
 async def recreate(watch: Watch) -> None:
+    """The container is made anew."""
     await compose("up", "--detach", "--no-deps", "--force-recreate", VICTIM)
     await watch.back(VICTIM, START_SECONDS)
 
 
 async def roll(watch: Watch) -> None:
+    """`make roll` restarts every replica."""
     start = time.monotonic()
     await asyncio.to_thread(partial(run, sys.executable, "scripts/roll.py", timeout_s=2 * START_SECONDS))
     watch.note = f"{len(await watch.states())} replicas in {time.monotonic() - start:.0f} s"

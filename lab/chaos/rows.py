@@ -47,6 +47,7 @@ class Watch:
     seen_states: dict[str, set[str]] = field(default_factory=dict)
 
     async def states(self) -> dict[str, str]:
+        """Each replica's state by name, noted as seen."""
         states = await asyncio.to_thread(self.look)
         for name, state in states.items():
             self.seen_states.setdefault(name, set()).add(state)
@@ -80,6 +81,7 @@ class Watch:
             await asyncio.sleep(0.1)
 
     def since(self, moment: float) -> list[Outcome]:
+        """The requests sent at `moment` (of `time.monotonic`) or later."""
         return [outcome for outcome in self.load.outcomes if outcome.sent >= moment]
 
 
@@ -97,6 +99,7 @@ class Arena(Watch):
 
 
 async def kill(arena: Arena) -> None:
+    """SIGKILL, and a new start."""
     victim = arena.victim()
     victim.kill()
     await arena.left(victim.name, 1.0)
@@ -106,6 +109,7 @@ async def kill(arena: Arena) -> None:
 
 
 async def stop(arena: Arena) -> None:
+    """SIGSTOP for a while."""
     victim = arena.victim()
     victim.pause()
     await arena.left(victim.name, 10.0)
@@ -115,6 +119,7 @@ async def stop(arena: Arena) -> None:
 
 
 async def wedge(arena: Arena) -> None:
+    """No token comes for a while."""
     victim = arena.victim()
     victim.fault("hang")
     await arena.left(victim.name, 10.0, "wedged")
@@ -124,6 +129,7 @@ async def wedge(arena: Arena) -> None:
 
 
 async def wedge_for_good(arena: Arena) -> None:
+    """No token comes until the replica is ended."""
     victim = arena.victim()
     start = time.monotonic()
     victim.fault("hang")
@@ -138,6 +144,7 @@ async def wedge_for_good(arena: Arena) -> None:
 
 
 async def network_cut(arena: Arena) -> None:
+    """Packets to and from the replica are dropped for a while."""
     victim = arena.victim()
     rules = [["OUTPUT", side, victim.host, "-j", "DROP"] for side in ("-d", "-s")]
     try:
@@ -152,6 +159,7 @@ async def network_cut(arena: Arena) -> None:
 
 
 async def iptables(*args: str) -> None:
+    """Runs iptables; NotRunError where a rule cannot be added."""
     try:
         run = await asyncio.to_thread(subprocess.run, ["iptables", "-w", *args], capture_output=True, text=True)
     except FileNotFoundError as why:
@@ -161,6 +169,7 @@ async def iptables(*args: str) -> None:
 
 
 async def recreate(arena: Arena) -> None:
+    """The replica comes back under a new address."""
     victim = arena.victim()
     start = time.monotonic()
     await asyncio.to_thread(victim.move)
@@ -169,6 +178,7 @@ async def recreate(arena: Arena) -> None:
 
 
 async def resets(arena: Arena) -> None:
+    """The replica resets its connections."""
     victim = arena.victim()
     victim.fault("reset")
     await arena.watch(3)
@@ -177,6 +187,7 @@ async def resets(arena: Arena) -> None:
 
 
 async def garbage(arena: Arena) -> None:
+    """The replica answers what is not HTTP."""
     victim = arena.victim()
     victim.fault("garbage")
     await arena.watch(3)
@@ -187,6 +198,7 @@ async def garbage(arena: Arena) -> None:
 
 
 async def one_full(arena: Arena) -> None:
+    """One replica refuses with 503; the others take its requests."""
     victim = arena.fleet["vllm-0"]
     victim.fault("status", status=503)
     start = time.monotonic()
@@ -198,6 +210,7 @@ async def one_full(arena: Arena) -> None:
 
 
 async def all_full(arena: Arena) -> None:
+    """All refuse with 503: clients get 429 at once."""
     for sim in arena.fleet:
         sim.fault("status", status=503)
     await arena.load.settle(arena.load.clients)  # those that were at it
@@ -215,6 +228,7 @@ async def all_full(arena: Arena) -> None:
 
 
 async def client_errors(arena: Arena) -> None:
+    """A client's mistake (400) does not count against the replica."""
     victim = arena.fleet["vllm-0"]
     victim.fault("status", status=400)
     await arena.watch(3)
@@ -228,6 +242,7 @@ async def client_errors(arena: Arena) -> None:
 
 
 async def slow(arena: Arena) -> None:
+    """A replica that is 20 times slower stays in the route."""
     victim = arena.fleet["vllm-0"]
     victim.fault(slow=20)
     start = time.monotonic()
@@ -241,6 +256,7 @@ async def slow(arena: Arena) -> None:
 
 
 async def cut_streams(arena: Arena) -> None:
+    """Streams break off after 5 tokens and end with an error event."""
     victim = arena.victim()
     victim.fault("cut", after_tokens=5)
     await arena.watch(3)
@@ -254,6 +270,7 @@ async def cut_streams(arena: Arena) -> None:
 
 
 async def reload(arena: Arena) -> None:
+    """The gateway reads its configuration anew, five times."""
     for _ in range(5):
         await asyncio.to_thread(arena.gateway.reload)
         await arena.load.settle(WARM_REQUESTS)
@@ -261,6 +278,7 @@ async def reload(arena: Arena) -> None:
 
 
 async def worker_killed(arena: Arena) -> None:
+    """One of the gateway's workers gets SIGKILL, three times."""
     for _ in range(3):
         await asyncio.to_thread(arena.gateway.kill_worker)
         await arena.load.settle(WARM_REQUESTS)
@@ -271,6 +289,7 @@ async def worker_killed(arena: Arena) -> None:
 
 
 async def roll(arena: Arena) -> None:
+    """Each replica is drained, made anew and put back, one by one."""
     start = time.monotonic()
     for sim in arena.fleet:
         await asyncio.to_thread(arena.gateway.admin, "PUT", f"/replicas/{sim.name}/drain")
@@ -286,6 +305,7 @@ async def roll(arena: Arena) -> None:
 
 
 def in_flight(gateway: Gateway, name: str) -> int:
+    """The requests that the gateway has at the replica."""
     return next(int(replica["in_flight"]) for replica in gateway.status()["replicas"] if replica["name"] == name)
 
 
@@ -296,6 +316,7 @@ def seconds_ahead(url: str) -> float:
 
 
 async def clock_step(arena: Arena) -> None:
+    """The gateway's wall clock steps; what it knows of its replicas stays right."""
     clock = arena.gateway.conf / "clock"
     for offset in ("+3600", "-7200", "+0"):
         clock.write_text(offset)

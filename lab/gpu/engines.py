@@ -215,10 +215,12 @@ class Engine:
         return self
 
     def failure(self) -> str:
+        """The last errors in its log."""
         lines = [line for line in self.log().splitlines() if "Error" in line]
         return " | ".join(lines[-3:])[-600:]
 
     def log(self) -> str:
+        """All that it wrote."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def kill(self) -> None:

@@ -62,6 +62,7 @@ def measure_layout(run: Run, shape: str, key: str) -> None:
 
 
 def measure_speed(run: Run, shape: str, layout: Layout, every: list[Engine]) -> None:
+    """A layout's speed: one request alone, then 256 at once."""
     urls = [engine.url for engine in every]
     run.load(urls, every, 2 * PER_GPU, 1.0)
     (found,) = asyncio.run(in_turn(urls[:1], shape, 4, speed.ANSWER))
@@ -202,11 +203,13 @@ def measure_presets(run: Run) -> None:
 
 
 async def chat(url: str, body: dict[str, Any]) -> Outcome:
+    """One streamed chat."""
     async with session() as one:
         return await stream(one, url, body, 60)
 
 
 def measure_preset(run: Run, name: str, engine: Engine) -> None:
+    """Whether one preset starts and answers, and its memory."""
     run.ready(engine)
     found = engine.facts()
     if name == "embeddings":
@@ -230,6 +233,7 @@ BY_FILES = ("1.5B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")  # what bitsand
 
 
 def wait_for_weights(run: Run) -> None:
+    """Returns when the files that bitsandbytes quantizes are written."""
     for model in BY_FILES:
         path = run.work / "models" / model
         until((path / "model.safetensors").exists, f"weights of {model} are written", 120)

@@ -7,16 +7,15 @@ from lab.bench.workloads import Cell
 from lab.gpu.engines import MAX_LENGTH, SHAPES
 from lab.gpu.measure import CLIENTS, GATEWAY_SHAPE, LAYOUTS, QUANTIZED_SHAPE, WORKLOAD_SECONDS
 from lab.gpu.run import PER_GPU
-from lab.report import table
+from lab.report import DOCS, table
 from planner import choose, memory, speed
 from planner.choose import Wish
 from planner.config import read_model
 from planner.machine import GIB, Machine
 from planner.memory import Settings
 from planner.model import Model
-from stack.shell import ROOT
 
-REPORT = ROOT / "docs" / "benchmarks" / "gpu.md"
+REPORT = DOCS / "gpu.md"
 
 PLANNER_NOTE = """\
 Predictions are those of the planner as it is now; its constants were fitted on the 1.5B and 8B shapes in an earlier
@@ -26,10 +25,12 @@ in and {answer} out: tokens/s with {most} requests at once on both GPUs, ms of o
 
 
 def planner_model(shape: str) -> Model:
+    """A shape as the planner reads it."""
     return read_model(SHAPES[shape], shape)
 
 
 def off(predicted: float, measured: float) -> str:
+    """By how much a prediction is off, in percent of what was measured."""
     return f"{100 * (predicted / measured - 1):+.1f} %"
 
 
@@ -71,6 +72,7 @@ def report_shapes(results: dict[str, Any], machine: Machine) -> str:
 
 
 def cell_row(name: str, cell: Cell) -> list[str]:
+    """A system's row in a workload's table."""
     return [name, f"{100 * cell.hit_rate:.1f} %", f"{1000 * cell.ttft_p50:.0f}", f"{1000 * cell.ttft_p90:.0f}",
             f"{1000 * cell.ttft_p99:.0f}", f"{cell.tokens_per_s:,.0f}", f"{cell.requests}", f"{cell.lost}"]  # fmt: skip
 
@@ -79,6 +81,7 @@ CELL = ["", "prefix hits", "TTFT p50 ms", "p90", "p99", "tokens/s", "requests", 
 
 
 def report_gateway(found: dict[str, Any]) -> str:
+    """The tables of the gateway's part."""
     text = ""
     if rows := found.get("throughput"):
         text += f"### Two replicas behind the gateway, {PER_GPU} clients a replica\n\n" + table(
@@ -106,6 +109,7 @@ def report_gateway(found: dict[str, Any]) -> str:
 
 
 def report_presets(found: dict[str, Any]) -> str:
+    """What each preset answered."""
     rows = []
     for name, one in found.items():
         answered = f"a vector of {one['vector']}" if "vector" in one else "a chat" if one["chat"] else "no"

@@ -31,6 +31,7 @@ START = time.monotonic()
 
 
 def say(text: str) -> None:
+    """Says something, with the seconds since the start."""
     print(f"[{time.monotonic() - START:6.1f}] {text}", flush=True)
 
 
@@ -50,6 +51,7 @@ KV_GB = 26  # 212,992 tokens of the 8B shape: less than the documents, and more 
 
 def drive(urls: Sequence[str], model: str, workload: Workload, seed: int, clients: range, seconds: float,
           sizes: Sizes) -> list[Outcome]:  # fmt: skip
+    """A workload from the clients of these numbers, in a process of its own; the requests that ended."""
     return asyncio.run(workloads.drive(urls, model, workload, seed, clients, seconds, sizes))
 
 
@@ -93,9 +95,11 @@ class Fleet:
         dns.names.update({f"vllm-{n}": engine.host for n, engine in enumerate(every)})
 
     def upstreams(self, names: Sequence[str] | None = None) -> str:
+        """The fleet file: one line an engine, for all or those of `names`."""
         return "".join(fleet_line(name, PORT) + "\n" for name in names or [f"vllm-{n}" for n in range(len(self.every))])
 
     def target(self) -> Target:
+        """The fleet as peers take it, on all CPUs."""
         cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         return Target(self.urls, self.model, cpus, self)
 
@@ -120,6 +124,7 @@ class Run:
         self.dns = Dns(self.gateway_host)
 
     def engine(self, model: str, gpus: Sequence[int], *extra: str, **settings: str) -> Engine:
+        """Starts a model on these GPUs; `settings` are the launcher's, `extra` vLLM's arguments."""
         path = self.work / "models" / model
         if not (path / "tokenizer_config.json").exists():
             engines.write_model(self.work / "models", model)
@@ -128,6 +133,7 @@ class Run:
         return Engine(next(self.hosts), gpus, path, self.work, settings, *extra)
 
     def ready(self, *every: Engine) -> None:
+        """Returns when all of them answer."""
         for engine in every:
             engine.wait()
             say(f"{engine.name} on GPUs {engine.gpus} ready {time.monotonic() - engine.started:.0f} s after its start")

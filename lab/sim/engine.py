@@ -61,6 +61,7 @@ class Request:
 
     @property
     def prompt_tokens(self) -> int:
+        """The prompt in tokens, one at least."""
         return max(1, -(-len(self.prompt) // TOKEN_BYTES))
 
 
@@ -88,6 +89,7 @@ class Blocks:
 
     @property
     def used(self) -> int:
+        """Blocks that requests hold now."""
         return self.private + len(self.users) - len(self.idle)
 
     def prefix(self, hashes: list[int], limit: int) -> list[int]:

@@ -167,6 +167,7 @@ class Gateway(Nginx):
         self._files = dict(files or {})
 
     def configure(self) -> None:
+        """Writes the project's configuration with this gateway's addresses and fleet file."""
         shutil.copytree(ROOT / "nginx", self.conf)
         shutil.rmtree(self.conf / "fleet", ignore_errors=True)
         (self.conf / "fleet").mkdir()
@@ -228,9 +229,9 @@ class Gateway(Nginx):
         until(lambda: wanted.items() <= self.states().items(), f"states {wanted}", within_s)
         return time.monotonic() - start
 
-    def wait_ready(self, seconds: float = START_SECONDS) -> None:
+    def wait_ready(self, within_s: float = START_SECONDS) -> None:
         """Waits until every replica of the fleet is ready."""
-        until(lambda: set(self.states().values()) == {"ready"}, "all replicas ready", seconds)
+        until(lambda: set(self.states().values()) == {"ready"}, "all replicas ready", within_s)
 
     def admin(self, method: str, path: str, body: object = None) -> Any:  # whatever JSON it answers
         """A call of the admin interface; its JSON answer, or None where it has no body."""

@@ -1,6 +1,6 @@
 """A simulated replica: vLLM's HTTP face over the simulated engine of `engine.py`, with faults on command.
 
-    python lab/sim/replica.py --host 127.0.0.1 --port 8000 --model sim
+    python -m lab.sim.replica --host 127.0.0.1 --port 8000 --model sim
 
 It answers /health, /v1/models, /v1/chat/completions, /v1/completions (streamed and whole), /tokenize, /metrics with
 vLLM's own metric names, and on `/_sim` its own control: GET gives what it saw, POST a JSON object sets faults:
@@ -36,48 +36,10 @@ import uvloop
 from lab.sim.engine import BLOCK, TOKEN_BYTES, Engine, QueueFullError, Request, Shape
 
 WORDS = b"the and for are but not you all any can had her was one our out day get has him his how man new now".split()
-TTFT_BUCKETS = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
-)
-ITL_BUCKETS = (
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
-)
+# Bounds of vLLM's histograms, in seconds.
+SECONDS = (0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, *SECONDS)
+ITL_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, *SECONDS)
 REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -86,8 +48,6 @@ REASONS = {
     405: "Method Not Allowed",
     429: "Too Many Requests",
 }
-
-
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -116,11 +76,13 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float) -> None:
+        """Counts one value."""
         index = next((i for i, bound in enumerate(self.bounds) if value <= bound), len(self.bounds))
         self.counts[index] += 1
         self.total += value
 
     def lines(self, name: str, labels: str) -> list[str]:
+        """The histogram in Prometheus' text format."""
         lines, sum_so_far = [f"# TYPE {name} histogram"], 0
         for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
             sum_so_far += count
@@ -146,6 +108,7 @@ class Replica:
         self.e2e = Histogram(TTFT_BUCKETS)
 
     def set_faults(self, wanted: dict[str, Any]) -> None:
+        """Replaces all faults; ValueError where one is unknown."""
         unknown = set(wanted) - {f.name for f in fields(Faults)}
         if unknown:
             raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
@@ -157,6 +120,7 @@ class Replica:
         self.engine.wake()
 
     def metrics(self) -> str:
+        """Its metrics in Prometheus' text format, under vLLM's names."""
         engine = self.engine
         labels = f'engine="0",model_name="{self.model}"'
         gauges = {
@@ -187,6 +151,7 @@ class Replica:
         return "\n".join(lines) + "\n"
 
     def models(self) -> dict[str, Any]:
+        """The answer to /v1/models."""
         card = {
             "object": "model",
             "created": int(time.time()),  # of the answer, as vLLM has it
@@ -209,6 +174,7 @@ def error(status: int, message: str) -> tuple[int, dict[str, Any]]:
 
 
 def text_of(content: object) -> str:
+    """A message's text, whether a string or a list of parts."""
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return content if isinstance(content, str) else ""

@@ -32,6 +32,7 @@ class Sim:
 
     @property
     def url(self) -> str:
+        """Where it is now."""
         return f"http://{self.host}:{self.port}"
 
     def start(self, wait: bool = True) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from lab.sim.fleet import Gateway, Replicas, Sim
-from tests.conftest import ROOT
+from lab.sim.gateway import Gateway
+from lab.sim.replicas import Replicas, Sim
+from stack.shell import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lab.sim.fleet import Gateway, Replicas, get, wait_until
+from lab.http import get
+from lab.sim.gateway import Gateway
+from lab.sim.replicas import Replicas
+from lab.waiting import until
 from tests.gateway.conftest import chat
 
 PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize"]
@@ -75,7 +78,7 @@ def test_a_body_that_never_comes_whole_costs_nobody_else(client: httpx.Client, g
     with socket.create_connection((host, int(port)), 5) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert client.post("/v1/chat/completions", json=chat("meanwhile")).status_code == 200
-    wait_until(lambda: all(replica["in_flight"] == 0 for replica in gateway.status()["replicas"]), "none in flight", 5)
+    until(lambda: all(replica["in_flight"] == 0 for replica in gateway.status()["replicas"]), "none in flight", 5)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from lab.sim.fleet import Gateway, Replicas
+from lab.sim.gateway import Gateway
+from lab.sim.replicas import Replicas
 from tests.gateway.conftest import chat
 from tests.gateway.test_public import error_of
 

@@ -13,8 +13,11 @@ import httpx
 import openai
 import pytest
 
-from lab.sim.fleet import Gateway, Replicas, Sim, answers, wait_until
+from lab.http import answers
+from lab.sim.gateway import Gateway
 from lab.sim.load import Outcome, SteadyLoad, session, stream
+from lab.sim.replicas import Replicas, Sim
+from lab.waiting import until
 from tests.gateway.conftest import chat, seen_by
 from tests.gateway.test_public import error_of
 from tests.gateway.test_routing import Held, ask, counted
@@ -52,7 +55,7 @@ def known_to(client: httpx.Client, name: str) -> str:
         return ask(client, asked[-1]) == name
 
     # New prompts go to whom was sent least lately, which the tests before decide for some seconds.
-    wait_until(there, f"{name} is sent a new prompt", 15)
+    until(there, f"{name} is sent a new prompt", 15)
     return asked[-1]
 
 
@@ -84,7 +87,7 @@ def test_a_replica_under_a_new_address_is_found_without_a_reload(gateway: Gatewa
     assert [outcome.why for outcome in outcomes if outcome.failed] == []
     gateway.wait_states({"vllm-1": "ready"}, 10)
     with httpx.Client(base_url=gateway.url) as client:
-        wait_until(lambda: ask(client, f"moved {time.monotonic()}") == "vllm-1", "vllm-1 answers again", 5)
+        until(lambda: ask(client, f"moved {time.monotonic()}") == "vllm-1", "vllm-1 answers again", 5)
 
 
 def test_a_full_replica_passes_the_request_on(gateway: Gateway, fleet: Replicas) -> None:
@@ -143,7 +146,7 @@ def test_a_connection_that_breaks_before_the_first_byte_goes_to_the_next_replica
         # It crashes with the request in its hands: of an earlier crash the gateway's own look may tell first.
         sim.fault("reset" if fault == "reset" else "hang")
         answered = pool.submit(ask, client, known, max_tokens=3)
-        wait_until(lambda: len(seen_by(sim, known)) == 2, "the request is there")
+        until(lambda: len(seen_by(sim, known)) == 2, "the request is there")
         if fault == "crash":
             sim.fault("crash")
         assert answered.result() in {"vllm-1", "vllm-2"}
@@ -163,7 +166,7 @@ def test_the_retried_request_has_its_whole_body(gateway: Gateway, fleet: Replica
             sessions.append(f"session {time.monotonic()}")
             return ask(client, f"in {sessions[-1]}", headers={"X-Session-Id": sessions[-1]}) == "vllm-0"
 
-        wait_until(there, "a session begins on vllm-0", 15)
+        until(there, "a session begins on vllm-0", 15)
         fleet["vllm-0"].fault("reset")
         before = counted(gateway, retries)
         # Too long a prompt for the replica, which says so.
@@ -241,7 +244,7 @@ def test_none_ready_says_how_many_are_loading() -> None:
             sim.kill(forget=False)
         with Gateway(replicas) as gateway:
             # Before its first look the gateway calls them loading too, but tries them.
-            wait_until(
+            until(
                 lambda: all(replica["reason"] != "not asked yet" for replica in gateway.status()["replicas"]),
                 "a look at each replica",
             )
@@ -261,7 +264,7 @@ def test_a_single_replica_that_restarts_is_tried_again() -> None:
         replicas["vllm-0"].kill(forget=False)
         assert httpx.post(gateway.url + "/v1/chat/completions", json=chat("gone")).status_code == 503
         replicas["vllm-0"].start()
-        wait_until(lambda: gateway.states()["vllm-0"] == "ready", "it is back", 5)
+        until(lambda: gateway.states()["vllm-0"] == "ready", "it is back", 5)
         assert httpx.post(gateway.url + "/v1/chat/completions", json=chat("back")).status_code == 200
 
 
@@ -278,7 +281,7 @@ def test_the_last_replica_is_asked_though_it_was_given_up(fault: str, state: str
             async with session() as http:
                 new = asyncio.create_task(stream(http, gateway.url, chat("while it is frozen", max_tokens=5), 60))
                 await asyncio.to_thread(
-                    wait_until, lambda: counted(gateway, "gateway_requests_in_flight") == 5, "the new one waits too", 10
+                    until, lambda: counted(gateway, "gateway_requests_in_flight") == 5, "the new one waits too", 10
                 )
                 last.resume() if fault == "pause" else last.fault()
                 load.outcomes.append(await new)
@@ -308,7 +311,7 @@ def test_a_drained_replica_is_no_last_resort() -> None:
 def test_a_reload_under_load_fails_nothing(gateway: Gateway) -> None:
     outcomes = under_load(gateway, gateway.reload)
     assert [outcome.why for outcome in outcomes if not outcome.done] == []
-    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "nothing in flight", 10)
+    until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "nothing in flight", 10)
 
 
 def test_killed_workers_leave_no_request_in_flight(gateway: Gateway) -> None:
@@ -317,7 +320,7 @@ def test_killed_workers_leave_no_request_in_flight(gateway: Gateway) -> None:
         for _ in range(2):
             gateway.kill_worker()
     # Below the block: its end fails, which would hide what fails in it.
-    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "the dead workers' requests are gone", 5)
+    until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "the dead workers' requests are gone", 5)
 
 
 def test_old_workers_end_soon_after_a_reload_and_all_at_a_stop() -> None:
@@ -326,8 +329,8 @@ def test_old_workers_end_soon_after_a_reload_and_all_at_a_stop() -> None:
         assert client.get(gateway.url + "/health").status_code == 200  # and stays connected
         old = set(gateway.workers())
         gateway.reload()
-        assert wait_until(lambda: not old & set(gateway.workers()), "the old workers ended", 30) < 8
-        wait_until(lambda: "vllm-0" in gateway.states(), "the new workers serve")
+        until(lambda: not old & set(gateway.workers()), "the old workers ended", 8)
+        until(lambda: "vllm-0" in gateway.states(), "the new workers serve")
         master = gateway.master()
         os.kill(master, signal.SIGQUIT)
 
@@ -335,4 +338,4 @@ def test_old_workers_end_soon_after_a_reload_and_all_at_a_stop() -> None:
             status = Path(f"/proc/{master}/stat")
             return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
-        assert wait_until(ended, "Nginx ended", 30) < 8
+        until(ended, "Nginx ended", 8)

@@ -4,7 +4,9 @@ import re
 
 import pytest
 
-from lab.sim.fleet import ROOT, Gateway, Replicas
+from lab.sim.gateway import Gateway
+from lab.sim.replicas import Replicas
+from stack.shell import ROOT
 from tests.gateway.conftest import seen_by
 from tests.gateway.test_targets import send
 

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from lab.sim.fleet import Gateway, Replicas, Sim, wait_until
-from tests.conftest import ROOT
+from lab.sim.gateway import Gateway
+from lab.sim.replicas import Replicas, Sim
+from lab.waiting import until
+from stack.shell import ROOT
 from tests.gateway.conftest import chat, resized
 from tests.gateway.test_routing import ask, counted
 
@@ -95,7 +97,7 @@ def test_a_wedged_replica_leaves_the_route_within_ten_seconds_and_comes_back(
 def test_a_replica_that_answers_5xx_leaves_the_route_within_three_seconds_and_comes_back(
     gateway: Gateway, fleet: Replicas, asking: list[int], status: int
 ) -> None:
-    wait_until(lambda: len(asking) > 10, "clients are served")
+    until(lambda: len(asking) > 10, "clients are served")
     fleet["vllm-0"].fault("status", status=status)
     assert gateway.wait_states({"vllm-0": "wedged"}, 10) < 3
     assert str(status) in reason(gateway, "vllm-0")
@@ -114,7 +116,7 @@ def test_a_client_whose_requests_are_wrong_makes_no_replica_suspect(gateway: Gat
             assert client.post("/v1/chat/completions", json=chat(f"wrong {n}")).status_code == 422
     looks = counted(gateway, 'gateway_probes_total{replica="vllm-0",result="alive"}')
     alive = 'gateway_probes_total{replica="vllm-0",result="alive"}'
-    wait_until(lambda: counted(gateway, alive) > looks, "a one-token request would have been sent by now")
+    until(lambda: counted(gateway, alive) > looks, "a one-token request would have been sent by now")
     assert [counted(gateway, one) for one in series] == probes
     assert set(gateway.states().values()) == {"ready"}
 
@@ -125,10 +127,10 @@ def test_an_odd_list_of_models_is_told_once_and_is_none(body: str) -> None:
         replicas["vllm-1"].fault(models=body)
         with Gateway(replicas) as gateway:
             gateway.wait_states({"vllm-0": "ready", "vllm-1": "loading"})
-            wait_until(lambda: "/v1/models" in reason(gateway, "vllm-1"), "the status says why")
+            until(lambda: "/v1/models" in reason(gateway, "vllm-1"), "the status says why")
             alive = 'gateway_probes_total{replica="vllm-1",result="alive"}'
             looks = counted(gateway, alive)
-            wait_until(lambda: counted(gateway, alive) >= looks + 7, "it was asked for its models again")
+            until(lambda: counted(gateway, alive) >= looks + 7, "it was asked for its models again")
             assert gateway.log().count("vllm-1: its /v1/models") == 1
             assert "[error]" not in gateway.log()
             answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("hi", model="nowhere"))
@@ -205,9 +207,9 @@ def test_what_a_replica_has_to_do_is_shown(gateway: Gateway, fleet: Replicas) ->
                 and now["ttft_ms"] > 0
             )
 
-        wait_until(working, "the replica's load is shown", 5)
+        until(working, "the replica's load is shown", 5)
         assert counted(gateway, f'gateway_requests_in_flight{{replica="{name}"}}') == 1
-    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "nothing in flight", 5)
+    until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "nothing in flight", 5)
 
 
 def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(gateway: Gateway) -> None:
@@ -246,7 +248,7 @@ def test_replicas_are_added_and_removed_by_a_reload() -> None:
         assert targets[2] == {"targets": ["vllm-2:9464"], "labels": {"replica": "vllm-2"}}
         gateway.write_fleet(replicas.upstreams(["vllm-1"]))
         gateway.reload()
-        wait_until(lambda: list(gateway.states()) == ["vllm-1"], "only vllm-1 is left", 5)
+        until(lambda: list(gateway.states()) == ["vllm-1"], "only vllm-1 is left", 5)
         with httpx.Client(base_url=gateway.url) as client:
             assert {ask(client, f"{n}") for n in range(4)} == {"vllm-1"}
 
@@ -282,7 +284,7 @@ def test_many_replicas_of_many_adapters_are_watched_as_few_are(count: int, adapt
 def test_cards_without_room_leave_the_watch_alone() -> None:
     with crowd(3, 800, cards="64k") as (gateway, last):
         gateway.wait_ready()
-        wait_until(lambda: "the zone cards is full" in gateway.log(), "it is logged")
+        until(lambda: "the zone cards is full" in gateway.log(), "it is logged")
         assert counted(gateway, 'gateway_writes_lost_total{zone="cards"}') > 0
         listed = httpx.get(gateway.url + "/v1/models").json()["data"]
         assert {f"sim-adapter-{n}" for n in range(800)} < {card["id"] for card in listed}
@@ -292,18 +294,18 @@ def test_cards_without_room_leave_the_watch_alone() -> None:
 
 def test_a_replica_whose_models_find_no_room_is_not_ready() -> None:
     with crowd(3, 2000, models="32k") as (gateway, _):
-        wait_until(lambda: "the zone models is full" in gateway.log(), "it is logged")
-        wait_until(lambda: "no room" in reason(gateway, "vllm-1"), "the status says why")
+        until(lambda: "the zone models is full" in gateway.log(), "it is logged")
+        until(lambda: "no room" in reason(gateway, "vllm-1"), "the status says why")
         assert "ready" not in gateway.states().values()
         assert counted(gateway, 'gateway_writes_lost_total{zone="models"}') > 0
 
 
 def test_a_replica_whose_state_finds_no_room_is_not_ready() -> None:
     with crowd(60, 0, fleet="32k") as (gateway, last):
-        wait_until(lambda: "the zone fleet is full" in gateway.log(), "it is logged")
+        until(lambda: "the zone fleet is full" in gateway.log(), "it is logged")
         assert counted(gateway, 'gateway_writes_lost_total{zone="fleet"}') > 0
         last.kill()
-        wait_until(lambda: gateway.states()["vllm-1"] != "ready", "the dead one left the route", 5)
+        until(lambda: gateway.states()["vllm-1"] != "ready", "the dead one left the route", 5)
         end = time.monotonic() + 5
         while time.monotonic() < end:
             assert gateway.states()["vllm-1"] != "ready"

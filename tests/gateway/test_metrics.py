@@ -9,8 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lab.sim.fleet import Gateway, Replicas, get, image, wait_until
-from tests.conftest import ROOT
+from lab.http import get
+from lab.sim.gateway import Gateway, image
+from lab.sim.replicas import Replicas
+from lab.waiting import until
+from stack.shell import ROOT
 from tests.gateway.conftest import chat, resized
 from tests.gateway.test_routing import counted
 
@@ -68,7 +71,7 @@ def test_a_request_is_counted_once_everywhere(gateway: Gateway) -> None:
     before = {name: measure(name) for name in gateway.states()}
     answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("count me", max_tokens=20))
     name = answer.headers["x-replica"]
-    wait_until(lambda: measure(name) == [value + 1 for value in before[name]], "counted once")
+    until(lambda: measure(name) == [value + 1 for value in before[name]], "counted once")
     others = [other for other in before if other != name]
     assert [measure(other) for other in others] == [before[other] for other in others]
 
@@ -76,7 +79,7 @@ def test_a_request_is_counted_once_everywhere(gateway: Gateway) -> None:
 def test_refusals_are_requests_too(gateway: Gateway) -> None:
     before = counted(gateway, 'gateway_requests_total{replica="",model="",status="404",reason="refused"}')
     httpx.post(gateway.url + "/v1/chat/completions", json=chat("x", model='odd"name\n'))
-    wait_until(
+    until(
         lambda: (
             counted(gateway, 'gateway_requests_total{replica="",model="",status="404",reason="refused"}') == before + 1
         ),
@@ -86,10 +89,10 @@ def test_refusals_are_requests_too(gateway: Gateway) -> None:
 
 
 def test_counters_survive_a_reload(gateway: Gateway) -> None:
-    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "all before is counted")
+    until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "all before is counted")
     before = counted(gateway, "gateway_requests_total")
     httpx.post(gateway.url + "/v1/chat/completions", json=chat("before the reload"))
-    wait_until(lambda: counted(gateway, "gateway_requests_total") == before + 1, "counted")
+    until(lambda: counted(gateway, "gateway_requests_total") == before + 1, "counted")
     gateway.reload()
     assert counted(gateway, "gateway_requests_total") == before + 1
 
@@ -160,7 +163,7 @@ def test_a_model_may_be_called_anything() -> None:
         answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("hi", model=name))
         assert answer.status_code == 200
         labels = 'replica="vllm-0",model="a|b \\"c\\"\\\\d",status="200",reason="load"'
-        wait_until(lambda: f"gateway_requests_total{{{labels}}}" in exposed(gateway), "its series has its name")
+        until(lambda: f"gateway_requests_total{{{labels}}}" in exposed(gateway), "its series has its name")
 
 
 def test_promtool_has_nothing_to_say(gateway: Gateway) -> None:

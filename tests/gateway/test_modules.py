@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab.sim.fleet import Gateway, Replicas
+from lab.sim.gateway import Gateway
+from lab.sim.replicas import Replicas
 
 PORT = 8089
 Call = Callable[..., Any]

@@ -11,7 +11,9 @@ import time
 import httpx
 import pytest
 
-from lab.sim.fleet import Gateway, Replicas, wait_until
+from lab.sim.gateway import Gateway
+from lab.sim.replicas import Replicas
+from lab.waiting import until
 from tests.gateway.conftest import chat, seen_by
 
 
@@ -109,12 +111,12 @@ def test_a_request_id_is_made_kept_returned_logged_and_passed_on(
     heads = [request["head"] for sim in fleet for request in seen_by(sim, "id one")]
     assert len(heads) == 1
     assert "X-Request-Id: my-id.1" in heads[0]
-    wait_until(lambda: "my-id.1" in gateway.log(), "the request is in the log")
+    until(lambda: "my-id.1" in gateway.log(), "the request is in the log")
 
 
 def test_the_log_tells_of_each_request_where_it_went_and_why(client: httpx.Client, gateway: Gateway) -> None:
     answer = client.post("/v1/chat/completions", json=chat("log me"))
-    wait_until(lambda: answer.headers["x-request-id"] in gateway.log(), "the request is in the log")
+    until(lambda: answer.headers["x-request-id"] in gateway.log(), "the request is in the log")
     lines = [json.loads(line) for line in gateway.log().splitlines() if line.startswith("{")]
     line = next(line for line in lines if line["id"] == answer.headers["x-request-id"])
     assert line["status"] == 200
@@ -151,8 +153,8 @@ def test_a_client_that_hangs_up_stops_the_generation(client: httpx.Client, gatew
     before = aborted()
     with client.stream("POST", "/v1/chat/completions", json=chat("bye", stream=True, max_tokens=5000)) as answer:
         next(answer.iter_lines())
-    wait_until(lambda: aborted() == before + 1, "the replica stopped", 3)
-    wait_until(lambda: all(replica["in_flight"] == 0 for replica in gateway.status()["replicas"]), "none in flight", 3)
+    until(lambda: aborted() == before + 1, "the replica stopped", 3)
+    until(lambda: all(replica["in_flight"] == 0 for replica in gateway.status()["replicas"]), "none in flight", 3)
 
 
 def test_models_are_those_of_all_replicas(client: httpx.Client) -> None:

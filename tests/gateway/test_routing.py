@@ -10,7 +10,10 @@ from typing import Self
 import httpx
 import pytest
 
-from lab.sim.fleet import Gateway, Replicas, get, wait_until
+from lab.http import get
+from lab.sim.gateway import Gateway
+from lab.sim.replicas import Replicas
+from lab.waiting import until
 from tests.gateway.conftest import chat
 
 WORDS = "lorem ipsum dolor sit amet consectetur " * 20
@@ -51,7 +54,7 @@ class Held:
     def __enter__(self) -> Self:
         for n in range(self.count):
             self._done.append(self._pool.submit(self._hold, n))
-            wait_until(lambda n=n: len(self.replicas) > n, f"stream {n} runs")  # type: ignore[misc]
+            until(lambda n=n: len(self.replicas) > n, f"stream {n} runs")  # type: ignore[misc]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,13 +171,13 @@ def test_agents_name_their_conversation(client: httpx.Client, header: str) -> No
 
 
 def test_matched_blocks_and_reasons_are_counted(client: httpx.Client, gateway: Gateway) -> None:
-    wait_until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "all before is counted")
+    until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "all before is counted")
     before = counted(gateway, 'gateway_prefix_blocks_total{result="matched"}')
     by_prefix = counted(gateway, 'gateway_requests_total{replica="vllm-')
     ask(client, f"counted {WORDS}")
     ask(client, f"counted {WORDS}")
     assert counted(gateway, 'gateway_prefix_blocks_total{result="matched"}') >= before + 2
-    wait_until(lambda: counted(gateway, 'gateway_requests_total{replica="vllm-') == by_prefix + 2, "both counted")
+    until(lambda: counted(gateway, 'gateway_requests_total{replica="vllm-') == by_prefix + 2, "both counted")
 
 
 # ---- the other policies
@@ -236,7 +239,7 @@ def test_a_replica_of_three_times_the_weight_takes_three_times_the_load(policy: 
             gateway.wait_ready()
             alive = 'gateway_probes_total{replica="vllm-1",result="alive"}'
             looks = counted(gateway, alive)
-            wait_until(lambda: counted(gateway, alive) > looks, "a look at the replicas")
+            until(lambda: counted(gateway, alive) > looks, "a look at the replicas")
             began = time.monotonic()
             with Held(gateway, 12) as streams:
                 return Counter(streams.replicas), time.monotonic() - began

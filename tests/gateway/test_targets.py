@@ -10,7 +10,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lab.sim.fleet import ROOT, Gateway, Replicas, wait_until
+from lab.sim.gateway import Gateway
+from lab.sim.replicas import Replicas
+from lab.waiting import until
+from stack.shell import ROOT
 from tests.gateway.test_public import error_of
 
 LISTED = set(
@@ -130,7 +133,7 @@ def test_the_log_stays_utf_8_and_has_the_path_of_what_was_refused(gateway: Gatew
         lines = [json.loads(line) for line in gateway.log().splitlines() if line.startswith("{")]
         return sorted(line["path"] for line in lines if line["id"] == "utf-8")
 
-    wait_until(lambda: len(logged()) == 2, "what has an id is in the log", 5)
+    until(lambda: len(logged()) == 2, "what has an id is in the log", 5)
     assert logged() == ["/v1/", "/v1/%ff/logged"]
     assert "\ufffd" not in gateway.log()
 

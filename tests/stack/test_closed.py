@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from tests.conftest import ROOT, Stack
+from lab.stack import Stack
+from stack.shell import ROOT
 
 # Each path of the engine in docs/design.md, open or closed.
 ROWS = re.findall(r"^\| (`/.*`) \| (open|closed) \| ", (ROOT / "docs/design.md").read_text(), re.MULTILINE)

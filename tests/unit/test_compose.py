@@ -12,7 +12,7 @@ import yaml
 
 from planner.replica_gpus import dump_compose, gpu_service
 from stack.compose import Service
-from tests.conftest import ROOT
+from stack.shell import ROOT
 from vllm import launch
 
 BASE = ROOT / "docker-compose.yml"

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from stack.shell import ROOT
+
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 # What `make up`, `make plan` or a user makes; not in a clone.
 MADE = {".env", ".venv", "docker-compose.override.yml"}

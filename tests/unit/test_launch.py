@@ -15,7 +15,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.conftest import ROOT
+from stack.shell import ROOT
 from vllm import launch
 
 HEADS = 9

@@ -24,8 +24,8 @@ import download_model
 from models import hub, served
 from stack.compose import Config
 from stack.console import Problem
+from stack.shell import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = (ROOT / "tests" / "models" / "SmolLM2-135M-Instruct" / "config.json").read_bytes()
 FILES = {"config.json": CONFIG, "model.safetensors": bytes(range(256)) * 20_000, "tokenizer.json": b"{}"}
 SUMS = "".join(f"{hashlib.sha256(data).hexdigest()}  {path}\n" for path, data in FILES.items()).encode()

@@ -18,8 +18,8 @@ from planner.choose import Wish
 from planner.machine import load_machine
 from planner.render import Part
 from stack.console import Problem
+from stack.shell import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 MACHINES = ROOT / "tests" / "machines"
 MODELS = ROOT / "tests" / "models"
 

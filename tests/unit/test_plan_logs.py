@@ -12,7 +12,7 @@ from planner import memory
 from planner.config import read_model
 from planner.machine import GIB, Gpu
 from planner.memory import Settings
-from tests.conftest import ROOT
+from stack.shell import ROOT
 
 LOGS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "tests" / "logs").glob("*.json"))}
 CLOSE = 0.08

@@ -19,7 +19,7 @@ from planner.machine import GIB, load_machine
 from planner.memory import Settings
 from planner.model import Cached, Model
 from stack.console import Problem
-from tests.conftest import ROOT
+from stack.shell import ROOT
 
 CONFIGS = {path.parent.name: json.loads(path.read_text()) for path in (ROOT / "tests/models").glob("*/config.json")}
 LLAMA = CONFIGS["Llama-3.1-8B-Instruct"]

@@ -15,7 +15,7 @@ import plan as command
 from planner import render
 from planner.choose import Wish
 from planner.machine import load_machine
-from tests.conftest import ROOT
+from stack.shell import ROOT
 from vllm import launch
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
