@@ -168,7 +168,7 @@ class Sim:
         self.host = f"{net}.{int(last) % 200 + 50}"
         self.start()
 
-    def fault(self, fault: str | None = None, **values: float) -> None:
+    def fault(self, fault: str | None = None, **values: float | str) -> None:
         """Sets the replica's faults (replica.py lists them); no argument clears them."""
         with contextlib.suppress(ConnectionError, urllib.error.URLError):  # fault "crash" leaves no one to answer
             get(self.url + "/_sim", json.dumps({"fault": fault, **values}).encode())
