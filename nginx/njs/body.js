@@ -4,7 +4,7 @@
 // looked through first, where strings are skipped by native searches and only what lies between them is walked, and other
 // requests have their turn in between. It is parsed where that is cheap; else its fields are taken from where they stand.
 
-const SHORT = 1 << 16;       // bytes: parsed whatever is in it
+const SHORT = 1 << 17;       // bytes: parsed whatever is in it
 const PARSED = 1 << 20;      // bytes: parsed if there is little between its strings …
 const STEPS = 1 << 15;       // … so many steps of the walk at most
 const TURN = 1 << 12;        // steps between two turns of the others
