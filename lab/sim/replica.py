@@ -271,8 +271,8 @@ class Connection(asyncio.Protocol):
         elif path in ("/health", "/ping"):
             self._send(replica.faults.health, b"")
         elif path == "/v1/models":
-            odd = replica.faults.models
-            self._send(200, json.dumps(replica.models()).encode() if odd is None else odd.encode())
+            text = replica.faults.models
+            self._send(200, (json.dumps(replica.models()) if text is None else text).encode())
         elif path == "/metrics":
             self._send(200, replica.metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
         elif path == "/version":
