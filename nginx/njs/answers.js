@@ -58,6 +58,8 @@ function lost(r) {
 
 function send(r, status, code, message, param) {
     r.headersOut['Content-Type'] = 'application/json';
+    // stream.js tells this answer from Nginx' own page by it
+    r.answered = true;
     r.return(status, error(r, status, code, message, param));
 }
 

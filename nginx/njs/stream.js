@@ -29,9 +29,9 @@ function end(bytes) {
     return 0;
 }
 
-// js_header_filter. Nginx' own page about a body that it could not read is the only 400 that no replica gave.
+// js_header_filter. Nginx' own page about a body that it could not read is the only 400 that neither a replica nor njs gave.
 function begin(r) {
-    if (r.status === 400 && r.variables.upstream_status === undefined) {
+    if (r.status === 400 && r.variables.upstream_status === undefined && !r.answered) {
         r.unread = true;
         r.headersOut['Content-Type'] = 'application/json';
         delete r.headersOut['Content-Length'];
