@@ -1,7 +1,7 @@
 """Draws the fleet's dashboard from a live Prometheus, for the docs: nothing here needs Grafana.
 
 scripts/bootstrap.sh bench
-.venv/bin/python -m lab.dashboard docs/images/dashboard.png --section Now --section Requests --section Latency
+.venv/bin/python -m lab.dashboard docs/pictures/dashboard.png --section Now --section Requests --section Latency
 """
 
 import json

@@ -1,6 +1,6 @@
 """The /status page in a real browser: says why a request may be slow, reads on a phone, and needs nothing from outside.
 
-With PICTURES=docs/images in the environment the pictures of the docs are taken anew.
+With PICTURES=docs/pictures in the environment the pictures of the docs are taken anew.
 """
 
 import base64
