@@ -142,8 +142,8 @@ function cause(r) {
     return status === '504' ? 'timeout' : 'reset';
 }
 
-// js_access of @retry. A request that may have ended the replica it was sent to goes to one more, not to all in turn.
-function retry(r) {
+// A request that may have ended the replica it was sent to goes to one more, not to all in turn.
+function again(r) {
     const failed = r.variables.replica;
     const why = cause(r);
     fleet.leave(failed);
@@ -172,6 +172,16 @@ function retry(r) {
         refuse(r, 'full', 429, 'fleet_full', 'All replicas are full. Try again later.');
     } else {
         refuseNone(r, table);
+    }
+}
+
+// js_access of @retry.
+function retry(r) {
+    try {
+        again(r);
+    } catch (e) {
+        ngx.log(ngx.ERR, `trying again: ${e.message} ${e.stack}`);
+        refuse(r, 'none_ready', 503, 'gateway_error', 'The gateway could not choose another replica.');
     }
 }
 
