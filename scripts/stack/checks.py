@@ -83,7 +83,11 @@ def port_is_free(name: str, address: Address, port: int, taken: Iterable[tuple[s
     """
     for host, number in taken:
         other = ip_address(host)
-        if number == port and (other == address or other.is_unspecified or address.is_unspecified):
+        other = getattr(other, "ipv4_mapped", None) or other
+        # all of IPv4's addresses are none of IPv6's; those of IPv6 are, by default, IPv4's too
+        covers = other.is_unspecified and other.version >= address.version
+        covered = address.is_unspecified and address.version >= other.version
+        if number == port and (other == address or covers or covered):
             raise Problem(
                 f"port {port} ({name}) is taken by another program",
                 f"stop it (`ss -ltnp 'sport = :{port}'` as root names it), or set {name} in .env to a free port",

@@ -177,7 +177,10 @@ class Compose:
     def containers(self) -> dict[str, Container]:
         """The stack's containers, running or not, by service."""
         lines = self.ask("ps", "--all", "--format", "json").splitlines()
-        found = (Container.model_validate(json.loads(line)) for line in lines)
+        rows = (json.loads(line) for line in lines)
+        # not those of `docker compose run`
+        own = (row for row in rows if "com.docker.compose.oneoff=True" not in str(row.get("Labels")))
+        found = (Container.model_validate(row) for row in own)
         containers = {container.service: container for container in found}
         ids = [container.id for container in containers.values()]
         counts = ask("docker", "inspect", "--format", "{{.Id}} {{.RestartCount}}", *ids).stdout.split() if ids else []

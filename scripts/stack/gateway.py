@@ -107,9 +107,10 @@ class Gateway:
         """All replicas, as whoever reaches the gateway's port is told; None where it does not answer."""
         try:
             answer = self._http("GET", "/status.json", timeout_s=5).raise_for_status()
-        except httpx.HTTPError:
+            return TypeAdapter(list[Replica]).validate_python(answer.json()["replicas"])
+        # or something else answers at that port
+        except (httpx.HTTPError, ValueError, LookupError, TypeError):
             return None
-        return TypeAdapter(list[Replica]).validate_python(answer.json()["replicas"])
 
     def replicas(self) -> list[Replica]:
         """All replicas, in the order of the fleet's file, whatever port is published; a Problem without an answer."""

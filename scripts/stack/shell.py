@@ -27,7 +27,8 @@ LOG = CACHE / "up.log"
 def ask(*args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Runs a quick program and gives its status and output; 127: it is not installed, 124: `timeout` seconds passed."""
     try:
-        return subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        # what stands in the standard input is for the commands after this one
+        return subprocess.run(args, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
     except FileNotFoundError:
         return subprocess.CompletedProcess(args, 127, "", f"{args[0]} is not installed")
     except subprocess.TimeoutExpired:

@@ -131,6 +131,33 @@ def test_a_key_of_a_size_changes_the_model_or_is_refused(name: str, key: str) ->
         assert changed(name, **{key: 2 * value}) != read_model(CONFIGS[name], "x")
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_nextn_predict_layers": 1},
+        {"mtp_num_hidden_layers": 1},
+        {"rope_ratio": 500},
+        {"sliding_window_size": 4096},
+        {"image_size": 448, "patch_size": 14, "vision_batch_size": 16},
+        {"num_beam_groups": 1},
+        {"lora_rank": 4},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_keys_that_public_configs_have_and_that_change_no_size_are_known(keys: dict[str, Any]) -> None:
+    assert llama(**keys) == llama()
+
+
+@pytest.mark.parametrize(("kind", "billions"), [("llama", 6.74), ("mistral", 7.24)])
+def test_a_part_that_says_only_what_differs_from_its_class_has_the_rest_from_there(kind: str, billions: float) -> None:
+    """As LLaVA and Pixtral do; a config of its own has to say it."""
+    part = {"model_type": kind, "torch_dtype": "bfloat16"}
+    model = read_model({"architectures": ["LlavaForConditionalGeneration"], "text_config": part}, "x")
+    assert model.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    with pytest.raises(Problem, match="hidden_size"):
+        read_model(part | {"architectures": ["LlamaForCausalLM"]}, "x")
+
+
 # ---- what is no model that the planner knows
 
 

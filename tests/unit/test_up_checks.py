@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from ipaddress import ip_address
 from pathlib import Path
@@ -114,13 +115,20 @@ def test_too_little_disk_names_the_folder() -> None:
         checks.disk_suffices(5 * checks.GIB, checks.DISK["cpu"], Path("/var/lib/docker"))
 
 
-TAKEN = [("127.0.0.1", 80), ("10.0.0.1", 8080), ("::", 9090), ("::1", 9091)]
+TAKEN = [
+    ("127.0.0.1", 80),
+    ("10.0.0.1", 8080),
+    ("::", 9090),
+    ("::1", 9091),
+    ("::ffff:127.0.0.1", 9092),
+    ("0.0.0.0", 9093),
+]
 
 
 @pytest.mark.parametrize(
     ("address", "port"),
-    [("127.0.0.1", 80), ("0.0.0.0", 80), ("127.0.0.1", 9090)],
-    ids=["same address", "all addresses wanted", "all addresses taken"],
+    [("127.0.0.1", 80), ("0.0.0.0", 80), ("127.0.0.1", 9090), ("127.0.0.1", 9092)],
+    ids=["same address", "all addresses wanted", "all addresses taken", "as IPv6 writes it"],
 )
 def test_a_taken_port_is_named_with_its_setting(address: str, port: int) -> None:
     with pytest.raises(Problem, match=rf"port {port} \(HTTP_PORT\) is taken.*set HTTP_PORT in \.env to a free port"):
@@ -130,6 +138,7 @@ def test_a_taken_port_is_named_with_its_setting(address: str, port: int) -> None
 def test_a_port_on_another_address_is_free() -> None:
     checks.port_is_free("HTTP_PORT", LOOPBACK, 8080, TAKEN)
     checks.port_is_free("HTTP_PORT", LOOPBACK, 9091, TAKEN)
+    checks.port_is_free("HTTP_PORT", ip_address("::1"), 9093, TAKEN)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
@@ -212,3 +221,17 @@ def test_gpus_that_are_there_and_slices_by_name_will_do() -> None:
 def test_a_plan_for_gpus_is_not_started_where_gpus_were_refused() -> None:
     with pytest.raises(Problem, match=r"GPU=off, but docker-compose\.override\.yml puts the replicas on GPUs: remove"):
         checks.gpu_choice("off", 2, "gpu", toolkit=True)
+
+
+def test_a_program_that_is_asked_takes_nothing_of_the_standard_input() -> None:
+    """`make up` in a script that a shell reads from its standard input must leave the lines after it."""
+    script = "from stack.shell import ask; print(repr(ask('cat').stdout), input())"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input="the next line\n",
+        env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.stdout == "'' the next line\n"

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -540,3 +541,21 @@ def test_the_gateway_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatc
 def test_no_answer_is_a_problem(models: Mapping[str, Mapping[str, tuple[int, object]]], problem: str) -> None:
     with served_at(models) as url, pytest.raises(Problem, match=problem):
         Gateway(Compose(), url).first_answer("?")
+
+
+def test_what_compose_run_starts_beside_a_replica_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(ident: str, oneoff: str) -> str:
+        labels = f"com.docker.compose.project=x,com.docker.compose.oneoff={oneoff}"
+        return json.dumps(
+            {"ID": ident, "Service": "vllm-0", "State": "running", "Health": "", "Status": "Up", "Labels": labels}
+        )
+
+    monkeypatch.setattr(Compose, "ask", lambda *_, **__: row("real", "False") + "\n" + row("beside", "True") + "\n")
+    assert {name: found.id for name, found in Compose().containers().items()} == {"vllm-0": "real"}
+
+
+@pytest.mark.parametrize("said", ["<html>", "[]", "{}", '{"replicas": 1}'])
+def test_another_program_at_the_gateways_port_is_no_gateway(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    answer = httpx.Response(200, text=said, request=httpx.Request("GET", "http://x"))
+    monkeypatch.setattr(httpx, "request", lambda *_, **__: answer)
+    assert Gateway(Compose(), "http://x").published() is None
