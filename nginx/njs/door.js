@@ -5,7 +5,7 @@ import answers from './answers.js';
 import settings from './settings.js';
 
 // Another's DNS cannot make these mean this host; `gateway` is the name that the other containers use.
-const LOCAL = /^(localhost|gateway|[0-9.]+|\[[0-9a-f:.]+\])?$/;
+const LOCAL = /^(localhost|gateway|host\.docker\.internal|[0-9.]+|\[[0-9a-f:.]+\])?$/;
 const BODY = /^(application\/json|multipart\/form-data)\s*(;|$)/i;
 
 // $cors: the origin that may read the answer, or ''.

@@ -77,7 +77,7 @@ function lightest(list, load) {
         least = Math.min(least, works[i]);
     }
     let i = list.length > 1 ? counters.incr('new', 1, 0) % list.length : 0;
-    while (works[i] > least * ALIKE) {
+    while (works[i] > Math.max(least, least * ALIKE)) {
         i = (i + 1) % list.length;
     }
     return list[i];

@@ -107,7 +107,7 @@ function cutsOf(body, model) {
         if (!message) {
             continue;
         }
-        const said = `\n${message.role}\n${contentOf(message)}`;
+        const said = `\n${typeof message.role === 'string' ? message.role : ''}\n${contentOf(message)}`;
         const early = i < 2 || i === last;
         if (!own && (message.role === 'assistant' || i < last && messages[i + 1] && messages[i + 1].role === 'assistant')) {
             own = OWN;
@@ -134,7 +134,8 @@ function moreOf(batch) {
     let sum = 0;
     if (Array.isArray(batch) && typeof batch[0] !== 'number') {
         for (let i = 1; i < batch.length; i++) {
-            sum += batch[i] && batch[i].length * (typeof batch[i] === 'string' ? 1 : 4) || 0;
+            // only these have a length that is theirs, and not the client's to say
+            sum += typeof batch[i] === 'string' ? batch[i].length : Array.isArray(batch[i]) ? 4 * batch[i].length : 0;
         }
     }
     return sum;

@@ -187,9 +187,13 @@ function retry(r) {
 
 // $done, in the log phase: counts the request out, however it ended. Always logs.
 function done(r) {
-    const chosen = r.chosen;
+    const variables = r.variables;
+    let chosen = r.chosen;
+    // An error page in place of a replica's own answer (408, 413) has lost it; the variables stay.
+    if (!chosen && variables.replica) {
+        chosen = { replica: variables.replica, model: variables.model || '', reason: variables.reason };
+    }
     if (chosen) {
-        const variables = r.variables;
         let firstByte = NaN;
         if (chosen.replica) {
             fleet.leave(chosen.replica);

@@ -15,7 +15,7 @@ from lab.http import get
 from lab.sim.gateway import Gateway
 from lab.sim.replicas import Replicas
 from lab.waiting import until
-from tests.gateway.conftest import chat
+from tests.gateway.conftest import chat, seen_by
 
 PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize"]
 BODIES = {
@@ -128,6 +128,25 @@ def test_who_names_no_model_is_not_guessed_for_where_there_are_several() -> None
                 assert (error["code"], error["param"]) == ("model_required", "model")
                 assert "small" in error["message"]
                 assert "large" in error["message"]
+
+
+@pytest.mark.parametrize("length", ["-1e6", "1e308", '"a"', "null"])
+def test_a_length_that_a_client_claims_counts_for_nothing(
+    gateway: Gateway, client: httpx.Client, fleet: Replicas, length: str
+) -> None:
+    """A negative one once kept both workers in a loop for ever, one without end kept requests from a replica."""
+    for path in ("/v1/completions", "/v1/embeddings"):
+        for key in ("prompt", "input"):
+            client.post(path, content=f'{{"model":"sim","{key}":["a",{{"length":{length}}}]}}')
+    for n in range(12):
+        assert client.post("/v1/chat/completions", json=chat(f"claimed {n} of {length}")).status_code == 200
+    assert all(seen_by(sim, f"of {json.dumps(length)[1:-1]}") for sim in fleet), "each replica gets its part"
+
+
+@pytest.mark.parametrize("odd", [{"toString": 1, "valueOf": 1}, ["a"], 1, True])
+def test_odd_roles_and_cache_keys_are_the_replicas_to_judge(client: httpx.Client, odd: object) -> None:
+    for more in ({"prompt_cache_key": odd}, {"messages": [{"role": odd, "content": "x"}]}):
+        assert client.post("/v1/chat/completions", json=chat("odd") | more).status_code < 500
 
 
 def test_a_body_of_many_small_values_holds_nobody_up(gateway: Gateway, client: httpx.Client) -> None:

@@ -182,3 +182,12 @@ def test_promtool_has_nothing_to_say(gateway: Gateway) -> None:
 def test_the_inner_listeners_are_not_reachable_through_the_public_one(gateway: Gateway, path: str) -> None:
     assert httpx.get(gateway.url + path).status_code == 404
     assert httpx.get(gateway.metrics_url + "/replicas").status_code == 404
+
+
+def test_a_replicas_own_word_about_a_body_is_counted_out(gateway: Gateway, fleet: Replicas) -> None:
+    """The gateway answers it by an error page of its own."""
+    for sim in fleet:
+        sim.fault("status", status=413)
+    asked = httpx.post(f"{gateway.url}/v1/chat/completions", json=chat("too much"))
+    assert asked.status_code == 413
+    assert all(replica["in_flight"] == 0 for replica in gateway.status()["replicas"])

@@ -34,5 +34,5 @@ def test_the_example_names_every_policy_and_shows_the_default() -> None:
 
 def test_the_design_names_every_policy() -> None:
     design = (ROOT / "docs/design.md").read_text()
-    paragraph = next(part for part in re.split(r"\n(?=\d\. )", design) if "`ROUTE_POLICY`" in part)
+    paragraph = next(part for part in re.split(r"\n(?=\d\. )", design) if "`ROUTE_POLICY` says" in part)
     assert set(POLICIES) <= set(re.findall(r"`(\w+)`", paragraph))
