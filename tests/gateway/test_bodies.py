@@ -138,9 +138,12 @@ def test_a_length_that_a_client_claims_counts_for_nothing(
     for path in ("/v1/completions", "/v1/embeddings"):
         for key in ("prompt", "input"):
             client.post(path, content=f'{{"model":"sim","{key}":["a",{{"length":{length}}}]}}')
-    for n in range(12):
+    # A new prompt's replica is as good as drawn by lot: twelve leave one of three replicas out once in forty times.
+    for n in range(100):
         assert client.post("/v1/chat/completions", json=chat(f"claimed {n} of {length}")).status_code == 200
-    assert all(seen_by(sim, f"of {json.dumps(length)[1:-1]}") for sim in fleet), "each replica gets its part"
+        if all(seen_by(sim, f"of {json.dumps(length)[1:-1]}") for sim in fleet):
+            return
+    pytest.fail("a replica got none of a hundred requests")
 
 
 @pytest.mark.parametrize("odd", [{"toString": 1, "valueOf": 1}, ["a"], 1, True])
