@@ -122,7 +122,14 @@ def read(env_file: Path) -> dict[str, str]:
 
 
 def value_of(
-    name: Literal["COMPOSE_PROJECT_NAME", "COMPOSE_FILE", "COMPOSE_PATH_SEPARATOR", "HF_ENDPOINT", "HF_TOKEN_FILE"],
+    name: Literal[
+        "COMPOSE_PROJECT_NAME",
+        "COMPOSE_FILE",
+        "COMPOSE_PATH_SEPARATOR",
+        "GATEWAY_AUTH",
+        "HF_ENDPOINT",
+        "HF_TOKEN_FILE",
+    ],
     env_file: Path = ENV_FILE,
     environment: Mapping[str, str] = os.environ,
 ) -> str | None:
