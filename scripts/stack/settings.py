@@ -95,11 +95,6 @@ def check(values: Mapping[str, str]) -> Settings:
         raise Problem(
             f"{name}={first['input']} will not do: {why}", f"correct {name} in .env or in the environment"
         ) from None
-    if not settings.bind_address.is_loopback and settings.gateway_auth != "off":
-        raise Problem(
-            f"BIND_ADDRESS={values['BIND_ADDRESS']} opens the gateway to others, and it asks nobody for a key yet",
-            "set GATEWAY_AUTH=off in .env to say that this is wanted, or BIND_ADDRESS=127.0.0.1",
-        )
     return settings
 
 

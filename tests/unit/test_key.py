@@ -10,6 +10,7 @@ import re
 import shlex
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import key
 from access import keys
 from access.keys import Keys, KeyStore, Limits, sha256
 from access.store import MAX_BYTES, MAX_NUMBER, Mistake, Secrets
-from stack import settings
+from stack import access, settings
 from stack.console import Problem
 from stack.gateway import Gateway, Replica
 
@@ -428,3 +429,64 @@ class TheStore(RuleBasedStateMachine):
 
 TheStore.TestCase.settings = hypothesis_settings(max_examples=30, stateful_step_count=20)
 TestTheStore = TheStore.TestCase
+
+
+@pytest.fixture
+def of_stack(folder: Secrets, monkeypatch: pytest.MonkeyPatch) -> Secrets:
+    """The same folder, as `make up` knows it."""
+    monkeypatch.setattr(access, "SECRETS", folder)
+    return folder
+
+
+OPEN = settings.check({"BIND_ADDRESS": "0.0.0.0"})
+SAID_NO = settings.check({"BIND_ADDRESS": "0.0.0.0", "GATEWAY_AUTH": "off"})
+LOOPBACK = settings.check({})
+
+
+def test_a_gateway_open_to_others_gets_its_first_key_once(of_stack: Secrets) -> None:
+    secret = access.first_key(OPEN)
+    holder = KeyStore(of_stack).read().holder(secret, time.time())
+    assert holder
+    assert (holder.name, holder.role) == ("admin", "admin")
+    assert access.first_key(OPEN) == ""
+    assert len(KeyStore(of_stack).read().keys) == 1
+
+
+@pytest.mark.parametrize("wanted", [SAID_NO, LOOPBACK])
+def test_no_key_is_made_where_nobody_is_asked_for_one(of_stack: Secrets, wanted: settings.Settings) -> None:
+    assert access.first_key(wanted) == ""
+    assert not of_stack.keys.exists()
+    assert not access.asks_for_keys(wanted)
+    with access.own_key(wanted, "make-up", 600) as secret:
+        assert secret == ""
+    assert of_stack.keys.parent.is_dir()  # made before Docker would make it as root
+
+
+def test_a_key_on_loopback_closes_the_gateway_and_off_opens_it(of_stack: Secrets) -> None:
+    created("create alice")
+    assert access.asks_for_keys(LOOPBACK)
+    assert not access.asks_for_keys(SAID_NO)
+    assert make_key("revoke alice").exit_code == 0
+    assert access.asks_for_keys(LOOPBACK)  # the last key's end opens nothing
+
+
+def test_a_commands_own_key_ends_with_it(of_stack: Secrets) -> None:
+    store = KeyStore(of_stack)
+
+    def fails() -> None:
+        with access.own_key(OPEN, "make-up", 600) as secret:
+            assert store.read().holder(secret, time.time())
+            assert not store.read().holder(secret, time.time() + 600)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert store.read().keys == []
+
+
+def test_a_key_that_a_killed_command_left_is_replaced(of_stack: Secrets) -> None:
+    store = KeyStore(of_stack)
+    left = store.create("make-up")
+    with access.own_key(OPEN, "make-up", 600) as secret:
+        assert store.read().holder(secret, time.time())
+        assert store.read().holder(left, time.time()) is None

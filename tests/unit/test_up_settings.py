@@ -97,19 +97,14 @@ def test_a_value_out_of_range_is_named(values: dict[str, str], message: str) -> 
         settings.check(values)
 
 
-def test_a_gateway_open_to_others_has_to_be_wanted_in_so_many_words() -> None:
-    with pytest.raises(Problem, match=r"BIND_ADDRESS=0\.0\.0\.0 opens the gateway.*set GATEWAY_AUTH=off"):
-        settings.check({"BIND_ADDRESS": "0.0.0.0"})
-    assert settings.check({"BIND_ADDRESS": "0.0.0.0", "GATEWAY_AUTH": "off"}).url == "http://127.0.0.1"
-
-
 @pytest.mark.parametrize(
     ("values", "url"),
     [
         ({}, "http://127.0.0.1"),
         ({"HTTP_PORT": "8080"}, "http://127.0.0.1:8080"),
-        ({"BIND_ADDRESS": "192.0.2.7", "GATEWAY_AUTH": "off"}, "http://192.0.2.7"),
-        ({"BIND_ADDRESS": "[::]", "GATEWAY_AUTH": "off"}, "http://[::1]"),
+        ({"BIND_ADDRESS": "0.0.0.0"}, "http://127.0.0.1"),
+        ({"BIND_ADDRESS": "192.0.2.7"}, "http://192.0.2.7"),
+        ({"BIND_ADDRESS": "[::]"}, "http://[::1]"),
         ({"BIND_ADDRESS": "[::1]", "HTTP_PORT": "8080"}, "http://[::1]:8080"),
     ],
 )
