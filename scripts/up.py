@@ -19,7 +19,7 @@ import typer
 
 from models import served
 from stack import checks, docker, images, settings
-from stack.access import SECRETS, asks_for_keys, first_key, one_line, own_key
+from stack.access import SECRETS, asks_for_keys, check_users, first_key, one_line, own_key, take_environment
 from stack.compose import OVERRIDE, Build, Compose, Config, Container, is_replica, running, stays_down
 from stack.console import Problem, console, step
 from stack.gateway import Gateway, check_named
@@ -206,6 +206,9 @@ def up() -> None:
         shown.result = served.bring(config, shown.say)
     with step("Keys") as shown:
         made = first_key(wanted)
+        take_environment()
+        if "tokens" in config.services:
+            check_users()
         shown.result = "asked of everybody" if asks_for_keys(wanted) else "asked of nobody"
     if made:
         console.print("  The gateway is open to others, so it asks for a key. This is the administrator's, shown once:")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from access.keys import KeyStore
 from access.store import Mistake, Secrets
+from access.tokens import TokenStore
+from access.users import UserStore
 from stack import settings
 from stack.console import Problem, one_line_for_mistakes
 from stack.shell import ROOT
@@ -50,6 +52,27 @@ def first_key(wanted: settings.Settings) -> str:
         if open_to_others(wanted) and not store.read().keys:
             return store.create("admin", role="admin", note="made by make up")
     return ""
+
+
+def take_environment() -> None:
+    """Takes the users of USER_LIST, and what signs their tokens, from `.env` and the environment into secrets/. Changes
+    nothing where it is there already, or where there are no users."""
+    values = settings.with_users()
+    wanted = settings.check({name: value for name, value in values.items() if name in settings.ALIASES})
+    with as_problems():
+        users = UserStore(SECRETS)
+        users.take(values)
+        if users.read().users:
+            TokenStore(SECRETS).take(values.get("JWT_KEY") or None, wanted.access_token_expire_minutes)
+
+
+def check_users() -> None:
+    """A Problem where nobody could sign in at the token service."""
+    if not UserStore(SECRETS).read().users:
+        raise Problem(
+            "COMPOSE_PROFILES starts the token service, and there is no user who could sign in",
+            "make user ARGS='add NAME', or take tokens out of COMPOSE_PROFILES",
+        )
 
 
 @contextmanager
