@@ -110,12 +110,15 @@ class Settings(BaseModel):
         default=[], description="further arguments of `vllm serve`, quoted as in a shell"
     )
     drain_seconds: PositiveInt = Field(default=120, description="a whole number of seconds, 1 or more")
+    stream_keepalive_seconds: int | None = Field(
+        default=None, ge=1, le=3600, description="a whole number of seconds from 1 to 3600"
+    )
 
 
 # `vllm serve` knows all settings by the same name, but for these.
 OTHERWISE = {
     *("model", "served_model_name", "chat_template", "trust_remote_code"),
-    *("cpu_threads", "kv_cache_gb", "extra_args", "drain_seconds"),
+    *("cpu_threads", "kv_cache_gb", "extra_args", "drain_seconds", "stream_keepalive_seconds"),
 }
 
 
@@ -441,6 +444,8 @@ def process_environment(settings: Settings, environment: dict[str, str], replica
         "HOME": home,
         "TORCHINDUCTOR_CACHE_DIR": f"{home}/torchinductor",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
+        # begin.py reads it.
+        "STREAM_KEEPALIVE_SECONDS": str(settings.stream_keepalive_seconds or ""),
         "OTEL_SERVICE_NAME": "vllm-api",
         "OTEL_RESOURCE_ATTRIBUTES": f"service.instance.id={replica}",
         "OTEL_METRICS_EXPORTER": "prometheus",

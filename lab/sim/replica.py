@@ -8,6 +8,8 @@ faults:
 
     {"fault": null | "hang" | "reset" | "garbage" | "status" | "cut" | "crash",
      "status": 503,        the answer of fault `status`
+     "refusal": "",        what its 503 says beside: "draining" (vllm/drain.py)
+     "comment": false,     streams begin with a comment, as STREAM_KEEPALIVE_SECONDS makes them
      "after_tokens": 5,    how far a stream gets under fault `cut`
      "slow": 1.0,          factor on every time
      "health": 200,        the answer of /health
@@ -61,6 +63,8 @@ class Faults:
 
     fault: str | None = None
     status: int = 503
+    refusal: str = ""
+    comment: bool = False
     after_tokens: int = 5
     slow: float = 1.0
     health: int = 200
@@ -330,7 +334,9 @@ class Connection(asyncio.Protocol):
         if faults.fault == "status":
             status, body_of = error(faults.status, "simulated fault")
             # As vllm/begin.py says of an engine that failed.
-            self._send(status, json.dumps(body_of).encode(), failure="simulated fault" if status >= 500 else "")
+            failure = "x-failure: simulated fault\r\n" if status >= 500 else ""
+            refusal = f"x-refusal: {faults.refusal}\r\n" if faults.refusal else ""
+            self._send(status, json.dumps(body_of).encode(), more=failure + refusal)
             return
         if method != "POST":
             self._send_json(405, {"detail": "Method Not Allowed"})
@@ -407,9 +413,15 @@ class Connection(asyncio.Protocol):
                 data = events.encode()
                 write(b"%x\r\n%b\r\n" % (len(data), data))
 
+        commented = self.replica.faults.comment
+        if commented:
+            write(STREAM_HEAD)
+            chunk(": wait\n\n")
+
         def token(index: int) -> None:
             if index == 0:
-                write(STREAM_HEAD)
+                if not commented:
+                    write(STREAM_HEAD)
                 chunk(dialect.begin())
             text = request.answer[index * TOKEN_BYTES : (index + 1) * TOKEN_BYTES].decode()
             chunk(dialect.token(text, index == request.max_tokens - 1))
@@ -429,10 +441,9 @@ class Connection(asyncio.Protocol):
     def _send_json(self, status: int, data: object) -> None:
         self._send(status, json.dumps(data, separators=(",", ":")).encode())
 
-    def _send(self, status: int, body: bytes, kind: str = "application/json", failure: str = "") -> None:
+    def _send(self, status: int, body: bytes, kind: str = "application/json", more: str = "") -> None:
         reason = REASONS.get(status, "Error")
-        said = f"x-failure: {failure}\r\n" if failure else ""
-        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: {kind}\r\n{said}content-length: {len(body)}\r\n\r\n"
+        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: {kind}\r\n{more}content-length: {len(body)}\r\n\r\n"
         self.transport.write(head.encode() + body)
 
 

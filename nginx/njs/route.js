@@ -61,7 +61,8 @@ function refuse(r, cause, status, code, message, param) {
 }
 
 function refuseNone(r, table) {
-    const states = table.replicas.map((replica) => `${replica.name} ${replica.state}`);
+    const tried = ` ${r.variables.tried || ''}`;
+    const states = table.replicas.map(({ name, state }) => `${name} ${tried.includes(` ${name}=draining`) ? 'draining' : state}`);
     const loading = table.replicas.filter((replica) => replica.state === 'loading').length;
     refuse(r, 'none_ready', 503, 'no_replica_ready',
         `No replica can take this request: ${loading} of ${table.replicas.length} loading (${states.join(', ')}).`);
@@ -130,11 +131,12 @@ function last(value) {
     return value === undefined ? '-' : value.slice(value.lastIndexOf(' ') + 1);
 }
 
-// Why the last try failed: the replica is full, its engine failed, no connection, a timeout, or a connection that broke.
+// Why the last try failed: the replica is full, or being stopped, or its engine failed, no connection, a timeout, or a
+// connection that broke.
 function cause(r) {
     const status = last(r.variables.upstream_status);
     if (last(r.variables.upstream_header_time) !== '-') {
-        return status === '503' ? 'refused' : 'failed';
+        return status !== '503' ? 'failed' : r.variables.upstream_http_x_refusal === 'draining' ? 'draining' : 'refused';
     }
     if (last(r.variables.upstream_connect_time) === '-') {
         return 'connect';

@@ -51,6 +51,16 @@ def test_an_answer_arrives(gateway: Gateway, language: str, api: str, stream: bo
     assert len(said.text.split()) == 20
 
 
+def test_a_comment_that_keeps_the_connection_alive_is_skipped(
+    gateway: Gateway, fleet: Replicas, language: str, api: str
+) -> None:
+    for sim in fleet:
+        sim.fault(comment=True)
+    said = SDKS[language](Asked(api, gateway.url, prompt(), stream=True))
+    assert said.error == ""
+    assert len(said.text.split()) == 20
+
+
 def test_an_unknown_model_is_not_found(gateway: Gateway, language: str, api: str) -> None:
     said = SDKS[language](Asked(api, gateway.url, prompt(), model="gpt-9"))
     assert (said.error, said.status) == ("NotFoundError", 404)
