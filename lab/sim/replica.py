@@ -102,8 +102,10 @@ class Replica:
     """All state of one simulated replica."""
 
     def __init__(self, model: str, shape: Shape, instant: bool, adapters: int = 0) -> None:
-        self.model = model
-        self.names = [model, *(f"{model}-adapter-{n}" for n in range(adapters))]
+        # As SERVED_MODEL_NAME: several names of one model have commas between.
+        self.aliases = model.split(",")
+        self.model = self.aliases[0]
+        self.names = [*self.aliases, *(f"{self.model}-adapter-{n}" for n in range(adapters))]
         self.shape = shape
         self.instant = instant
         self.engine = Engine(shape)
@@ -169,7 +171,7 @@ class Replica:
             "max_model_len": self.shape.max_model_len,
         }
         adapter = {**card, "parent": self.model, "max_model_len": None}
-        cards = [{"id": name, **(adapter if name != self.model else card)} for name in self.names]
+        cards = [{"id": name, **(card if name in self.aliases else adapter)} for name in self.names]
         return {"object": "list", "data": cards}
 
 

@@ -95,6 +95,8 @@ async function choose(r) {
         const model = asked.model;
         const table = fleet.table();
         const known = fleet.serving(table, model);
+        // Under whatever name, it is one cache.
+        asked.model = table.names[model] || model;
         if (model && !known && Object.keys(table.models).length) {
             refuseModel(r, table, model);
             return;
@@ -217,7 +219,10 @@ function models(r) {
     const names = Object.keys(table.models);
     const wanted = r.uri.slice('/v1/models/'.length);
     if (!wanted && names.length) {
-        answers.json(r, { object: 'list', data: names.map(fleet.card) });
+        // All at once, however few a page of Anthropic's API should have.
+        answers.json(r, {
+            object: 'list', data: names.map(fleet.card), has_more: false, first_id: names[0], last_id: names[names.length - 1],
+        });
     } else if (!wanted) {
         refuseNone(r, table);
     } else if (fleet.serving(table, wanted)) {
