@@ -18,6 +18,7 @@ import psutil
 import typer
 
 from models import served
+from planner import check
 from stack import checks, docker, images, settings
 from stack.compose import OVERRIDE, Build, Compose, Config, Container, is_replica, running, stays_down
 from stack.console import Problem, console, one_line_for_mistakes, step
@@ -218,6 +219,11 @@ def up() -> None:
         shown.result = "every service is healthy, every replica answers"
     with step(QUESTION) as shown:
         shown.result = gateway.first_answer(QUESTION)
+    if config.planned:
+        with step("The plan's figures") as shown:
+            compared = check.compare(compose, gateway, config)
+            shown.result = check.summary(compared)
+        check.show(console, compared)
 
     console.print(f"\n[bold]API[/]         {wanted.url}/v1")
     console.print(f"[bold]Status[/]      {wanted.url}/status")

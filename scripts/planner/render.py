@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from planner import memory
+from planner.check import Sizes
 from planner.choose import BFLOAT16, Plan, Replica
 from planner.machine import GIB, Machine
 from planner.memory import Account
@@ -139,11 +140,14 @@ def _length_reason(plan: Plan) -> str:
     if plan.wish.context:
         return "asked for"
     if plan.max_length == plan.model.max_length:
-        return "the model's own limit"
+        return "the model's own limit" + ("; vLLM takes less if that does not fit (auto)" if plan.finds_length else "")
     if not plan.replicas[0].gpus:
         return "enough for chats; --context N for more"
     of = "on the smallest replica" if len({one.account.total for one in plan.replicas}) > 1 else "here"
-    return f"what one request can have {of}; the model's limit is {plan.model.max_length:,}"
+    limit = f"the model's limit is {plan.model.max_length:,}"
+    if plan.finds_length:
+        return f"about what one request can have {of}: vLLM finds it (auto); {limit}"
+    return f"what one request can have {of}; {limit}"
 
 
 def _weights_reason(plan: Plan, replica: Replica) -> str:
@@ -267,6 +271,7 @@ def _part_json(part: Part) -> dict[str, Any]:
         "layout": plan.layout,
         "quantization": plan.quantization,
         "max_model_len": plan.max_length,
+        "max_model_len_auto": plan.finds_length,
         "tokens_per_s": round(plan.tokens_per_s, 1),
         "latency_s": round(plan.latency, 4),
         "replicas": [
@@ -317,7 +322,7 @@ def environment(part: Part, replica: Replica) -> dict[str, str]:
         "QUANTIZATION": plan.quantization or "",
         "TENSOR_PARALLEL_SIZE": str(replica.tp),
         "PIPELINE_PARALLEL_SIZE": str(replica.pp),
-        "MAX_MODEL_LEN": str(plan.max_length),
+        "MAX_MODEL_LEN": "auto" if plan.finds_length else str(plan.max_length),
         "GPU_MEMORY_UTILIZATION": "",
         "KV_CACHE_GB": "",
         "KV_CACHE_DTYPE": "fp8" if settings.kv_bytes == 1 else "",
@@ -338,6 +343,19 @@ def environment(part: Part, replica: Replica) -> dict[str, str]:
     return {**part.extra, **found}
 
 
+def planned_sizes(part: Part, replica: Replica) -> Sizes:
+    """What the replica's engine should report of itself."""
+    account, tokens = replica.account, replica.account.kv_tokens or None
+    compiling = 0 if replica.settings.eager else memory.COMPILING
+    return Sizes(
+        weights=account.weights,
+        kv=account.kv if tokens else None,
+        kv_warm=account.kv + compiling if tokens else None,
+        kv_tokens=tokens,
+        max_model_len=part.plan.max_length,
+    )
+
+
 def override_file(parts: list[Part], base: Path) -> str:
     """docker-compose.override.yml, over docker-compose.yml (`base`): the planned replicas and no others."""
     in_base = [name for name in yaml.safe_load(base.read_text())["services"] if re.fullmatch(r"vllm-\d+", name)]
@@ -355,7 +373,9 @@ def override_file(parts: list[Part], base: Path) -> str:
         else:
             service |= {"environment": settings, "mem_limit": f"{-(-replica.account.total * 11 // 10 // MIB)}m"}
         services[name] = service
-    text = dump_compose({"services": services})
+    # what `make up` and `make plan ARGS=--check` hold against what the engines report
+    planned = {name: planned_sizes(part, replica).model_dump() for name, part, replica in _named(parts)}
+    text = dump_compose({"x-planned": planned, "services": services})
     return text + "".join(f"  {name}: !reset null\n" for name in in_base if name not in services)
 
 
