@@ -348,7 +348,7 @@ def planned_sizes(part: Part, replica: Replica) -> Sizes:
     account, tokens = replica.account, replica.account.kv_tokens or None
     compiling = 0 if replica.settings.eager else memory.COMPILING
     return Sizes(
-        weights=account.weights,
+        weights=account.weights if replica.gpus else None,  # on a CPU it does not tell
         kv=account.kv if tokens else None,
         kv_warm=account.kv + compiling if tokens else None,
         kv_tokens=tokens,

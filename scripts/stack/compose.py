@@ -199,7 +199,9 @@ class Compose:
         done = ask("docker", "inspect", "--format", "{{json .Config.Env}}", container.id)
         words = json.loads(done.stdout or "null") or []
         now = dict(word.partition("=")[::2] for word in words)
-        return [name for name, value in service.environment.items() if (value or "") != now.get(name, "")]
+        # `docker compose config` writes a dollar twice
+        there = {name: (value or "").replace("$$", "$") for name, value in service.environment.items()}
+        return [name for name, value in there.items() if value != now.get(name, "")]
 
     def log_of_start(self, container: Container, last: str) -> str:
         """What a container logged from when it last started, up to the line that has `last`: of a log of any length."""

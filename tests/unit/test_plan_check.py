@@ -115,6 +115,7 @@ def test_a_plan_for_a_small_gpu_knows_what_a_warm_start_has() -> None:
     part = command.plan_all(host, str(MODELS / "SmolLM2-135M-Instruct"), [], None, Wish())[0]
     sizes = render.planned_sizes(part, part.plan.replicas[0])
     assert sizes.kv == sizes.kv_warm, "the CPU is told its size"
+    assert sizes.weights is None
 
 
 def planned_sizes() -> dict[str, Any]:
@@ -132,8 +133,8 @@ class Fleet:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.planned: dict[str, Any] = planned_sizes()
-        self.environment = {"MAX_MODEL_LEN": "auto", "MODEL": "m", "QUANTIZATION": None}
-        self.started_with = ["MAX_MODEL_LEN=auto", "MODEL=m", "PATH=/bin"]
+        self.environment = {"MAX_MODEL_LEN": "auto", "MODEL": "m", "QUANTIZATION": None, "EXTRA_ARGS": "--seed=$$1"}
+        self.started_with = ["MAX_MODEL_LEN=auto", "MODEL=m", "PATH=/bin", "EXTRA_ARGS=--seed=$1"]
         self.logs = {"vllm-0": V032, "vllm-1": V032}
         self.states = {"vllm-0": "running", "vllm-1": "running"}
         self.answering = {"vllm-0", "vllm-1"}
@@ -215,7 +216,7 @@ def test_programs_get_both_in_bytes(fleet: Fleet) -> None:
     assert first["planned"] == fleet.planned["vllm-0"]
     assert first["reported"]["weights"] == round(14.99 * GIB)
     assert set(first["apart"]) == {"weights", "kv", "kv_tokens", "max_model_len"}
-    assert first["settings"] == {"MAX_MODEL_LEN": "auto", "MODEL": "m"}
+    assert first["settings"] == {"MAX_MODEL_LEN": "auto", "MODEL": "m", "EXTRA_ARGS": "--seed=$$1"}
 
 
 def test_a_fleet_that_was_not_planned_says_so(fleet: Fleet) -> None:

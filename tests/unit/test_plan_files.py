@@ -14,8 +14,9 @@ import yaml
 
 import plan as command
 from planner import render
-from planner.choose import Wish
-from planner.machine import load_machine
+from planner.choose import Wish, choose
+from planner.config import read_model
+from planner.machine import Machine, load_machine
 from planner.render import Part
 from stack.console import Problem
 from stack.shell import ROOT
@@ -302,6 +303,38 @@ def test_a_plan_beside_the_running_fleet_says_what_comes_first(
     assert plan(*smol, root=checkout).stderr.splitlines()[-1] == "make down, then make up starts it"
     docker.write_text("#!/bin/sh\n")
     assert plan(*smol, root=checkout).stderr.splitlines()[-1] == "make up starts it"
+
+
+def length_of(machine: str, model: str, config: dict[str, Any] | None = None, **wish: Any) -> str:
+    """What a planned replica is told of its longest request; every replica the same."""
+    host = load_machine(MACHINES / f"{machine}.json")
+    path = MODELS / model / "config.json"
+    found = read_model(json.loads(path.read_text()) | (config or {}), model)
+    part = Part(choose(host, found, Wish(**wish)), model, {})
+    assert part.plan.finds_length == as_json_part(host, part)["max_model_len_auto"]
+    (said,) = {render.environment(part, replica)["MAX_MODEL_LEN"] for replica in part.plan.replicas}
+    return said
+
+
+def as_json_part(host: Machine, part: Part) -> dict[str, Any]:
+    found: dict[str, Any] = render.as_json(host, [part])["models"][0]
+    return found
+
+
+def test_vllm_finds_the_length_where_that_serves() -> None:
+    assert length_of("two-h200", "Llama-3.1-8B-Instruct") == "auto", "the model's own limit fits"
+    assert length_of("one-24gb", "Llama-3.1-8B-Instruct") == "auto", "one replica"
+
+
+def test_vllm_is_told_the_length_where_what_it_finds_would_not_do() -> None:
+    assert length_of("one-24gb", "Llama-3.1-8B-Instruct", context=8192) == "8192", "as asked for"
+    assert int(length_of("four-3090", "Llama-3.1-8B-Instruct", tp=1)) < 131072, "replicas that could differ"
+    assert length_of("laptop", "SmolLM2-135M-Instruct").isdecimal(), "the CPU's speed, not its memory, sets it"
+    assert length_of("two-h200", "bge-m3").isdecimal(), "a step takes a whole prompt"
+    longrope = {"rope_scaling": {"type": "longrope", "factor": 32}}
+    assert length_of("two-h200", "Llama-3.1-8B-Instruct", longrope) == "131072", "vLLM would take the shorter one"
+    endless = {"max_position_embeddings": 10 << 20, "rope_scaling": None}
+    assert length_of("one-24gb", "Llama-3.1-8B-Instruct", endless).isdecimal(), "room for such a request in each slot"
 
 
 def test_a_gpu_without_bfloat16_gets_float16() -> None:
