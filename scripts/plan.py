@@ -96,9 +96,9 @@ def main(
         typer.Option(help="How to quantize while loading. Left out: only where 16 bits do not fit."),
     ] = None,
     kv_cache: Annotated[KvCache | None, typer.Option(help="KV cache in 16 bits (auto, the default) or in 8.")] = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="Exactly so many replicas.")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Exactly this tensor-parallel size.")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="Exactly so many pipeline stages.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, max=MOST_GPUS, help="Exactly so many replicas.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, max=MOST_GPUS, help="Exactly this tensor-parallel size.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, max=MOST_GPUS, help="Exactly so many pipeline stages.")] = None,
     trust_config: Annotated[
         bool, typer.Option("--trust-config", help="Plan without the keys of config.json that are not known.")
     ] = False,
@@ -283,6 +283,9 @@ def _model_and_wish(name: str, wish: Wish, machine: Machine) -> tuple[Model, dic
 def _load(name: str, wish: Wish) -> Model:
     """The model `name`. What was not read of its config is said as a warning where the user trusts it all the same."""
     found = load_model(name, ROOT / "models", wish.trust_config)
+    if found.own_code:
+        advice = "if vLLM asks for it, read it and set TRUST_REMOTE_CODE=true in .env"
+        print(f"{name} brings code of its own (auto_map): {advice}", file=sys.stderr)
     if found.unread:
         print(f"warning: {name}: planned without {', '.join(found.unread)} of its config.json", file=sys.stderr)
     return found

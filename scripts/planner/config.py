@@ -349,6 +349,7 @@ class Config:
             weights=weights,
             pooling=pooling,
             tower=self.tower(),
+            own_code=bool(self.whole.get("auto_map")),
             longrope=any(scaling.get("rope_type", scaling.get("type")) in LONGROPE for scaling in self.ropes()),
             uneven="block_configs" in self.text,
             file_bytes=disk_bytes,
@@ -684,13 +685,15 @@ def _check_folder(folder: Path, name: str) -> None:
                     raise Problem(f"{name}: {path.name} is a git-LFS pointer, not the file", "run git lfs pull there")
     if (folder / "model_index.json").is_file():
         raise Problem(f"{name} is a diffusion pipeline, which draws pictures", NOT_A_MODEL)
-    if (folder / "config.json").is_file():
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if any(not path.name.startswith("adapter_") for path in weights):
         return
+    # these may have a config.json beside them too
     if (path := folder / "adapter_config.json").is_file():
         base = (_further_in(folder, path.name) or {}).get("base_model_name_or_path", "its base model")
         raise Problem(f"{name} is an adapter of {base}, not a model", f"plan {base}, and merge the adapter into it")
     if any(folder.glob("*.gguf")):
-        raise Problem(f"{name} is a model in GGUF without a config.json", "take the model in safetensors")
+        raise Problem(f"{name} is a model in GGUF, which replicas do not load", "take the model in safetensors")
 
 
 def _further_in(folder: Path, file: str) -> Mapping[str, Any] | None:

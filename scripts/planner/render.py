@@ -50,7 +50,7 @@ def reasons(plan: Plan) -> list[tuple[str, str, str]]:
     model = plan.model
     rows = [("layout", plan.layout, _layout_reason(plan))]
     if model.quantization:
-        why = "; ".join(plan.reasons) or "the checkpoint is quantized"
+        why = "; ".join(plan.reasons) if plan.quantization else "the checkpoint is quantized"
         rows.append(("quantization", f"{model.quantization.method}, {model.bits:.3g} bits a weight", why))
     rows.append(("max model length", f"{plan.max_length:,} tokens", _length_reason(plan)))
     if len({one.weight for one in plan.replicas}) > 1:
@@ -122,6 +122,10 @@ def _gib(bytes_: float) -> str:
     return f"{bytes_ / GIB:.1f} GiB"
 
 
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 0.1 else f"{1000 * value:.1f} ms"
+
+
 def _layout_reason(plan: Plan) -> str:
     replica = plan.replicas[0]
     if plan.wish.replicas or plan.wish.tp or plan.wish.pp:
@@ -131,8 +135,10 @@ def _layout_reason(plan: Plan) -> str:
     if not plan.runners_up:
         return "the only one that fits"
     if plan.wish.goal == "latency":
-        return f"the shortest answer: {plan.latency:.2f} s for {PROMPT} tokens in and {ANSWER} out"
-    load = f"{CONCURRENT} requests a GPU, {PROMPT} tokens in, {ANSWER} out"
+        out = "" if plan.model.pooling else f" and {ANSWER} out"
+        return f"the shortest answer: {_seconds(plan.latency)} for {PROMPT} tokens in{out}"
+    out = "" if plan.model.pooling else f", {ANSWER} out"
+    load = f"{CONCURRENT} requests a GPU, {PROMPT} tokens in{out}"
     return f"the most tokens/s: about {plan.tokens_per_s:,.0f} with {load}"
 
 
@@ -172,8 +178,10 @@ def _reserve_reason(replica: Replica) -> str:
 def _kv_reason(plan: Plan, replica: Replica, layers: int, per_token: int) -> str:
     attention, kv_bytes, draft = plan.model.attention, replica.settings.kv_bytes, plan.model.draft
     size = f"{per_token / 1024:.6g} KiB a token and GPU: {layers} layers × "
-    if len({(one.kv_heads, one.head_dim, one.row) for one in attention.cached}) > 1:
-        text = f"{per_token / 1024:.1f} KiB a token and GPU"
+    if len(attention.cached) > 1 or any(one.window or one.state or one.row for one in attention.cached):
+        request = memory.request_bytes(plan.model, replica.tp, layers, plan.max_length, replica.settings, replica.pp)
+        text = f"a request of {plan.max_length:,} tokens takes {request / GIB:.2f} GiB a GPU"
+        draft = None  # it is in there
     elif attention.latent:
         text = size + f"a latent of {attention.latent} × {kv_bytes} bytes, whole on each GPU"
     else:
@@ -226,6 +234,10 @@ def print_part(console: Console, machine: Machine, part: Part) -> None:
         Text(),
         why,
     ]
+    if len(machine.gpus) > 1 and not machine.links:
+        slowest = machine.link(machine.gpus[0].index, machine.gpus[1].index)
+        note = f"they count as {LINK_NAMES[slowest.kind]}, {slowest.gb_s:g} GB/s"
+        blocks += [Text(), Text(f"The links between the GPUs are not known: {note}", style="yellow")]
     if plan.idle:
         blocks.append(Text())
         blocks += [
@@ -240,7 +252,7 @@ def print_part(console: Console, machine: Machine, part: Part) -> None:
                 other.layout,
                 f"{other.model.bits:.3g} bits",
                 f"{other.tokens_per_s:,.0f} ({_change(other.tokens_per_s, plan.tokens_per_s)})",
-                f"{other.latency:.2f} s ({_change(other.latency, plan.latency)})",
+                f"{_seconds(other.latency)} ({_change(other.latency, plan.latency)})",
                 f"{other.kv_tokens:,} ({_change(other.kv_tokens, plan.kv_tokens)})",
                 f"{other.max_length:,}",
             )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -399,6 +400,53 @@ def test_a_context_may_be_written_in_thousands(text: str, tokens: int) -> None:
 def test_a_context_that_is_no_number_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is not a number of tokens"):
         command._tokens(text)
+
+
+@pytest.mark.parametrize("option", ["--tp", "--pp", "--replicas"])
+def test_a_number_beyond_all_machines_is_refused_at_once(option: str) -> None:
+    run = plan(MODELS / "Llama-3.1-8B-Instruct", "--machine", MACHINES / "two-h200.json", option, "99999999999")
+    assert run.returncode == 2
+    assert f"'{option}'" in run.stderr
+
+
+def test_code_that_comes_with_a_model_is_named(tmp_path: Path) -> None:
+    config = json.loads((MODELS / "Llama-3.1-8B-Instruct" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own.Own"}}))
+    run = plan(tmp_path, "--machine", MACHINES / "two-h200.json", "--json")
+    assert json.loads(run.stdout), "the notice is for people"
+    assert "brings code of its own (auto_map)" in run.stderr
+    assert "TRUST_REMOTE_CODE" in run.stderr
+
+
+def reason(found: dict[str, Any], what: str) -> str:
+    return next(str(one["why"]) for one in found["models"][0]["reasons"] if one["what"] == what)
+
+
+def test_reasons_say_what_holds_for_such_a_model() -> None:
+    found = as_json(MODELS / "DeepSeek-V3", "--machine", MACHINES / "eight-h100.json")
+    assert "host memory" in reason(found, "CPU offload")
+    assert reason(found, "quantization") == "the checkpoint is quantized"
+    found = as_json(MODELS / "bge-m3", "--machine", MACHINES / "two-h200.json")
+    assert "tokens in" in reason(found, "layout")
+    assert " out" not in reason(found, "layout"), "it writes nothing"
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "gemma-3-27b-it"])
+def test_the_kv_tokens_of_mixed_layers_can_be_reckoned_from_their_reason(model: str) -> None:
+    found = as_json(MODELS / model, "--machine", MACHINES / "two-h200.json")
+    said = re.search(r"a request of ([\d,]+) tokens takes ([\d.]+) GiB a GPU", reason(found, "KV tokens"))
+    assert said
+    length, gib = int(said[1].replace(",", "")), float(said[2])
+    replica = found["models"][0]["replicas"][0]
+    assert replica["kv_tokens"] == pytest.approx(replica["memory"]["kv"] / (gib * 2**30) * length, rel=0.01)
+
+
+def test_links_that_are_not_known_are_named(tmp_path: Path) -> None:
+    machine = json.loads((MACHINES / "two-h200.json").read_text())
+    (tmp_path / "m.json").write_text(json.dumps(machine | {"links": []}))
+    for path, there in ((tmp_path / "m.json", True), (MACHINES / "two-h200.json", False)):
+        shown = plan(MODELS / "Llama-3.1-8B-Instruct", "--machine", path).stdout
+        assert ("The links between the GPUs are not known" in shown) == there
 
 
 def test_a_list_of_more_gpus_than_there_can_be_is_refused_at_once() -> None:
