@@ -18,6 +18,7 @@ import psutil
 import typer
 
 from models import served
+from planner import check
 from stack import checks, docker, images, settings
 from stack.access import SECRETS, asks_for_keys, check_users, first_key, one_line, own_key, take_environment
 from stack.compose import OVERRIDE, Build, Compose, Config, Container, is_replica, running, stays_down
@@ -229,6 +230,11 @@ def up() -> None:
         shown.result = "every service is healthy, every replica answers"
     with step(QUESTION) as shown, own_key(wanted, "make-up", life_s=600) as key:
         shown.result = gateway.first_answer(QUESTION, key)
+    if config.planned:
+        with step("The plan's figures") as shown:
+            compared = check.compare(compose, gateway, config)
+            shown.result = check.summary(compared)
+        check.show(console, compared)
 
     console.print(f"\n[bold]API[/]         {wanted.url}/v1")
     console.print(f"[bold]Status[/]      {wanted.url}/status")

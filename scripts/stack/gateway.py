@@ -131,6 +131,12 @@ class Gateway:
         """One replica by name."""
         return next(replica for replica in self.replicas() if replica.name == name)
 
+    def ask_replica(self, name: str, path: str) -> str | None:
+        """What a replica itself answers, which only the gateway's container reaches; None where it does not answer."""
+        curl = ("curl", "--silent", "--show-error", "--fail", "--max-time", "10", f"http://{name}:8000{path}")
+        done = ask(*self._compose.command("exec", "-T", "gateway", *curl))
+        return done.stdout if done.returncode == 0 else None
+
     def drain(self, name: str) -> None:
         """Takes a replica out of the route; it finishes what it has."""
         self._admin("PUT", f"/replicas/{name}/drain")
