@@ -17,6 +17,8 @@ export default {
     // Why no request is let in, or ''.
     closed: /^(127\.|\[::1\]$|localhost$)/.test(address) || process.env.GATEWAY_AUTH === 'off' ? ''
         : `This gateway listens on ${address} and has no keys. Set GATEWAY_AUTH=off to let everyone in, or BIND_ADDRESS=127.0.0.1.`,
+    // Where clients reach HTTPS.
+    httpsPort: process.env.HTTPS_PORT || '443',
     // Names, beside the local ones, that the gateway answers to.
     hosts: list('GATEWAY_HOSTS'),
     // Origins, as browsers write them, whose pages may use the gateway.
