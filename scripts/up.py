@@ -18,8 +18,19 @@ import psutil
 import typer
 
 from models import served
-from stack import checks, docker, images, settings
-from stack.compose import OVERRIDE, Build, Compose, Config, Container, is_replica, running, stays_down
+from stack import certificate, checks, docker, images, settings
+from stack.compose import (
+    GPU_FILE,
+    OVERRIDE,
+    TLS_FILE,
+    Build,
+    Compose,
+    Config,
+    Container,
+    is_replica,
+    running,
+    stays_down,
+)
 from stack.console import Problem, console, one_line_for_mistakes, step
 from stack.gateway import Gateway, check_named
 from stack.shell import CACHE, LOG, ROOT, Say, ask, let_all_read, wait_for, work
@@ -38,6 +49,7 @@ def check_ports(wanted: settings.Settings, own: set[int]) -> str:
     taken = [socket.laddr[:2] for socket in sockets if socket.laddr and socket.status == psutil.CONN_LISTEN]
     ports = {
         "HTTP_PORT": (wanted.bind_address, wanted.http_port),
+        **({"HTTPS_PORT": (wanted.bind_address, wanted.https_port)} if wanted.https_port else {}),
         "GRAFANA_PORT": (ip_address("127.0.0.1"), wanted.grafana_port),
         "PROMETHEUS_PORT": (ip_address("127.0.0.1"), wanted.prometheus_port),
     }
@@ -171,6 +183,9 @@ def up() -> None:
     with step("Docker") as shown:
         shown.result = docker.check()
     own = published_ports()
+    if wanted.https_port:
+        with step("Certificate") as shown:
+            shown.result = certificate.check()
     with step("Ports") as shown:
         shown.result = check_ports(wanted, own)
 
@@ -178,7 +193,7 @@ def up() -> None:
         shown.result = docker.bring(shown.say)
     with step("GPUs") as shown:
         gpu, shown.result = choose_gpus(wanted)
-        compose = Compose(gpu=gpu)
+        compose = Compose(*[GPU_FILE] * gpu, *[TLS_FILE] * bool(wanted.https_port))
         config = compose.config()
         check_pins(config)
     check_named(config)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from stack import certificate
 from stack.compose import Compose, Config
 from stack.console import Problem
 from stack.shell import CACHE, ask
@@ -178,7 +179,8 @@ class Gateway:
 
     def _http(self, method: str, path: str, body: object = None, *, timeout_s: float) -> httpx.Response:
         # The gateway is on this host: the proxy that the environment may name is for others.
-        return httpx.request(method, self._url + path, json=body, timeout=timeout_s, trust_env=False)
+        verify = certificate.trusted() if self._url.startswith("https:") else False
+        return httpx.request(method, self._url + path, json=body, timeout=timeout_s, trust_env=False, verify=verify)
 
     def _admin(self, method: str, path: str) -> Any:
         curl = ("curl", "--silent", "--show-error", "--max-time", "5", "--request", method, ADMIN + path)

@@ -41,6 +41,7 @@ class Settings(BaseModel):
 
     model: Annotated[str, AfterValidator(below_models)] | None = Field(None, alias="MODEL")
     http_port: int = Field(80, alias="HTTP_PORT", ge=1, le=65535)
+    https_port: int | None = Field(None, alias="HTTPS_PORT", ge=1, le=65535)
     grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
     prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
     bind_address: Annotated[ipaddress.IPv4Address | ipaddress.IPv6Address, BeforeValidator(without_brackets)] = Field(
@@ -58,7 +59,8 @@ class Settings(BaseModel):
         if address.is_unspecified:
             address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
         host = f"[{address}]" if address.version == 6 else str(address)
-        return f"http://{host}" if self.http_port == 80 else f"http://{host}:{self.http_port}"
+        scheme, port, usual = ("https", self.https_port, 443) if self.https_port else ("http", self.http_port, 80)
+        return f"{scheme}://{host}" if port == usual else f"{scheme}://{host}:{port}"
 
 
 def known_names(example: str) -> set[str]:
