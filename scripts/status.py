@@ -54,7 +54,7 @@ def status() -> bool:
     compose = Compose(*running_files())
     config = compose.config()
     containers = compose.containers()
-    replicas = Gateway(compose, wanted.url).published()
+    replicas = Gateway(compose, wanted.url, wanted.https_domain).published()
     all_well = True
 
     parts = Table("part", "health", "", box=SIMPLE_HEAD)

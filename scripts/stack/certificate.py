@@ -58,8 +58,11 @@ def names(certificate: x509.Certificate) -> list[str]:
     return [str(name.value) for name in listed]
 
 
-def trusted() -> ssl.SSLContext:
-    """Trusts the gateway's own certificate alone, under whatever name this host reaches it."""
+def trusted(domain: str | None) -> ssl.SSLContext:
+    """Trusts the authorities that this host knows, for a domain; without one the certificate in FOLDER alone, under
+    whatever name this host reaches the gateway."""
+    if domain:
+        return ssl.create_default_context()
     context = ssl.create_default_context(cafile=str(FOLDER / "fullchain.pem"))
     context.check_hostname = False
     # the first certificate of the chain is enough: its authority need not be known here

@@ -17,6 +17,7 @@ from stack.shell import ROOT, ask
 OVERRIDE = ROOT / "docker-compose.override.yml"
 GPU_FILE = "docker-compose.gpu.yml"
 TLS_FILE = "docker-compose.tls.yml"
+ACME_FILE = "docker-compose.acme.yml"
 
 
 class Build(BaseModel):
@@ -206,4 +207,4 @@ def running(what: str) -> str:
 def running_files() -> list[str]:
     """Which of the files that `make up` adds the running stack was started with."""
     used = running('{{.Label "com.docker.compose.project.config_files"}}')
-    return [file for file in (GPU_FILE, TLS_FILE) if f"{os.sep}{file}" in used]
+    return [file for file in (GPU_FILE, TLS_FILE, ACME_FILE) if f"{os.sep}{file}" in used]

@@ -98,11 +98,15 @@ class Replica(BaseModel):
 
 
 class Gateway:
-    """The gateway of a stack, asked as users do at its `url`, and through its container where only that may."""
+    """The gateway of a stack, asked as users do at its `url`, and through its container where only that may.
 
-    def __init__(self, compose: Compose, url: str = "") -> None:
+    `domain` is the name in its certificate, where that is not in secrets/.
+    """
+
+    def __init__(self, compose: Compose, url: str = "", domain: str | None = None) -> None:
         self._compose = compose
         self._url = url
+        self._domain = domain
 
     def published(self) -> list[Replica] | None:
         """All replicas, as whoever reaches the gateway's port is told; None where it does not answer."""
@@ -179,8 +183,14 @@ class Gateway:
 
     def _http(self, method: str, path: str, body: object = None, *, timeout_s: float) -> httpx.Response:
         # The gateway is on this host: the proxy that the environment may name is for others.
-        verify = certificate.trusted() if self._url.startswith("https:") else False
-        return httpx.request(method, self._url + path, json=body, timeout=timeout_s, trust_env=False, verify=verify)
+        verify = certificate.trusted(self._domain) if self._url.startswith("https:") else False
+        with httpx.Client(base_url=self._url, timeout=timeout_s, trust_env=False, verify=verify) as client:
+            name = self._domain
+            return client.request(
+                method, path, json=body,
+                headers={"Host": name} if name else None,
+                extensions={"sni_hostname": name} if name else None,
+            )  # fmt: skip
 
     def _admin(self, method: str, path: str) -> Any:
         curl = ("curl", "--silent", "--show-error", "--max-time", "5", "--request", method, ADMIN + path)

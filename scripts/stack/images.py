@@ -66,10 +66,13 @@ PYTHON = DebianBase(
 )
 PYTHON_OF_THE_WHEELS = "3.11"
 
+ACME = DebianBase("acme", "forky", ("lego", "ca-certificates"))
+
 STAND_INS: Mapping[str, DebianBase] = {
     "docker.io/library/nginx": GATEWAY,
     "docker.io/prom/prometheus": PROMETHEUS,
     "docker.io/vllm/vllm-openai-cpu": PYTHON,
+    "docker.io/goacme/lego": ACME,
 }
 
 

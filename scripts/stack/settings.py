@@ -19,6 +19,7 @@ from stack.shell import ROOT
 
 ENV_FILE = ROOT / ".env"
 EXAMPLE_FILE = ROOT / ".env.example"
+DOMAIN = r"^([a-z0-9-]{1,63}\.)+[a-z0-9-]{2,63}$"
 
 
 def without_brackets(address: object) -> object:
@@ -42,6 +43,8 @@ class Settings(BaseModel):
     model: Annotated[str, AfterValidator(below_models)] | None = Field(None, alias="MODEL")
     http_port: int = Field(80, alias="HTTP_PORT", ge=1, le=65535)
     https_port: int | None = Field(None, alias="HTTPS_PORT", ge=1, le=65535)
+    https_domain: str | None = Field(None, alias="HTTPS_DOMAIN", max_length=253, pattern=DOMAIN)
+    acme_email: str | None = Field(None, alias="ACME_EMAIL", pattern=r"^[^@\s]+@[^@\s]+$")
     grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
     prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
     bind_address: Annotated[ipaddress.IPv4Address | ipaddress.IPv6Address, BeforeValidator(without_brackets)] = Field(
@@ -97,6 +100,11 @@ def check(values: Mapping[str, str]) -> Settings:
         raise Problem(
             f"{name}={first['input']} will not do: {why}", f"correct {name} in .env or in the environment"
         ) from None
+    if settings.https_domain and not (settings.https_port and settings.acme_email):
+        raise Problem(
+            "HTTPS_DOMAIN is set, but not HTTPS_PORT or not ACME_EMAIL",
+            "set HTTPS_PORT=443 and ACME_EMAIL, whom the authority writes to, in .env",
+        )
     if not settings.bind_address.is_loopback and settings.gateway_auth != "off":
         raise Problem(
             f"BIND_ADDRESS={values['BIND_ADDRESS']} opens the gateway to others, and it asks nobody for a key yet",

@@ -48,20 +48,20 @@ def test_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
 def test_a_file_that_is_no_certificate_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "fullchain.pem").write_bytes(b"\x30\x82 not PEM")
-    with pytest.raises(Problem, match="fullchain.pem holds no certificate in PEM"):
+    with pytest.raises(Problem, match=r"fullchain.pem holds no certificate in PEM"):
         certificate.check(tmp_path, NOW)
 
 
 def test_anothers_key_and_a_locked_one_are_refused(tmp_path: Path) -> None:
     for more in ({"key": ec.generate_private_key(ec.SECP256R1())}, {"password": b"secret"}):
         write(tmp_path, **more)
-        with pytest.raises(Problem, match="is not the key of fullchain.pem, or has a password"):
+        with pytest.raises(Problem, match=r"is not the key of fullchain.pem, or has a password"):
             certificate.check(tmp_path, NOW)
 
 
 def test_one_that_has_ended_or_not_begun_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
-    with pytest.raises(Problem, match="ended on 2026-06-16: renew it"):
+    with pytest.raises(Problem, match=r"ended on 2026-06-16: renew it"):
         certificate.check(tmp_path, NOW + dt.timedelta(15))
-    with pytest.raises(Problem, match="begins on 2026-05-17 00:00 UTC: is this host's clock right"):
+    with pytest.raises(Problem, match=r"begins on 2026-05-17 00:00 UTC: is this host's clock right"):
         certificate.check(tmp_path, NOW - dt.timedelta(16))
