@@ -180,9 +180,12 @@ class Gateway(Nginx):
             (self.conf / name).write_bytes(content)
         swaps = [
             (r"listen 80\b", f"listen {self.host}:8080"),
+            (r"listen 443\b", f"listen {self.host}:8443"),
+            (r"listen 8080\b", f"listen {self.host}:8079"),
             (r"listen 9113\b", f"listen {self.host}:9113"),
             (r"listen 127\.0\.0\.1:8081\b", f"listen {self.host}:8081"),
             (r"resolver 127\.0\.0\.11\b", f"resolver {self._dns}"),
+            (r"/etc/fleet/tls\b", f"{self.conf_seen}/tls"),
             (r"/tmp\b", self.tmp_seen),  # noqa: S108
         ]
         if modules := os.environ.get("NGINX_MODULES"):

@@ -88,4 +88,17 @@ function answer(r) {
     }
 }
 
-export default { cors, refusal, unfolded, answer };
+// A request that came by plain HTTP where clients should use HTTPS. One with a body is not sent on: it has shown its key
+// once already, and its sender should learn of it.
+function redirect(r) {
+    const port = settings.httpsPort === '443' ? '' : `:${settings.httpsPort}`;
+    const url = `https://${r.variables.host}${port}`;
+    if (r.method === 'GET' || r.method === 'HEAD') {
+        r.return(308, url + r.variables.request_uri);
+    } else {
+        answers.send(r, 403, 'https_required', `Use ${url}: what came by plain HTTP could be read on its way. `
+            + 'If a key was in it, rotate it.');
+    }
+}
+
+export default { cors, refusal, unfolded, answer, redirect };

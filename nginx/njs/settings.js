@@ -22,6 +22,8 @@ export default {
         + 'everyone in, or BIND_ADDRESS=127.0.0.1.',
     // The folder of keys.json and tokens.json.
     secrets: `${process.env.SECRETS_FOLDER || '/etc/fleet/secrets'}/`,
+    // Where clients reach HTTPS.
+    httpsPort: process.env.HTTPS_PORT || '443',
     // Names, beside the local ones, that the gateway answers to.
     hosts: list('GATEWAY_HOSTS'),
     // Origins, as browsers write them, whose pages may use the gateway.
