@@ -67,13 +67,14 @@ function media(messages) {
 // How many prompts a body holds, and how many tokens where they are given as numbers.
 function prompts(body) {
     const given = body.prompt ?? body.input;
-    if (!Array.isArray(given)) {
-        return { count: 1, tokens: 0 };
-    }
-    if (typeof given[0] === 'number') {
+    if (Array.isArray(given) && typeof given[0] === 'number') {
         return { count: 1, tokens: given.length };
     }
-    return { count: given.length || 1, tokens: given.reduce((sum, one) => sum + (Array.isArray(one) ? one.length : 0), 0) };
+    // The parts of one conversation are objects.
+    if (!Array.isArray(given) || !given.length || typeof given[0] === 'object' && !Array.isArray(given[0])) {
+        return { count: 1, tokens: 0 };
+    }
+    return { count: given.length, tokens: given.reduce((sum, one) => sum + (Array.isArray(one) ? one.length : 0), 0) };
 }
 
 // {bytes, prompt: tokens, answer: tokens of each at most, given: whether the request says so, answers: how many}. The prompt is
@@ -86,11 +87,11 @@ function sizeOf(uri, body, bytes, context) {
         const { count: pieces, size } = media(body.messages || body.input);
         prompt = tokens || Math.ceil(Math.max(bytes - size, 0) / BYTES) + pieces * MEDIA;
     }
-    // Several prompts may each be as long as the context.
-    prompt = Math.min(prompt, context * count);
     if (!fields) {
         return { bytes, prompt, answer: 0, given: true, answers: 1 };
     }
+    // Several prompts may each be as long as the context.
+    prompt = Math.min(prompt, context * count);
     const said = fields.map((field) => wholeNumber(body[field])).find((value) => value !== undefined);
     const otherwise = OTHERWISE[uri];
     const each = wholeNumber(body.n) ?? 1;
@@ -271,14 +272,14 @@ function seenBy(parties, names, now) {
 }
 
 // Takes what this request needs: {refused} where a limit stands against it. What was taken is noted in $taken.
-function admit(r, holder, asked, context) {
+function admit(r, holder, asked, model) {
     const parties = partiesOf(holder, r.variables.end_user);
     if (!parties.length) {
         return {};
     }
     const now = Date.now();
     const bytes = Number(r.headersIn['Content-Length'] ?? r.variables.request_length);
-    const size = sizeOf(r.uri, asked.body, bytes, context());
+    const size = sizeOf(r.uri, asked.body, bytes, model && fleet.card(model).max_model_len || Infinity);
     const taken = [];
     const refused = takeAll(parties, size, now, taken);
     if (refused) {
