@@ -93,7 +93,7 @@ def _replica_reasons(plan: Plan, replica: Replica) -> list[tuple[str, str, str]]
     if per_token:
         full = f"of {plan.max_length:,} tokens at the same time"
         rows += [
-            ("KV cache", f"{_gib(account.kv)} a GPU", "what is left"),
+            ("KV cache", f"{_gib(account.kv)} a GPU", "what is left" + ", in 8 bits" * (settings.kv_bytes == 1)),
             ("KV tokens", f"{account.kv_tokens:,} a replica", _kv_reason(plan, replica, layers, per_token)),
             ("full-length requests", f"{_requests(account)} a replica", full),
         ]

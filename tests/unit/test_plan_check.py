@@ -48,6 +48,14 @@ V032_CPU = """\
 Maximum concurrency for 4,096 tokens per request: 11.38x
 INFO:     Application startup complete.
 """
+# What did not fit was shortened; recorded, without times.
+FITTED_CPU = """\
+INFO [model.py:2152] Using max model len 8192
+INFO [cpu_worker.py:260] Explicitly set (0.1/21.09) GiB for KV cache on node 0.
+INFO [kv_cache_utils.py:2477] Auto-fit max_model_len: reduced from 8192 to 4352 to fit in available KV cache memory \
+(0.09 GiB CPU)
+INFO [kv_cache_utils.py:2327] CPU KV cache size: 4,480 tokens, Maximum concurrency for 4,352 tokens per request: 1.03x
+"""
 AUTO_CPU = "INFO [cpu_worker.py:260] Auto set (3.25/24.0) GiB for KV cache on node 0, with 22.08 GiB requested memory"
 GIVEN_GPU = (
     "INFO [gpu_worker.py:672] Initial free memory 78.6 GiB, reserved 20.0 GiB memory for KV Cache as specified by"
@@ -66,6 +74,7 @@ CARDS = '{"object":"list","data":[{"id":"m","max_model_len":4096},{"id":"adapter
         (V026, "", 7.51, 120.34, 1_971_776),
         (V032, "", 14.99, 108.31, 887_264),
         (V032_CPU, "", None, 1, 46_592),
+        (FITTED_CPU, "", None, 0.1, 4480),
         ("", METRICS, None, None, 46_592),
         (V032, METRICS, 14.99, 108.31, 46_592),
         (AUTO_CPU, 'vllm:cache_config_info{kv_cache_size_tokens="None"} 1.0', None, 3.25, None),
@@ -73,7 +82,18 @@ CARDS = '{"object":"list","data":[{"id":"m","max_model_len":4096},{"id":"adapter
         (NOTHING_LEFT, "", None, -1.44, None),
         ("", "", None, None, None),
     ],
-    ids=["0.26", "0.32", "0.32 on a CPU", "log is gone", "metrics first", "CPU, auto", "GPU, given", "-", "nothing"],
+    ids=[
+        "0.26",
+        "0.32",
+        "0.32 on a CPU",
+        "auto",
+        "log is gone",
+        "metrics first",
+        "CPU, auto",
+        "GPU, given",
+        "-",
+        "nothing",
+    ],
 )
 def test_an_engine_says_what_it_has(
     log: str, metrics: str, weights: float | None, kv: float | None, tokens: int | None

@@ -402,6 +402,13 @@ def test_a_context_that_is_no_number_is_refused(text: str) -> None:
         command._tokens(text)
 
 
+def test_what_is_asked_for_without_a_gpu_or_in_8_bits_is_said() -> None:
+    run = plan(MODELS / "SmolLM2-135M-Instruct", "--machine", MACHINES / "laptop.json", "--gpus", "0")
+    assert "--gpus: this host has no GPU" in run.stderr
+    found = as_json(MODELS / "Qwen3-30B-A3B", "--machine", MACHINES / "eight-h100.json", "--kv-cache", "fp8")
+    assert reason(found, "KV cache") == "what is left, in 8 bits"
+
+
 @pytest.mark.parametrize("option", ["--tp", "--pp", "--replicas"])
 def test_a_number_beyond_all_machines_is_refused_at_once(option: str) -> None:
     run = plan(MODELS / "Llama-3.1-8B-Instruct", "--machine", MACHINES / "two-h200.json", option, "99999999999")
