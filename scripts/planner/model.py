@@ -22,6 +22,9 @@ class Cached:
     latent: int = 0  # kv_lora_rank + qk_rope_head_dim
     window: int = 0  # how far they see; 0: all of it
     state: int = 0  # bytes for a request, which tp splits
+    # how often it keeps its state: as it is, as it was for the prefix cache, and with Mamba 2 once more from within a
+    # step (`MambaSpec.max_memory_usage_bytes` in vllm/v1/kv_cache_interface.py, mamba_cache_mode "align")
+    states: int = 2
     row: int = 0  # bytes for each `ratio` tokens whatever the KV cache's numbers, whole on each GPU
     ratio: int = 1
 

@@ -552,9 +552,10 @@ def test_gemma_3_is_read_from_the_little_that_it_says() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
-        {"model_type": "lfm2", "conv_L_cache": 3},
+        {"model_type": "mamba", "state_size": 16},
+        {"model_type": "mine", "ssm_cfg": {"layer": "Mamba1"}},
         {"model_type": "jamba", "mamba_d_state": 16},
+        {"model_type": "zamba2"},
     ],
 )
 def test_models_with_a_recurrent_state_are_refused(changed: dict[str, Any]) -> None:
