@@ -19,7 +19,16 @@ import typer
 
 from models import served
 from stack import checks, docker, images, settings
-from stack.access import SECRETS, asks_for_keys, check_users, first_key, one_line, own_key, take_environment
+from stack.access import (
+    SECRETS,
+    asks_for_keys,
+    check_environment,
+    check_users,
+    first_key,
+    one_line,
+    own_key,
+    take_environment,
+)
 from stack.compose import OVERRIDE, Build, Compose, Config, Container, is_replica, running, stays_down
 from stack.console import Problem, console, step
 from stack.gateway import Gateway, check_named
@@ -168,6 +177,7 @@ def up() -> None:
     """All the steps, in their order. The first that cannot be done is a Problem."""
     with step("Settings") as shown:
         wanted = settings.load()
+        check_environment()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
     with step("Docker") as shown:
         shown.result = docker.check()
