@@ -151,7 +151,7 @@ def test_the_users_compose_files_are_kept_beside_the_gpu_file(
 ) -> None:
     monkeypatch.setattr(settings, "value_of", said.get)
     monkeypatch.setattr(compose, "OVERRIDE", tmp_path / "none.yml")
-    assert Compose(gpu=True).files == files
+    assert Compose(compose.GPU_FILE).files == files
     assert Compose().files == []
 
 
