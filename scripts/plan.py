@@ -22,7 +22,7 @@ from planner.machine import Machine, load_machine
 from planner.model import Model
 from planner.nvml import read_machine
 from stack import settings
-from stack.compose import Compose, running_gpu_file
+from stack.compose import Compose, running_files
 from stack.console import Problem, console, one_line_for_mistakes
 from stack.docker import docker_version
 from stack.gateway import Gateway
@@ -180,7 +180,7 @@ def _check_running(others: set[str], as_json: bool) -> None:
     wanted = settings.load()
     if not docker_version()[0]:
         raise Problem("the Docker engine does not answer", "`make up` starts it")
-    compose = Compose(gpu=running_gpu_file())
+    compose = Compose(*running_files())
     config = compose.config()
     found = fleet_check.compare(compose, Gateway(compose, wanted.url), config)
     if as_json:
