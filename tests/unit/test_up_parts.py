@@ -579,5 +579,5 @@ def test_a_gateway_that_asks_for_keys_is_asked_inside_its_container(monkeypatch:
 @pytest.mark.parametrize("said", ["<html>", "[]", "{}", '{"replicas": 1}'])
 def test_another_program_at_the_gateways_port_is_no_gateway(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     answer = httpx.Response(200, text=said, request=httpx.Request("GET", "http://x"))
-    monkeypatch.setattr(httpx, "request", lambda *_, **__: answer)
+    monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: answer)
     assert Gateway(Compose(), "http://x").published() is None
