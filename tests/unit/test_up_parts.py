@@ -557,11 +557,11 @@ def test_what_compose_run_starts_beside_a_replica_is_not_taken_for_it(monkeypatc
 def test_the_question_is_put_with_a_key_that_the_gateway_has_still_to_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
 
-    def request(_: httpx.Client, method: str, url: str, headers: Mapping[str, str], **__: object) -> httpx.Response:
+    def request(_: object, method: str, url: str, headers: Mapping[str, str], **__: object) -> httpx.Response:
         asked.append((method, headers["Authorization"]))
         body: object = CHAT if method == "POST" else {"data": [{"id": "a"}]}
         known = len(asked) > 2
-        return httpx.Response(200 if known else 401, json=body, request=httpx.Request(method, f"http://x{url}"))
+        return httpx.Response(200 if known else 401, json=body, request=httpx.Request(method, url))
 
     monkeypatch.setattr(httpx.Client, "request", request)
     monkeypatch.setattr(time, "sleep", lambda _: None)
