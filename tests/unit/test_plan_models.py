@@ -432,7 +432,7 @@ LAST = {"1_Pooling/config.json": {"pooling_mode_mean_tokens": False, "pooling_mo
         ("MistralModel", {}, LAST, (True, False, False)),  # e5-mistral
         ("Qwen3ForSequenceClassification", {}, {}, (True, False, False)),
         ("LlamaForCausalLM", {"is_causal": False}, {}, (False, False, False)),
-        ("QWenLMHeadModel", {}, {}, (False, False, False)),
+        ("GPT2LMHeadModel", {}, {}, (False, False, False)),
         ("ChatGLMModel", {}, {}, (False, False, False)),
         ("InternVLChatModel", {}, {}, (False, False, False)),
         ("PEagleDraftModel", {}, {}, (False, False, False)),
