@@ -421,7 +421,7 @@ class Config:
 
     def __init__(self, whole: Mapping[str, Any], name: str, further: Further = NO_FILES.get) -> None:
         if isinstance(thinker := whole.get("thinker_config"), Mapping):  # of Qwen Omni: vLLM loads nothing else
-            whole = {"architectures": whole.get("architectures")} | dict(thinker)
+            whole = {key: value for key, value in whole.items() if key != "thinker_config"} | dict(thinker)
         text = whole.get("text_config") or whole.get("llm_config") or whole
         if not isinstance(text, Mapping):
             raise Problem(f"{name}: text_config in config.json is not an object", NOT_A_MODEL)

@@ -1,8 +1,8 @@
 """The account against what vLLM says itself; docs/plan.md has the tables of it.
 
-tests/logs: what it reported in public logs. A log's model is a folder of tests/models or one of tests/families.jsonl,
-its config laid over that. `kv_gib` is its KV cache where flags are not known that take from it. Sizes are GiB, of one
-GPU.
+tests/logs: what it reported in public logs. A log's model, or its `shape` where another has the same, is a folder of
+tests/models or one of tests/families.jsonl; its config is laid over that. `kv_gib` is its KV cache where not all flags
+are known. Sizes are GiB, of one GPU.
 
 tests/families.jsonl: a config of each family, and the bytes that its class in vLLM 0.32 takes on one GPU in bfloat16,
 made on torch's device "meta", where weights have no memory: those of all weights, and of what a request of `length`
@@ -10,6 +10,7 @@ tokens keeps at most, two steps of 8,192 tokens under way. Without `request` the
 because vLLM's needs a GPU, or it keeps nothing. Without either the planner only has to read it."""
 
 import json
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ UNITS = {
 
 def planned(log: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """The account of a log's replica, under the names that it reports."""
-    path = ROOT / "tests" / "models" / log["model"] / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else PLANNED.get(log["model"], {}).get("config", {})
+    shape = log.get("shape", log["model"])
+    path = ROOT / "tests" / "models" / shape / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else PLANNED.get(shape, {}).get("config", {})
     model = read_model(config | log.get("config", {}), log["model"])
     flags, total = log["flags"], round(log["total_gib"] * GIB)
     gpu = Gpu(
@@ -150,21 +152,25 @@ def test_the_table_of_families_in_the_docs_is_that_of_the_tests() -> None:
         if "request" in family:
             one = memory.request_bytes(model, 1, model.layers, family["length"], Settings(256, 8192))
             kept = f"{100 * (one / family['request'] - 1):+.1f} %"
-        logs = sum(log["model"] == name for log in LOGS.values())
+        logs = sum(log.get("shape", log["model"]) == name for log in LOGS.values())
         rows.append(f"| {name} | {family['config']['architectures'][0]} | {weights} | {kept} | {logs or ''} |")
     rows = [row.replace("-0.0 %", "0.0 %").replace("+0.0 %", "0.0 %") for row in rows]
     written("families", rows)
 
 
 def test_the_list_of_refused_families_in_the_docs_is_that_of_the_tests() -> None:
-    written("refused", ["Refused: " + ", ".join(REFUSED) + "."])
+    written("refused", textwrap.wrap("Refused: " + ", ".join(REFUSED) + ".", 120))
 
 
 def test_the_table_of_logs_in_the_docs_is_that_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["| model | GPUs, utilization, length | vLLM reported | planned | |", "|---|---|---|---|---|"]
     for log in LOGS.values():
         found, flags = planned(log, monkeypatch), log["flags"]
-        where = f"{log['gpus']} × {log['gpu']}, {flags['gpu_memory_utilization']:.2f}, {flags['max_model_len']:,}"
+        where = f"{log['gpus']} × {log['gpu']}"
+        if "kv_gib" not in log and {"kv_gib", "kv_tokens"} & set(log["reported"]):
+            where += f", {flags['gpu_memory_utilization']:.2f}"
+        if set(log["reported"]) != {"weights_gib"}:
+            where += f", {flags['max_model_len']:,}"
         said = ", ".join(UNITS[what].format(value) for what, value in log["reported"].items())
         counted = ", ".join(UNITS[what].format(found[what]) for what in log["reported"])
         shares = ", ".join(f"{100 * (found[what] / value - 1):+.1f} %" for what, value in log["reported"].items())
