@@ -569,9 +569,8 @@ class Config:
         gated = self.text.get("attn_output_gate", GATED_DELTA in self.kinds)  # by a second matrix for queries
         # layers that see all may be of another shape
         apart = (self.text.get("per_layer_config") or {}).values()  # newer files of Gemma 4 say it for each of these
-        wide = (
-            self.number("global_head_dim", 0) or max((one.get("head_dim", 0) for one in apart), default=0) or head_dim
-        )
+        apart = [one.get("head_dim", 0) for one in apart if isinstance(one, Keys)]
+        wide = self.number("global_head_dim", 0) or max(apart, default=0) or head_dim
         few = self.number("num_global_key_value_heads", 0)
         split, kept = 0, Counter[tuple[int, int, int, int]]()
         for layer in seeing:
