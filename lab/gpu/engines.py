@@ -231,6 +231,8 @@ class Engine:
 
     def kill(self) -> None:
         """SIGKILL to the server and its engine processes; returns at once."""
+        # one that has just begun leads no group yet
+        self.process.kill()
         with contextlib.suppress(ProcessLookupError):
             assert self.process.pid
             os.killpg(self.process.pid, signal.SIGKILL)

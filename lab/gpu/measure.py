@@ -69,7 +69,7 @@ COMPARED: dict[str, peers.Start] = {
     ROUND_ROBIN: lambda target: peers.router(target, peers.VLLM_ROUTER, "round_robin"),
 }
 # Half as long as in the trace, so that the longest fits, and as many a GPU as keep it about half busy.
-TRACE_SIZES, TRACE_RATE, TRACE_SECONDS = Sizes(tokens=0.5, answers=0.5), 5.0, 20.0
+TRACE_SIZES, TRACE_RATE, TRACE_SECONDS = Sizes(tokens=0.5, answers=0.5), 5.0, 24.0
 FAULT_CLIENTS, FAULT_SECONDS = 32, 6.0
 
 
@@ -83,7 +83,7 @@ def measure_route(run: Run) -> None:
         run.keep("route", "memory", value=every[0].facts())
         run.loads([Load(fleet.urls, every, PER_GPU * len(every))], 1.0, Sizes())
         run.part("throughput", 30, partial(measure_throughput, run, fleet))
-        run.part("trace", 60, partial(measure_trace, run, fleet))
+        run.part("trace", 50, partial(measure_trace, run, fleet))
         run.part("fault", 20, partial(measure_fault, run, fleet))
     finally:
         run.stop()
@@ -150,7 +150,7 @@ def measure_fault(run: Run, fleet: Fleet) -> None:
 
 LAYOUT_SHAPES = ("Llama-70B", "GLM-4.5-Air-106B")
 # A quarter of the reference request, in and out, so that many end in the time there is.
-LAYOUT_SIZES, LAYOUT_SECONDS = Sizes(tokens=0.25, answers=0.25), 8.0
+LAYOUT_SIZES, LAYOUT_SECONDS = Sizes(tokens=0.25, answers=0.25), 6.0
 
 
 def measure_layouts(run: Run) -> None:
