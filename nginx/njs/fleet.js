@@ -16,7 +16,7 @@ const counters = ngx.shared.counters;
 const WORK_LEFT = Math.exp(-1 / 5);   // after a second: work counts for some five seconds
 
 const ALL = 1e9;   // keys; a shared dictionary gives 1,024 unless told otherwise
-const ZONES = ['fleet', 'models', 'cards', 'counters'];   // those that can be full: nothing is evicted from them
+const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys'];   // those that can be full: nothing is evicted from them
 
 const worker = ` ${process.pid}`;   // asking for it costs more than counting
 

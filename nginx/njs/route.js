@@ -3,6 +3,7 @@
 import answers from './answers.js';
 import body from './body.js';
 import fleet from './fleet.js';
+import keys from './keys.js';
 import load from './load.js';
 import metrics from './metrics.js';
 import policies from './policies.js';
@@ -50,9 +51,13 @@ function send(r, replica, model, reason) {
 
 // ---- refusing
 
-function refuse(r, cause, status, code, message, param) {
+function mark(r) {
     r.variables.reason = 'refused';
     r.chosen = { replica: '', model: r.variables.model || '', reason: 'refused' };
+}
+
+function refuse(r, cause, status, code, message, param) {
+    mark(r);
     metrics.refused(cause);
     if (status === 429 || status === 503) {
         r.headersOut['Retry-After'] = status === 429 ? '1' : '5';
@@ -68,12 +73,17 @@ function refuseNone(r, table) {
         `No replica can take this request: ${loading} of ${table.replicas.length} loading (${states.join(', ')}).`);
 }
 
-function refuseModel(r, table, model) {
+// The models that a holder may use.
+function modelsFor(table, holder) {
+    return Object.keys(table.models).filter((model) => keys.may(holder, model));
+}
+
+function refuseModel(r, table, model, holder) {
     if (table.untold) {
         refuseNone(r, table);
         return;
     }
-    const names = Object.keys(table.models);
+    const names = modelsFor(table, holder);
     refuse(r, 'unknown_model', 404, 'model_not_found',
         `The model '${model.slice(0, 200)}' does not exist here. There are: ${names.join(', ')}.`, 'model');
 }
@@ -87,23 +97,25 @@ async function choose(r) {
             answers.method(r, 'POST');
             return;
         }
-        if (settings.closed) {
-            refuse(r, 'closed', 401, 'no_keys', settings.closed);
+        const holder = await keys.caller(r);
+        if (holder.refused) {
+            mark(r);
+            keys.refuse(r, holder.refused);
             return;
         }
         const asked = await body.read(r);
         const model = asked.model;
         const table = fleet.table();
-        const known = fleet.serving(table, model);
+        const known = keys.may(holder, model) ? fleet.serving(table, model) : undefined;
         // Under whatever name, it is one cache.
         asked.model = table.names[model] || model;
-        if (model && !known && Object.keys(table.models).length) {
-            refuseModel(r, table, model);
+        if (model && !known && (holder.models !== null || Object.keys(table.models).length)) {
+            refuseModel(r, table, model, holder);
             return;
         }
-        if (!model && !alike(table)) {
+        if (!model && (holder.models !== null || !alike(table))) {
             refuse(r, 'unknown_model', 400, 'model_required', `No model could be read from this request. Name one of: ${
-                Object.keys(table.models).join(', ')}.`, 'model');
+                modelsFor(table, holder).join(', ')}.`, 'model');
             return;
         }
         // Most requests find the same replicas: those of a model are listed once for each table.
@@ -209,26 +221,31 @@ function done(r) {
     return '1';
 }
 
-// GET /v1/models and /v1/models/NAME: those of all replicas.
-function models(r) {
+// GET /v1/models and /v1/models/NAME: those of all replicas that the caller may use.
+async function models(r) {
     if (r.method !== 'GET' && r.method !== 'HEAD') {
         answers.method(r, 'GET');
         return;
     }
+    const holder = await keys.caller(r);
+    if (holder.refused) {
+        keys.refuse(r, holder.refused);
+        return;
+    }
     const table = fleet.table();
-    const names = Object.keys(table.models);
+    const names = modelsFor(table, holder);
     const wanted = r.uri.slice('/v1/models/'.length);
-    if (!wanted && names.length) {
+    if (!wanted && (names.length || holder.models !== null)) {
         // All at once, however few a page of Anthropic's API should have.
         answers.json(r, {
             object: 'list', data: names.map(fleet.card), has_more: false, first_id: names[0], last_id: names[names.length - 1],
         });
     } else if (!wanted) {
         refuseNone(r, table);
-    } else if (fleet.serving(table, wanted)) {
+    } else if (names.includes(wanted)) {
         answers.json(r, fleet.card(wanted));
     } else {
-        refuseModel(r, table, wanted);
+        refuseModel(r, table, wanted, holder);
     }
 }
 

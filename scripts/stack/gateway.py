@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from stack import certificate
 from stack.compose import Compose, Config
 from stack.console import Problem
 from stack.shell import CACHE, ask, wait_for
@@ -99,11 +100,15 @@ class Replica(BaseModel):
 
 
 class Gateway:
-    """The gateway of a stack, asked as users do at its `url`, and through its container where only that may."""
+    """The gateway of a stack, asked as users do at its `url`, and through its container where only that may.
 
-    def __init__(self, compose: Compose, url: str = "") -> None:
+    `domain` is the name in its certificate, where that is not in secrets/.
+    """
+
+    def __init__(self, compose: Compose, url: str = "", domain: str | None = None) -> None:
         self._compose = compose
         self._url = url
+        self._domain = domain
 
     def published(self) -> list[Replica] | None:
         """All replicas, as the gateway tells at its port; None where it does not answer there."""
@@ -130,6 +135,12 @@ class Gateway:
     def replica(self, name: str) -> Replica:
         """One replica by name."""
         return next(replica for replica in self.replicas() if replica.name == name)
+
+    def ask_replica(self, name: str, path: str) -> str | None:
+        """What a replica itself answers, which only the gateway's container reaches; None where it does not answer."""
+        curl = ("curl", "--silent", "--show-error", "--fail", "--max-time", "10", f"http://{name}:8000{path}")
+        done = ask(*self._compose.command("exec", "-T", "gateway", *curl))
+        return done.stdout if done.returncode == 0 else None
 
     def drain(self, name: str) -> None:
         """Takes a replica out of the route; it finishes what it has."""
@@ -196,7 +207,15 @@ class Gateway:
     def _http(self, method: str, path: str, body: object = None, *, key: str = "", timeout_s: float) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # The gateway is on this host: the proxy that the environment may name is for others.
-        return httpx.request(method, self._url + path, json=body, headers=headers, timeout=timeout_s, trust_env=False)
+        name = self._domain
+        headers |= {"Host": name} if name else {}
+        verify = certificate.trusted(self._domain) if self._url.startswith("https:") else False
+        with httpx.Client(base_url=self._url, timeout=timeout_s, trust_env=False, verify=verify) as client:
+            return client.request(
+                method, path, json=body,
+                headers=headers,
+                extensions={"sni_hostname": name} if name else None,
+            )  # fmt: skip
 
     def _admin(self, method: str, path: str) -> Any:
         curl = ("curl", "--silent", "--show-error", "--max-time", "5", "--request", method, ADMIN + path)

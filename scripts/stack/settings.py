@@ -19,6 +19,7 @@ from stack.shell import ROOT
 
 ENV_FILE = ROOT / ".env"
 EXAMPLE_FILE = ROOT / ".env.example"
+DOMAIN = r"^([a-z0-9-]{1,63}\.)+[a-z0-9-]{2,63}$"
 
 
 def without_brackets(address: object) -> object:
@@ -41,6 +42,9 @@ class Settings(BaseModel):
 
     model: Annotated[str, AfterValidator(below_models)] | None = Field(None, alias="MODEL")
     http_port: int = Field(80, alias="HTTP_PORT", ge=1, le=65535)
+    https_port: int | None = Field(None, alias="HTTPS_PORT", ge=1, le=65535)
+    https_domain: str | None = Field(None, alias="HTTPS_DOMAIN", max_length=253, pattern=DOMAIN)
+    acme_email: str | None = Field(None, alias="ACME_EMAIL", pattern=r"^[^@\s]+@[^@\s]+$")
     grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
     prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
     bind_address: Annotated[ipaddress.IPv4Address | ipaddress.IPv6Address, BeforeValidator(without_brackets)] = Field(
@@ -61,7 +65,8 @@ class Settings(BaseModel):
         if address.is_unspecified:
             address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
         host = f"[{address}]" if address.version == 6 else str(address)
-        return f"http://{host}" if self.http_port == 80 else f"http://{host}:{self.http_port}"
+        scheme, port, usual = ("https", self.https_port, 443) if self.https_port else ("http", self.http_port, 80)
+        return f"{scheme}://{host}" if port == usual else f"{scheme}://{host}:{port}"
 
 
 # the names of these settings in `.env`
@@ -113,6 +118,11 @@ def check(values: Mapping[str, str]) -> Settings:
         raise Problem(
             f"{name}={first['input']} will not do: {why}", f"correct {name} in .env or in the environment"
         ) from None
+    if settings.https_domain and not (settings.https_port and settings.acme_email):
+        raise Problem(
+            "HTTPS_DOMAIN is set, but not HTTPS_PORT or not ACME_EMAIL",
+            "set HTTPS_PORT=443 and ACME_EMAIL, whom the authority writes to, in .env",
+        )
     return settings
 
 
