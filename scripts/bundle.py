@@ -222,8 +222,10 @@ def _checkout() -> list[str]:
                 f"the files of {ROOT} cannot be listed: {done.stderr.strip() or 'git leaves them out'}",
                 "install git and run this again",
             )
+    # models are packed by themselves; of secrets/ only what keeps it out of git goes along
+    apart = ("models/", *(name for name in listed if name.startswith("secrets/") and not name.endswith(".gitignore")))
     planned = [name for name in ("docker-compose.override.yml", "fleet/default.conf") if (ROOT / name).exists()]
-    return [name for name in [*listed, *planned] if (ROOT / name).is_file() and not name.startswith("models/")]
+    return [name for name in [*listed, *planned] if (ROOT / name).is_file() and not name.startswith(apart)]
 
 
 def _settings(text: str) -> str:

@@ -14,13 +14,18 @@ import typer
 import yaml
 from rich.console import Console
 
+from planner import check as fleet_check
 from planner import choose, render, replica_processes
 from planner.choose import Plan, Wish
 from planner.config import load_model
 from planner.machine import Machine, load_machine
 from planner.model import Model
 from planner.nvml import read_machine
-from stack.console import Problem, one_line_for_mistakes
+from stack import settings
+from stack.compose import Compose, running_gpu_file
+from stack.console import Problem, console, one_line_for_mistakes
+from stack.docker import docker_version
+from stack.gateway import Gateway
 from stack.settings import ENV_FILE, read
 from stack.shell import ROOT
 
@@ -67,9 +72,10 @@ def _tokens(text: str) -> int:
 
 
 def main(
+    call: typer.Context,
     model: Annotated[
         str, typer.Argument(help="A folder under models/, a name on the hub, or a preset's name.", show_default=False)
-    ],
+    ] = "",
     also: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,9 +96,9 @@ def main(
         typer.Option(help="How to quantize while loading. Left out: only where 16 bits do not fit."),
     ] = None,
     kv_cache: Annotated[KvCache | None, typer.Option(help="KV cache in 16 bits (auto, the default) or in 8.")] = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="Exactly so many replicas.")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Exactly this tensor-parallel size.")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="Exactly so many pipeline stages.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, max=MOST_GPUS, help="Exactly so many replicas.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, max=MOST_GPUS, help="Exactly this tensor-parallel size.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, max=MOST_GPUS, help="Exactly so many pipeline stages.")] = None,
     trust_config: Annotated[
         bool, typer.Option("--trust-config", help="Plan without the keys of config.json that are not known.")
     ] = False,
@@ -109,6 +115,9 @@ def main(
         Path | None, typer.Option(help="Record this machine in a file, for --machine.", show_default=False)
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Write over files that a person changed.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Plan nothing: hold the running fleet against its plan.")
+    ] = False,
 ) -> None:
     """Plan the fleet: from GPUs and a model to replicas that fit."""
     wish = Wish(
@@ -122,6 +131,11 @@ def main(
         trust_config=trust_config,
     )
     with one_line_for_mistakes():
+        if check:
+            _check_running(_given(call) - {"check", "as_json"}, as_json)
+            return
+        if not model:
+            raise Problem("no model is named", "name one: make plan ARGS=MODEL, or ARGS=--help for all options")
         try:
             replicas_up = [] if machine else replica_processes.running_replicas()
             pids = replica_processes.processes(replicas_up)
@@ -147,6 +161,34 @@ def main(
             raise Problem(
                 f"{error.filename}: {error.strerror}", "check that the path exists and that you may write there"
             ) from error
+
+
+def _given(call: typer.Context) -> set[str]:
+    """The parameters that were given, not left to their defaults."""
+    sources = {name: call.get_parameter_source(name) for name in call.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def _check_running(others: set[str], as_json: bool) -> None:
+    """Shows what the running fleet's engines report beside what was planned. A Problem where a replica cannot be
+    compared; `others` are further parameters, which there must not be."""
+    if others:
+        raise Problem(
+            f"--check takes --json and nothing else, not {min(others).replace('_', '-')}",
+            "leave it out: the running fleet is compared with the plan in docker-compose.override.yml",
+        )
+    wanted = settings.load()
+    if not docker_version()[0]:
+        raise Problem("the Docker engine does not answer", "`make up` starts it")
+    compose = Compose(gpu=running_gpu_file())
+    config = compose.config()
+    found = fleet_check.compare(compose, Gateway(compose, wanted.url), config)
+    if as_json:
+        print(json.dumps(fleet_check.as_json(found, config), indent=2))
+    else:
+        fleet_check.show(console, found)
+    if missing := [one for one in found if one.why]:
+        raise Problem("; ".join(f"{one.name} {one.why}" for one in missing), missing[0].fix)
 
 
 def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | None, wish: Wish) -> list[render.Part]:
@@ -241,6 +283,9 @@ def _model_and_wish(name: str, wish: Wish, machine: Machine) -> tuple[Model, dic
 def _load(name: str, wish: Wish) -> Model:
     """The model `name`. What was not read of its config is said as a warning where the user trusts it all the same."""
     found = load_model(name, ROOT / "models", wish.trust_config)
+    if found.own_code:
+        advice = "if vLLM asks for it, read it and set TRUST_REMOTE_CODE=true in .env"
+        print(f"{name} brings code of its own (auto_map): {advice}", file=sys.stderr)
     if found.unread:
         print(f"warning: {name}: planned without {', '.join(found.unread)} of its config.json", file=sys.stderr)
     return found

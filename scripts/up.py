@@ -18,9 +18,11 @@ import psutil
 import typer
 
 from models import served
+from planner import check
 from stack import checks, docker, images, settings
+from stack.access import SECRETS, asks_for_keys, check_users, first_key, one_line, own_key, take_environment
 from stack.compose import OVERRIDE, Build, Compose, Config, Container, is_replica, running, stays_down
-from stack.console import Problem, console, one_line_for_mistakes, step
+from stack.console import Problem, console, step
 from stack.gateway import Gateway, check_named
 from stack.shell import CACHE, LOG, ROOT, Say, ask, let_all_read, wait_for, work
 
@@ -158,7 +160,7 @@ def give_back() -> None:
     """Gives what root made under sudo to the user whose checkout this is: their next run writes there too."""
     user = os.environ.get("SUDO_UID", "")
     if os.geteuid() == 0 and user == str(ROOT.stat().st_uid):
-        made = [str(folder) for folder in (CACHE, ROOT / ".venv", served.MODELS) if folder.exists()]
+        made = [str(folder) for folder in (CACHE, ROOT / ".venv", served.MODELS, SECRETS.folder) if folder.exists()]
         owner = f"{user}:{os.environ.get('SUDO_GID', '')}"
         ask("chown", "--recursive", "--no-dereference", "--from=root", owner, *made)
 
@@ -203,6 +205,16 @@ def up() -> None:
     served.fetch(config)
     with step("Model") as shown:
         shown.result = served.bring(config, shown.say)
+    with step("Keys") as shown:
+        made = first_key(wanted)
+        take_environment()
+        if "tokens" in config.services:
+            check_users()
+        shown.result = "asked of everybody" if asks_for_keys(wanted) else "asked of nobody"
+    if made:
+        console.print("  The gateway is open to others, so it asks for a key. This is the administrator's, shown once:")
+        console.print(f"  [bold]{made}[/]", soft_wrap=True)
+        console.print("  `make key` makes one for each user. With GATEWAY_AUTH=off in .env it asks nobody.")
     open_mounts(config)
     with step("Settings of the replicas"):
         there = {name: config.services[name] for name in services}
@@ -216,8 +228,13 @@ def up() -> None:
     with step("Ready") as shown:
         wait_until_ready(compose, gateway, services, shown.say)
         shown.result = "every service is healthy, every replica answers"
-    with step(QUESTION) as shown:
-        shown.result = gateway.first_answer(QUESTION)
+    with step(QUESTION) as shown, own_key(wanted, "make-up", life_s=600) as key:
+        shown.result = gateway.first_answer(QUESTION, key)
+    if config.planned:
+        with step("The plan's figures") as shown:
+            compared = check.compare(compose, gateway, config)
+            shown.result = check.summary(compared)
+        check.show(console, compared)
 
     console.print(f"\n[bold]API[/]         {wanted.url}/v1")
     console.print(f"[bold]Status[/]      {wanted.url}/status")
@@ -229,7 +246,7 @@ def up() -> None:
 
 def main() -> None:
     """Bring the whole stack up, from whatever this machine has."""
-    with one_line_for_mistakes():
+    with one_line():
         try:
             with one_at_a_time():
                 LOG.unlink(missing_ok=True)

@@ -158,9 +158,9 @@ function publish() {
 let seen = 0;
 let parsed = null;
 
-// The table; with each replica's `models`; with `models`, the indices of the replicas of each model; with `untold`, whether some
-// replica has not told its models yet; and with `lists`, what route.js made of it. It is read anew only when another one was
-// published.
+// The table; with each replica's `models`; with `models`, the indices of the replicas of each model; with `names`, the first name
+// of each model that has several; with `untold`, whether some replica has not told its models yet; and with `lists`, what route.js
+// made of it. It is read anew only when another one was published.
 function table() {
     const number = counters.get('table');
     if (number === undefined) {
@@ -170,9 +170,10 @@ function table() {
     if (number !== seen) {
         // There is none if it found no room.
         parsed = get('table') || build();
-        const { of, by, untold } = listing(parsed.replicas);
+        const { of, by, names, untold } = listing(parsed.replicas);
         parsed.replicas.forEach((replica, i) => { replica.models = of[i]; });
         parsed.models = by;
+        parsed.names = names;
         parsed.untold = untold;
         parsed.lists = Object.create(null);
         seen = number;
@@ -182,23 +183,40 @@ function table() {
 
 let listed = { key: '' };
 
-// The names of models: `of` each of these replicas, and `by` name the indices of those that serve it. They seldom change, and
-// are read anew only then.
+// The names of models: `of` each of these replicas, `by` name the indices of those that serve it, and of further `names` the
+// model's first one. They seldom change, and are read anew only then.
 function listing(replicas) {
     const key = `${counters.get('models')} ${replicas.map((replica) => replica.name)}`;
     if (key !== listed.key) {
-        listed = { key, of: [], by: Object.create(null), untold: false };
+        listed = { key, of: [], by: Object.create(null), names: Object.create(null), untold: false };
         replicas.forEach(({ name }, index) => {
             const text = models.get(name);
-            const names = JSON.parse(text || '[]');
+            const groups = JSON.parse(text || '[]');
             listed.untold = listed.untold || !text;
-            listed.of.push(names);
-            for (const model of names) {
+            listed.of.push(groups.flat());
+            for (const model of groups.flat()) {
                 (listed.by[model] = listed.by[model] || []).push(index);
+            }
+            for (const [first, ...others] of groups) {
+                others.forEach((other) => { listed.names[other] = listed.names[other] || first; });
             }
         });
     }
     return listed;
+}
+
+// The names in these cards, those of one model together: it has the same root, and is no adapter.
+function grouped(said) {
+    const groups = [];
+    const of = Object.create(null);
+    for (const { id, root, parent } of said) {
+        const key = root && !parent ? root : ` ${id}`;
+        if (!of[key]) {
+            groups.push(of[key] = []);
+        }
+        of[key].push(id);
+    }
+    return groups;
 }
 
 // Takes over what a replica says its models are: their cards. Says whether there was room for their names.
@@ -206,7 +224,7 @@ function learn(name, said) {
     for (const card of said) {
         put('cards', card.id, JSON.stringify(card));
     }
-    const names = JSON.stringify(said.map((card) => card.id));
+    const names = JSON.stringify(grouped(said));
     if (models.get(name) === names) {
         return true;
     }
@@ -217,9 +235,15 @@ function learn(name, said) {
     return kept;
 }
 
-// The card of a model.
+// The card of a model, with what clients of OpenAI's and of Anthropic's API read in one.
 function card(model) {
-    return JSON.parse(cards.get(model) || JSON.stringify({ id: model, object: 'model' }));
+    const said = JSON.parse(cards.get(model) || JSON.stringify({ id: model, object: 'model' }));
+    const base = said.parent && JSON.parse(cards.get(said.parent) || '{}');
+    // An adapter takes what its model takes.
+    const length = said.max_model_len || base && base.max_model_len || null;
+    return Object.assign({ type: 'model', display_name: model, lifecycle: 'active' }, said, {
+        created_at: new Date((said.created || 0) * 1000).toISOString(), max_model_len: length, max_input_tokens: length,
+    });
 }
 
 // The indices of the replicas that serve this model, or undefined.
@@ -300,6 +324,6 @@ function forgetDeadWorkers() {
 }
 
 export default {
-    ALL, ZONES, read, parse, get, set, put, lost, record, publish, table, serving, learn, card, clock, started, unreachable, enter,
+    ALL, ZONES, read, parse, get, set, put, lost, record, publish, table, serving, grouped, learn, card, clock, started, unreachable, enter,
     leave, answered, failures, inFlight, work, addWork, ageWork, forgetDeadWorkers,
 };

@@ -61,7 +61,8 @@ function refuse(r, cause, status, code, message, param) {
 }
 
 function refuseNone(r, table) {
-    const states = table.replicas.map((replica) => `${replica.name} ${replica.state}`);
+    const tried = ` ${r.variables.tried || ''}`;
+    const states = table.replicas.map(({ name, state }) => `${name} ${tried.includes(` ${name}=draining`) ? 'draining' : state}`);
     const loading = table.replicas.filter((replica) => replica.state === 'loading').length;
     refuse(r, 'none_ready', 503, 'no_replica_ready',
         `No replica can take this request: ${loading} of ${table.replicas.length} loading (${states.join(', ')}).`);
@@ -94,6 +95,8 @@ async function choose(r) {
         const model = asked.model;
         const table = fleet.table();
         const known = fleet.serving(table, model);
+        // Under whatever name, it is one cache.
+        asked.model = table.names[model] || model;
         if (model && !known && Object.keys(table.models).length) {
             refuseModel(r, table, model);
             return;
@@ -130,11 +133,12 @@ function last(value) {
     return value === undefined ? '-' : value.slice(value.lastIndexOf(' ') + 1);
 }
 
-// Why the last try failed: the replica is full, its engine failed, no connection, a timeout, or a connection that broke.
+// Why the last try failed: the replica is full, or being stopped, or its engine failed, no connection, a timeout, or a
+// connection that broke.
 function cause(r) {
     const status = last(r.variables.upstream_status);
     if (last(r.variables.upstream_header_time) !== '-') {
-        return status === '503' ? 'refused' : 'failed';
+        return status !== '503' ? 'failed' : r.variables.upstream_http_x_refusal === 'draining' ? 'draining' : 'refused';
     }
     if (last(r.variables.upstream_connect_time) === '-') {
         return 'connect';
@@ -215,7 +219,10 @@ function models(r) {
     const names = Object.keys(table.models);
     const wanted = r.uri.slice('/v1/models/'.length);
     if (!wanted && names.length) {
-        answers.json(r, { object: 'list', data: names.map(fleet.card) });
+        // All at once, however few a page of Anthropic's API should have.
+        answers.json(r, {
+            object: 'list', data: names.map(fleet.card), has_more: false, first_id: names[0], last_id: names[names.length - 1],
+        });
     } else if (!wanted) {
         refuseNone(r, table);
     } else if (fleet.serving(table, wanted)) {

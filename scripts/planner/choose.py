@@ -29,6 +29,9 @@ NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 CPU_PROCESS, CPU_WORKER = round(2.6 * GIB), round(1.6 * GIB)
 CPU_SHARE = 0.9  # of the free memory
 CPU_KV_STEP = GIB // 4
+# Beyond it vLLM is not left to find the length: while it looks, it holds room for a request of the model's own limit in
+# each of its slots (`RequestState` in vllm/v1/worker/gpu/states.py), 4 bytes a token of the host's memory.
+LONGEST_TO_FIND = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,18 @@ class Plan:
     def max_length(self) -> int:
         """The longest request that every replica takes."""
         return min(replica.longest for replica in self.replicas)
+
+    @property
+    def finds_length(self) -> bool:
+        """Whether vLLM finds the longest request itself (`--max-model-len auto`): the model's own limit, or what fits.
+
+        It is told `max_length` where a user or the CPU's speed set it, and where what it finds would not do: several
+        replicas would take requests of different lengths, a step has to take a whole prompt, longrope's would be short.
+        """
+        if not self.replicas[0].gpus or self.wish.context or self.model.whole_prompts or self.model.longrope:
+            return False
+        alone = len(self.replicas) == 1 and self.model.max_length <= LONGEST_TO_FIND
+        return alone or self.max_length == self.model.max_length
 
     @property
     def tokens_per_s(self) -> float:

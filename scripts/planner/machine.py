@@ -69,8 +69,10 @@ class Machine(_Record):
     def only(self, indices: list[int], option: str = "--gpus") -> "Machine":
         """The same host with no other GPUs than these, which `option` named."""
         known = {gpu.index for gpu in self.gpus}
+        if not known:
+            raise Problem(f"{option}: this host has no GPU", "leave it out")
         if missing := sorted(set(indices) - known):
-            have = ", ".join(str(index) for index in sorted(known)) or "none"
+            have = ", ".join(str(index) for index in sorted(known))
             raise Problem(f"{option}: there is no GPU {missing[0]} here", f"choose from {have}")
         return self.model_copy(update={"gpus": tuple(gpu for gpu in self.gpus if gpu.index in indices)})
 

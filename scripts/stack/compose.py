@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ class Config(BaseModel):
     name: str = ""
     services: dict[str, Service]
     pins: dict[str, str] = Field(alias="x-pins")
+    # what `make plan` expects of each replica (planner/check.py)
+    planned: dict[str, Any] = Field({}, alias="x-planned")
 
     @model_validator(mode="after")
     def _name_images(self) -> Config:
@@ -189,6 +192,37 @@ class Compose:
                 if whole.startswith(container.id):
                     container.restarts = int(count)
         return containers
+
+    def other_settings(self, container: Container, service: Service) -> list[str]:
+        """The settings of a service that its container was started with another value of; an unset one counts as
+        empty."""
+        done = ask("docker", "inspect", "--format", "{{json .Config.Env}}", container.id)
+        words = json.loads(done.stdout or "null") or []
+        now = dict(word.partition("=")[::2] for word in words)
+        # `docker compose config` writes a dollar twice
+        there = {name: (value or "").replace("$$", "$") for name, value in service.environment.items()}
+        return [name for name, value in there.items() if value != now.get(name, "")]
+
+    def log_of_start(self, container: Container, last: str) -> str:
+        """What a container logged from when it last started, up to the line that has `last`: of a log of any length."""
+        began = ask("docker", "inspect", "--format", "{{.State.StartedAt}}", container.id).stdout.strip()
+        command = ["docker", "logs", "--since", began, container.id]
+        lines = []
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                if last in line:
+                    process.terminate()
+                    break
+        return "".join(lines)
 
     def last_words(self, service: str) -> str:
         """The last line that a service logged, or words that it logged nothing."""

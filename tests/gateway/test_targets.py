@@ -125,6 +125,27 @@ def test_what_is_no_http_is_refused_in_json_that_names_the_request(gateway: Gate
     error_of(answer)
 
 
+MESSAGES = b"POST /v1/messages HTTP/1.1\r\n" + HOST
+REFUSED_MESSAGES = {
+    "no Host": (b"POST /v1/messages HTTP/1.1\r\n\r\n", 400),
+    "an absolute form": (b"POST http://localhost/v1/messages HTTP/1.1\r\n" + HOST + HOST + b"\r\n", 400),
+    "a bad chunk": (MESSAGES + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n{}\r\n", 400),
+    "20 KB of address": (b"POST /v1/messages?" + b"a" * 20_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
+    "20 KB in one header": (MESSAGES + b"X-A: " + b"a" * 20_000 + b"\r\n\r\n", 431),
+    "an encoding": (MESSAGES + b"Transfer-Encoding: gzip\r\n\r\n", 501),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_MESSAGES)
+def test_what_nginx_itself_refuses_has_anthropics_shape_where_that_was_asked(gateway: Gateway, name: str) -> None:
+    request, expected = REFUSED_MESSAGES[name]
+    status, answer = send(gateway, request)
+    assert status == expected
+    said = answer.json()
+    assert (said["type"], set(said["error"])) == ("error", {"type", "message"})
+    assert f"(request id {said['request_id']})" in said["error"]["message"]
+
+
 def test_the_log_stays_utf_8_and_has_the_path_of_what_was_refused(gateway: Gateway) -> None:
     for path in (b"/v1/%ff/logged", b"/v1/\xff\xfe", b"/v1/%zz"):
         send(gateway, b"GET " + path + b"?secret=1 HTTP/1.0\r\nX-Request-Id: utf-8\r\n\r\n")

@@ -223,3 +223,18 @@ def test_a_model_that_is_served_and_left_out_is_named(
     assert "download_model.py org/small" in capsys.readouterr().err
     bundle.main(out=checkout / "dist", model=["org/other"])
     assert "org/small, which the stack serves, is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["ignored", "tracked by mistake", "no git"])
+def test_no_key_is_packed(checkout: Path, how: str) -> None:
+    """Only what keeps the folder out of git goes along."""
+    folder = checkout / "secrets" / "gateway"
+    folder.mkdir(parents=True)
+    (folder / ".gitignore").write_text("*\n!/.gitignore\n")
+    (folder / "keys.json").write_text("{}")
+    if how != "no git":
+        subprocess.run(["git", "init", "--quiet", checkout], check=True)
+        subprocess.run(["git", "-C", checkout, "add", "."], check=True)
+    if how == "tracked by mistake":
+        subprocess.run(["git", "-C", checkout, "add", "--force", folder / "keys.json"], check=True)
+    assert {name for name in bundle._checkout() if name.startswith("secrets")} == {"secrets/gateway/.gitignore"}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stack.settings import names_of_users
 from stack.shell import ROOT
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -57,7 +58,7 @@ def test_files_exist(page: Path) -> None:
     )
     for line in code(page):
         for path in re.findall(rf"(?<![\w/.~-])(?:\./)?((?:{folders})/[\w./-]*\w)", line):
-            if not path.startswith((*MADE, "models/")):
+            if not path.startswith((*MADE, "models/", "secrets/")):
                 assert (ROOT / path).exists(), f"{path} (in: {line})"
 
 
@@ -66,7 +67,9 @@ def test_settings_exist(page: Path) -> None:
     """Each NAME=value in the docs sets a setting that .env.example explains."""
     known = set(re.findall(r"^#? ?([A-Z][A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)) | {"ARGS"}
     named = {name for line in code(page) for name in re.findall(r"(?<![\w$-])([A-Z][A-Z0-9_]{2,})=", line)}
-    assert named <= known
+    users = [users for line in code(page) for users in re.findall(r"^USER_LIST=(\S+)", line)]
+    known |= names_of_users(",".join(users))
+    assert {name for name in named if not name.startswith("COMPOSE_")} <= known
 
 
 @in_every_page

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import yaml
 
 import plan as command
 from planner import render
-from planner.choose import Wish
-from planner.machine import load_machine
+from planner.choose import Wish, choose
+from planner.config import read_model
+from planner.machine import Machine, load_machine
 from planner.render import Part
 from stack.console import Problem
 from stack.shell import ROOT
@@ -304,6 +306,38 @@ def test_a_plan_beside_the_running_fleet_says_what_comes_first(
     assert plan(*smol, root=checkout).stderr.splitlines()[-1] == "make up starts it"
 
 
+def length_of(machine: str, model: str, config: dict[str, Any] | None = None, **wish: Any) -> str:
+    """What a planned replica is told of its longest request; every replica the same."""
+    host = load_machine(MACHINES / f"{machine}.json")
+    path = MODELS / model / "config.json"
+    found = read_model(json.loads(path.read_text()) | (config or {}), model)
+    part = Part(choose(host, found, Wish(**wish)), model, {})
+    assert part.plan.finds_length == as_json_part(host, part)["max_model_len_auto"]
+    (said,) = {render.environment(part, replica)["MAX_MODEL_LEN"] for replica in part.plan.replicas}
+    return said
+
+
+def as_json_part(host: Machine, part: Part) -> dict[str, Any]:
+    found: dict[str, Any] = render.as_json(host, [part])["models"][0]
+    return found
+
+
+def test_vllm_finds_the_length_where_that_serves() -> None:
+    assert length_of("two-h200", "Llama-3.1-8B-Instruct") == "auto", "the model's own limit fits"
+    assert length_of("one-24gb", "Llama-3.1-8B-Instruct") == "auto", "one replica"
+
+
+def test_vllm_is_told_the_length_where_what_it_finds_would_not_do() -> None:
+    assert length_of("one-24gb", "Llama-3.1-8B-Instruct", context=8192) == "8192", "as asked for"
+    assert int(length_of("four-3090", "Llama-3.1-8B-Instruct", tp=1)) < 131072, "replicas that could differ"
+    assert length_of("laptop", "SmolLM2-135M-Instruct").isdecimal(), "the CPU's speed, not its memory, sets it"
+    assert length_of("two-h200", "bge-m3").isdecimal(), "a step takes a whole prompt"
+    longrope = {"rope_scaling": {"type": "longrope", "factor": 32}}
+    assert length_of("two-h200", "Llama-3.1-8B-Instruct", longrope) == "131072", "vLLM would take the shorter one"
+    endless = {"max_position_embeddings": 10 << 20, "rope_scaling": None}
+    assert length_of("one-24gb", "Llama-3.1-8B-Instruct", endless).isdecimal(), "room for such a request in each slot"
+
+
 def test_a_gpu_without_bfloat16_gets_float16() -> None:
     host = load_machine(MACHINES / "one-24gb.json")
     old = host.gpus[0].model_copy(update={"compute_capability": (7, 5)})
@@ -366,6 +400,60 @@ def test_a_context_may_be_written_in_thousands(text: str, tokens: int) -> None:
 def test_a_context_that_is_no_number_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is not a number of tokens"):
         command._tokens(text)
+
+
+def test_what_is_asked_for_without_a_gpu_or_in_8_bits_is_said() -> None:
+    run = plan(MODELS / "SmolLM2-135M-Instruct", "--machine", MACHINES / "laptop.json", "--gpus", "0")
+    assert "--gpus: this host has no GPU" in run.stderr
+    found = as_json(MODELS / "Qwen3-30B-A3B", "--machine", MACHINES / "eight-h100.json", "--kv-cache", "fp8")
+    assert reason(found, "KV cache") == "what is left, in 8 bits"
+
+
+@pytest.mark.parametrize("option", ["--tp", "--pp", "--replicas"])
+def test_a_number_beyond_all_machines_is_refused_at_once(option: str) -> None:
+    run = plan(MODELS / "Llama-3.1-8B-Instruct", "--machine", MACHINES / "two-h200.json", option, "99999999999")
+    assert run.returncode == 2
+    assert f"'{option}'" in run.stderr
+
+
+def test_code_that_comes_with_a_model_is_named(tmp_path: Path) -> None:
+    config = json.loads((MODELS / "Llama-3.1-8B-Instruct" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own.Own"}}))
+    run = plan(tmp_path, "--machine", MACHINES / "two-h200.json", "--json")
+    assert json.loads(run.stdout), "the notice is for people"
+    assert "brings code of its own (auto_map)" in run.stderr
+    assert "TRUST_REMOTE_CODE" in run.stderr
+
+
+def reason(found: dict[str, Any], what: str) -> str:
+    return next(str(one["why"]) for one in found["models"][0]["reasons"] if one["what"] == what)
+
+
+def test_reasons_say_what_holds_for_such_a_model() -> None:
+    found = as_json(MODELS / "DeepSeek-V3", "--machine", MACHINES / "eight-h100.json")
+    assert "host memory" in reason(found, "CPU offload")
+    assert reason(found, "quantization") == "the checkpoint is quantized"
+    found = as_json(MODELS / "bge-m3", "--machine", MACHINES / "two-h200.json")
+    assert "tokens in" in reason(found, "layout")
+    assert " out" not in reason(found, "layout"), "it writes nothing"
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "gemma-3-27b-it"])
+def test_the_kv_tokens_of_mixed_layers_can_be_reckoned_from_their_reason(model: str) -> None:
+    found = as_json(MODELS / model, "--machine", MACHINES / "two-h200.json")
+    said = re.search(r"a request of ([\d,]+) tokens takes ([\d.]+) GiB a GPU", reason(found, "KV tokens"))
+    assert said
+    length, gib = int(said[1].replace(",", "")), float(said[2])
+    replica = found["models"][0]["replicas"][0]
+    assert replica["kv_tokens"] == pytest.approx(replica["memory"]["kv"] / (gib * 2**30) * length, rel=0.01)
+
+
+def test_links_that_are_not_known_are_named(tmp_path: Path) -> None:
+    machine = json.loads((MACHINES / "two-h200.json").read_text())
+    (tmp_path / "m.json").write_text(json.dumps(machine | {"links": []}))
+    for path, there in ((tmp_path / "m.json", True), (MACHINES / "two-h200.json", False)):
+        shown = plan(MODELS / "Llama-3.1-8B-Instruct", "--machine", path).stdout
+        assert ("The links between the GPUs are not known" in shown) == there
 
 
 def test_a_list_of_more_gpus_than_there_can_be_is_refused_at_once() -> None:

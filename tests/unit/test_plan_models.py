@@ -164,7 +164,17 @@ def test_a_part_that_says_only_what_differs_from_its_class_has_the_rest_from_the
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"model-Q4_K_M.gguf": "GGUF"}, "is a model in GGUF .* take the model in safetensors"),
+        ({"model-Q4_K_M.gguf": "GGUF"}, "is a model in GGUF, .* take the model in safetensors"),
+        ({"model.gguf": "GGUF", "config.json": json.dumps(LLAMA)}, "is a model in GGUF"),
+        (
+            {
+                "adapter_config.json": '{"base_model_name_or_path": "me/base"}',
+                "adapter_model.safetensors": "",
+                "training_args.bin": "",
+                "config.json": json.dumps(LLAMA),
+            },
+            "is an adapter of me/base",
+        ),
         ({"adapter_config.json": '{"base_model_name_or_path": "me/base"}'}, "is an adapter of me/base.* plan me/base"),
         ({"model_index.json": "{}"}, "is a diffusion pipeline"),
         (
@@ -542,9 +552,10 @@ def test_gemma_3_is_read_from_the_little_that_it_says() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
-        {"model_type": "lfm2", "conv_L_cache": 3},
+        {"model_type": "mamba", "state_size": 16},
+        {"model_type": "mine", "ssm_cfg": {"layer": "Mamba1"}},
         {"model_type": "jamba", "mamba_d_state": 16},
+        {"model_type": "zamba2"},
     ],
 )
 def test_models_with_a_recurrent_state_are_refused(changed: dict[str, Any]) -> None:
