@@ -21,7 +21,16 @@ import typer
 from models import served
 from planner import check
 from stack import certificate, checks, docker, images, settings
-from stack.access import SECRETS, asks_for_keys, check_users, first_key, one_line, own_key, take_environment
+from stack.access import (
+    SECRETS,
+    asks_for_keys,
+    check_environment,
+    check_users,
+    first_key,
+    one_line,
+    own_key,
+    take_environment,
+)
 from stack.compose import (
     ACME_FILE,
     GPU_FILE,
@@ -203,6 +212,7 @@ def up() -> None:
     """All the steps, in their order. The first that cannot be done is a Problem."""
     with step("Settings") as shown:
         wanted = settings.load()
+        check_environment()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
     with step("Docker") as shown:
         shown.result = docker.check()

@@ -289,6 +289,7 @@ SMALL: Jwk = RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 1024).public_ke
     [
         ({}, "neither keys nor an address"),
         ({"jwks_uri": "http://id.example/keys"}, "jwks_uri: it has to be https"),
+        ({"jwks_uri": "https://id.example"}, "jwks_uri: it has to be https"),
         ({"jwks_uri": "https://u:p@id.example/keys"}, "jwks_uri: it has to be https"),
         ({"jwks_uri": "https://id.example/k", "algorithms": ["HS256"]}, "HS256 has no public key"),
         ({"jwks_uri": "https://id.example/k", "algorithms": ["none"]}, r"algorithms\[0\]: Input should be 'HS256'"),
@@ -306,6 +307,11 @@ SMALL: Jwk = RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 1024).public_ke
 def test_an_issuer_that_cannot_be_checked_safely_is_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(Mistake, match=says):
         made(Issuer, PROVIDER | fields)
+
+
+@pytest.mark.parametrize("address", ["https://id.example/keys", "http://keycloak:8080/keys", "http://127.0.0.1:1/k"])
+def test_an_address_of_keys_may_be_a_container_beside(address: str) -> None:
+    assert made(Issuer, PROVIDER | {"jwks_uri": address}).jwks_uri == address
 
 
 def test_this_fleet_itself_cannot_be_trusted_as_another() -> None:
