@@ -10,6 +10,7 @@ const OF_NGINX = {
     413: ['request_too_large', 'The request body is larger than this gateway takes.'],
     414: ['uri_too_long', 'The address is too long.'],
     415: ['unsupported_media_type', 'This media type is not supported.'],
+    429: ['rate_limit_exceeded', 'Too many requests from this address. Try again later.'],
     431: ['headers_too_large', 'The request headers are too large.'],
     501: ['not_implemented', 'This is not supported.'],
     505: ['http_version', 'This version of HTTP is not spoken here.'],

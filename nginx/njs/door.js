@@ -54,7 +54,8 @@ function reason(r) {
         }
     }
     const type = r.headersIn['Content-Type'];
-    return r.method === 'POST' && type !== undefined && !BODY.test(type) ? 'media' : '';
+    // OAuth2 sends a form.
+    return r.method === 'POST' && type !== undefined && !BODY.test(type) && r.uri !== '/token' ? 'media' : '';
 }
 
 // $refused: the reason, asked once; a redirect to an error's page is let in.

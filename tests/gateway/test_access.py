@@ -280,7 +280,7 @@ def test_a_key_for_some_models_has_to_name_one(client: httpx.Client) -> None:
 DESIGN = (ROOT / "docs/design.md").read_text()
 ROWS = re.findall(r"^\| (`/[^|]*) \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", DESIGN, re.MULTILINE)
 BELOW = {"/status/": "/status/status.js", "/v1/models/": "/v1/models/sim", "/replicas/": "/replicas/vllm-0/drain"}
-WORDS = {"yes": 200, "those it may use": 200}
+WORDS = {"yes": 200, "those it may use": 200, "its own": 200, "a form": 404}
 
 
 @pytest.fixture(scope="module")
