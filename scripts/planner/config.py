@@ -34,6 +34,8 @@ NOT_SIZED = {
     "minimax_text_01": "keeps a recurrent state of another kind (lightning attention)",
     "bailing_moe_linear": "keeps a recurrent state of another kind (lightning attention)",
     "hrm_text": "runs its layers several times, each with a KV cache of its own",
+    "iquestloopcoder": "runs its layers several times, each with a KV cache of its own",
+    "k2_horizon": "has experts in its attention",
     "minicpm3": "keeps keys and values in vLLM whose widths differ from what its latent vector says",
     "phi3_v": "has a tower whose sizes its config does not say",
     "phi4mm": "has towers and adapters whose sizes its config does not say",
@@ -286,6 +288,8 @@ OPAQUE = {
 }
 # What the estimate of a tower covers: its heads, and what stands between it and the language model.
 TOWERS = ("vision_config", "audio_config")
+# Families whose towers that see vLLM does not split, or not all of them.
+WHOLE_TOWERS = ("gemma3n", "gemma4", "internvl", "muse_glimmer")
 TOWER_HARMLESS = {
     "alignment_intermediate_size",
     "downsample_hidden_size",
@@ -790,7 +794,7 @@ class Config:
             heard = 0
         vision = self.whole.get("vision_config")
         if not isinstance(vision, Keys):
-            return Tower(heard, 0, 0) if heard else None
+            return Tower(heard, 0, 0, heard) if heard else None
 
         def number(default: int, what: str) -> int:
             return _number(vision, NAMES.get(what, (what,)), 1) or default
@@ -800,7 +804,8 @@ class Config:
         layers = number(32, "tower_layers")
         patches = (number(3584, "image_size") // number(14, "patch_size")) ** 2
         parameters = layers * (4 * hidden * hidden + 3 * hidden * intermediate)
-        return Tower(parameters + heard, 8 * hidden + 3 * intermediate, patches)
+        whole = parameters if str(self.whole.get("model_type")).startswith(WHOLE_TOWERS) else 0
+        return Tower(parameters + heard, 8 * hidden + 3 * intermediate, patches, whole + heard)
 
     def max_length(self) -> int:
         """The longest input, as vLLM derives it (`derive_max_model_len_and_key` in

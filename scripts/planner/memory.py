@@ -123,11 +123,12 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
         bytes_ += 2 * (weights.embedding + weights.look_up) * padded / tp
     if stage == pp - 1 and (weights.head or pp > 1) and not model.pooling:
         bytes_ += 2 * (weights.head or weights.embedding) * padded / tp
+    share = model.tower.share(tp) if model.tower else 1.0
     if model.file_bytes and found is None:
-        # files say more than the language model's shape where there is a vision tower, which each GPU may hold whole
-        bytes_ += max(0, model.file_bytes - 2 * model.parameters)
+        # files say more than the language model's shape where there is a tower
+        bytes_ += max(0, model.file_bytes - 2 * model.parameters) * share
     elif model.tower:
-        bytes_ += 2 * model.tower.parameters
+        bytes_ += 2 * model.tower.parameters * share
     return round(bytes_) + (weight_bytes(model.draft, tp, 1, 0) if model.draft else 0)
 
 

@@ -91,11 +91,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tower:
-    """What sees and hears beside the language model, whole on each GPU."""
+    """What sees and hears beside the language model."""
 
     parameters: int
     width: int  # numbers that it keeps of one patch of a picture while it computes
     patches: int  # of its largest picture
+    whole: int  # parameters that each GPU holds; tp splits the others
+
+    def share(self, tp: int) -> float:
+        """Of it, what one of `tp` GPUs holds."""
+        return (self.whole + (self.parameters - self.whole) / tp) / self.parameters
 
 
 @dataclass(frozen=True)
