@@ -4,9 +4,9 @@ tests/logs: what it reported in public logs. A log's model, or its `shape` where
 tests/models or one of tests/families.jsonl; its config is laid over that. `kv_gib` is its KV cache where not all flags
 are known. Sizes are GiB, of one GPU.
 
-tests/families.jsonl: a config of each family, and the bytes that its class in vLLM 0.32 takes in bfloat16, made on torch's
-device "meta", where weights have no memory: those of all weights, and of what a request of `length` tokens keeps at
-most, two steps of 8,192 tokens under way; `_of_4` on each of four GPUs. Without `request` the class is that of
+tests/families.jsonl: a config of each family, and the bytes that its class in vLLM 0.32 takes in bfloat16, made on
+torch's device "meta", where weights have no memory: those of all weights, and of what a request of `length` tokens
+keeps at most, two steps of 8,192 tokens under way; `_of_4` on each of four GPUs. Without `request` the class is that of
 transformers 5.19, because vLLM's needs a GPU, or it keeps nothing. Without either the planner only has to read it."""
 
 import json

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from planner import choose, memory
 from planner.choose import Wish
-from planner.config import HARMLESS, OPAQUE, SIZES, TOWER_HARMLESS, load_model, read_model, weight_files_bytes
+from planner.config import load_model, read_model, weight_files_bytes
+from planner.families import HARMLESS, OPAQUE, SIZES, TOWER_HARMLESS
 from planner.machine import GIB, load_machine
 from planner.memory import Settings
 from planner.model import Cached, Model
