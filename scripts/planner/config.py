@@ -18,6 +18,7 @@ from planner.families import (
     INDEXED,
     INDEXED_KINDS,
     KDA,
+    LONGROPE,
     MAMBA2,
     NAMES,
     NOT_SIZED,
@@ -226,6 +227,8 @@ class Config:
             weights=weights,
             pooling=pooling,
             tower=self.tower(),
+            own_code=bool(self.whole.get("auto_map")),
+            longrope=any(scaling.get("rope_type", scaling.get("type")) in LONGROPE for scaling in self.ropes()),
             uneven="block_configs" in self.text,
             file_bytes=disk_bytes,
         )
@@ -502,17 +505,20 @@ class Config:
         whole = parameters if str(self.whole.get("model_type")).startswith(WHOLE_TOWERS) else 0
         return Tower(parameters + heard, 8 * hidden + 3 * intermediate, patches, whole + heard)
 
+    def ropes(self) -> list[Mapping[str, Any]]:
+        """How positions are scaled: once for all layers, or once for each kind of layer, which share the factor."""
+        found = self.text.get("rope_parameters") or self.text.get("rope_scaling") or {}
+        return [one for one in found.values() if isinstance(one, Mapping)] or [found]
+
     def max_length(self) -> int:
         """The longest input, as vLLM derives it (`derive_max_model_len_and_key` in
         vllm/transformers_utils/model_arch_config_convertor.py, `_get_and_verify_max_len` in vllm/config/model.py): RoPE
         scaling multiplies it but for the kinds whose configs state the scaled one. It refuses a longer one."""
         stated = [value for key in NAMES["length"] if isinstance(value := self.text.get(key), int)]
         length: float = self.text.get("model_max_length") or min(stated, default=2048)
-        found = self.text.get("rope_parameters") or self.text.get("rope_scaling") or {}
         if "gemma3" not in self.kind:
-            # one for all layers, or one for each kind of layer, which share the factor
             factor = None
-            for scaling in [one for one in found.values() if isinstance(one, Mapping)] or [found]:
+            for scaling in self.ropes():
                 if scaling.get("rope_type", scaling.get("type")) not in SCALED_ALREADY:
                     factor = scaling.get("factor", factor)
             length *= factor or 1
@@ -619,13 +625,15 @@ def _check_folder(folder: Path, name: str) -> None:
                     raise Problem(f"{name}: {path.name} is a git-LFS pointer, not the file", "run git lfs pull there")
     if (folder / "model_index.json").is_file():
         raise Problem(f"{name} is a diffusion pipeline, which draws pictures", NOT_A_MODEL)
-    if (folder / "config.json").is_file():
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if any(not path.name.startswith("adapter_") for path in weights):
         return
+    # these may have a config.json beside them too
     if (path := folder / "adapter_config.json").is_file():
         base = (_further_in(folder, path.name) or {}).get("base_model_name_or_path", "its base model")
         raise Problem(f"{name} is an adapter of {base}, not a model", f"plan {base}, and merge the adapter into it")
     if any(folder.glob("*.gguf")):
-        raise Problem(f"{name} is a model in GGUF without a config.json", "take the model in safetensors")
+        raise Problem(f"{name} is a model in GGUF, which replicas do not load", "take the model in safetensors")
 
 
 def _further_in(folder: Path, file: str) -> Mapping[str, Any] | None:

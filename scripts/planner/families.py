@@ -217,7 +217,8 @@ NAMES = {
     "dtype": ("torch_dtype", "dtype"),
 }
 # Kinds of RoPE scaling whose length is in the stated one already.
-SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope")
+LONGROPE = ("su", "longrope")
+SCALED_ALREADY = (*LONGROPE, "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope")
 # Keys of a size-like kind that are without effect on what a GPU holds, or on which too much is counted without them.
 HARMLESS = {
     "architectures",

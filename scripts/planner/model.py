@@ -120,8 +120,10 @@ class Model:
     pooling: Pooling | None = None  # gives vectors or scores instead of text
     tower: Tower | None = None
     file_bytes: int | None = None  # of the weights as vLLM loads them, where the files are at hand
+    longrope: bool = False  # vLLM takes the length before this scaling unless it is told another
     uneven: bool = False  # its layers differ too much for pipeline stages to be alike
     draft: "Model | None" = None  # the model or head that guesses its next tokens, on the same GPUs
+    own_code: bool = False  # Python files beside its config describe it; vLLM has its own description of most
     unread: tuple[str, ...] = ()  # keys of its config that may change sizes and were not read
 
     @property

@@ -49,7 +49,7 @@ def test_all_known_series_are_there_from_the_start(gateway: Gateway) -> None:
         assert [series[state] for state in states] == [1, 0, 0, 0, 0]
         assert f'gateway_requests_in_flight{{replica="{replica}"}}' in series
         assert f'gateway_time_to_first_byte_seconds_count{{replica="{replica}"}}' in series
-        for cause in ("connect", "reset", "timeout", "refused"):
+        for cause in ("connect", "reset", "timeout", "failed", "refused", "draining"):
             assert f'gateway_retries_total{{replica="{replica}",cause="{cause}"}}' in series
         for result in ("alive", "dead", "token", "no_token"):
             assert f'gateway_probes_total{{replica="{replica}",result="{result}"}}' in series

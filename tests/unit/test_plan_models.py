@@ -236,7 +236,17 @@ def test_a_part_that_says_only_what_differs_from_its_class_has_the_rest_from_the
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"model-Q4_K_M.gguf": "GGUF"}, "is a model in GGUF .* take the model in safetensors"),
+        ({"model-Q4_K_M.gguf": "GGUF"}, "is a model in GGUF, .* take the model in safetensors"),
+        ({"model.gguf": "GGUF", "config.json": json.dumps(LLAMA)}, "is a model in GGUF"),
+        (
+            {
+                "adapter_config.json": '{"base_model_name_or_path": "me/base"}',
+                "adapter_model.safetensors": "",
+                "training_args.bin": "",
+                "config.json": json.dumps(LLAMA),
+            },
+            "is an adapter of me/base",
+        ),
         ({"adapter_config.json": '{"base_model_name_or_path": "me/base"}'}, "is an adapter of me/base.* plan me/base"),
         ({"model_index.json": "{}"}, "is a diffusion pipeline"),
         (
