@@ -70,7 +70,7 @@ def read_model(
         read = Config(config, name, further)
         model = read.model(disk_bytes)
         unread = read.unread()
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         # any of its values may be of another type than everybody's
         raise Problem(f"{name}: config.json is not one of a language model: {error}", NOT_A_MODEL) from error
     except Problem as error:
@@ -136,7 +136,7 @@ class Config:
                 self.text.setdefault("num_hidden_layers", len(kinds))
         self.kind = str(self.text.get("model_type", ""))
         self.architecture = str((whole.get("architectures") or [""])[0])
-        _refuse_unsized(self.text, self.architecture, name)
+        self.refuse_unsized()
         self.hidden, self.layers, self.heads, self.vocabulary = (
             self.number(what) for what in ("hidden", "layers", "heads", "vocabulary")
         )
@@ -150,6 +150,23 @@ class Config:
         self.kinds = self.layer_kinds()
         # the last so many keep nothing of their own and see what earlier ones kept
         self.sharing = min(self.number("num_kv_shared_layers", 0), self.layers - 1)
+
+    def refuse_unsized(self) -> None:
+        """Raises Problem for a family whose arithmetic is not known, or that vLLM no longer serves."""
+        if last := next((version for version, served in UNSERVED.items() if self.architecture in served.split()), None):
+            raise Problem(
+                f"{self.name}: vLLM serves no {self.architecture} any more; the last that did was {last}",
+                "take a newer model",
+            )
+        kinds = {str(one.get("model_type")) for one in (self.text, self.whole)}
+        kinds |= {kind.removesuffix("_text") for kind in kinds}
+        reason = next((why for family, why in NOT_SIZED.items() if family in kinds), None)
+        if reason is None and any(key.startswith(STATE_KEYS) for key in self.text):
+            reason = "keeps a recurrent state of another kind"
+        if reason:
+            raise Problem(
+                f"{self.name} {reason}, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml"
+            )
 
     def get(self, what: str, default: Any = None) -> Any:
         """The first value there is by any of its NAMES, of the language model before the whole one."""
@@ -545,19 +562,6 @@ def _number(found: Mapping[str, Any], keys: tuple[str, ...], least: int) -> int 
     # one for each layer, where these do not differ
     values = [one[0] if isinstance(one, list) and one and one.count(one[0]) == len(one) else one for one in values]
     return next((one for one in values if isinstance(one, int) and not isinstance(one, bool) and one >= least), None)
-
-
-def _refuse_unsized(text: Mapping[str, Any], architecture: str, name: str) -> None:
-    if last := next((version for version, served in UNSERVED.items() if architecture in served.split()), None):
-        raise Problem(
-            f"{name}: vLLM serves no {architecture} any more; the last that did was {last}", "take a newer model"
-        )
-    kind = str(text.get("model_type", ""))
-    reason = next((why for family, why in NOT_SIZED.items() if kind in (family, f"{family}_text")), None)
-    if reason is None and any(str(key).startswith(STATE_KEYS) for key in text):
-        reason = "keeps a recurrent state of another kind"
-    if reason:
-        raise Problem(f"{name} {reason}, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml")
 
 
 def _quantization(found: Mapping[str, Any], model: Model, attention: int, expert_dtype: str) -> Quantization:

@@ -635,6 +635,27 @@ def test_models_with_a_recurrent_state_are_refused(changed: dict[str, Any]) -> N
         llama(**changed)
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"model_type": "kimi_k3"}, "me/model has attention and experts of shapes"),
+        ({"architectures": ["MllamaForConditionalGeneration"]}, r"me/model: vLLM serves no Mllama.* was 0\.10\.2"),
+        ({"moe_intermediate_size": [1536, 512], "num_local_experts": 8}, "several numbers for moe_intermediate_size"),
+    ],
+)
+def test_what_is_known_not_to_work_is_said(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(Problem, match=words):
+        read_model(LLAMA | changed, "me/model")
+
+
+def test_a_config_that_is_nested_without_end_is_refused_in_one_line() -> None:
+    nested: dict[str, Any] = {}
+    for _ in range(2000):
+        nested = {"deeper": nested}
+    with pytest.raises(Problem, match="not one of a language model"):
+        llama(x=nested)
+
+
 def test_gpt_oss_is_split_over_any_of_its_heads_and_padded() -> None:
     """2880 is no multiple of a block of weights and their scale over 4 GPUs: vLLM rounds it up."""
     model = read_model(CONFIGS["gpt-oss-20b"], "x")
