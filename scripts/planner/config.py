@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from math import ceil, gcd
 from pathlib import Path
 from typing import Any
@@ -481,7 +482,12 @@ class Config:
         rest = matrices * hidden * (shared * routing + alone)
         mlp = Mlp(width, max(used * width + shared, dense if routing < layers else 0))
         router = (hidden * experts + (2 * hidden * narrow if narrow < hidden else 0)) * routing // layers
-        return mlp, Weights(words, words, (routed + rest) // layers, router, routed // layers, used / experts)
+        # those without experts are the first, or spread evenly
+        kinds = self.text.get("mlp_layer_types") or ["dense"] * self.number("first_dense", 0) + ["sparse"]
+        first = len(list(takewhile(lambda kind: kind == "dense", kinds)))
+        plain = first if first == layers - routing < layers else 0
+        split, share = (routed + rest) // layers, used / experts
+        return mlp, Weights(words, words, split, router, routed // layers, share, plain)
 
     def routing_layers(self) -> int:
         """Layers that route to experts: DeepSeek starts with some dense ones, Qwen and Llama 4 may take every n-th."""

@@ -82,6 +82,7 @@ class Weights:
     replicated: int  # of one average layer, whole on each GPU
     experts: int = 0  # the part of `split` that are routed experts
     active_share: float = 1.0  # of the experts, the share that one token uses
+    plain: int = 0  # first layers that have no experts
     look_up: int = 0  # embeddings for each layer, never quantized, split by tp; on the first stage
 
     def layer(self) -> int:

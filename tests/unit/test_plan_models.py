@@ -408,6 +408,18 @@ def test_a_longer_request_of_deepseek_v4_keeps_more() -> None:
     assert long - short == (1048576 - 131072) * (21 * (row + index) // 4) + (1048576 - 131072) // 128 * 20 * row
 
 
+def test_stages_with_nothing_but_experts_are_heavier_than_the_first() -> None:
+    """Three of DeepSeek's 61 layers have none, and a stage of only such that do has more than its share."""
+    model = read_model(CONFIGS["DeepSeek-V3"], "x")
+    assert model.weights.plain == 3
+    one = memory.weight_bytes(model, 8, 1, 0)
+    first, last = (memory.weight_bytes(model, 8, 2, stage) for stage in (0, 1))
+    experts = 256 * 3 * 7168 * 2048 * model.bits / 8 / 8
+    # 28 of the first 31 have experts, and all of the last 30
+    assert last - first == pytest.approx(2 * experts, rel=0.05)
+    assert first + last == pytest.approx(one, rel=0.001)
+
+
 # ---- quantized checkpoints
 
 
