@@ -388,6 +388,26 @@ def test_pages_of_attention_are_as_large_as_a_state() -> None:
     assert model.tp_sizes(16) == [1, 2, 4, 8, 16]
 
 
+# ---- layers that look up what they see in an index
+
+
+@pytest.mark.parametrize(
+    ("said", "layers"),
+    [
+        ({}, 78),
+        ({"index_topk_freq": 3}, 27),  # as GLM-5.2 keeps them
+        ({"index_topk_pattern": "FSS" * 26}, 26),
+        ({"indexer_types": ["full", "shared"] * 39}, 39),
+    ],
+)
+def test_layers_may_share_what_an_index_found(said: dict[str, Any], layers: int) -> None:
+    glm = next(family["config"] for family in FAMILIES if family["name"] == "GLM-5")
+    model = read_model(glm | said, "x")
+    assert set(model.attention.cached) == {Cached(78, 0, 256, latent=576), Cached(layers, 0, 128, row=132)}
+    request = memory.request_bytes(model, 8, 78, 16384, Settings(256, 8192))
+    assert request == 16384 * (78 * 576 * 2 + layers * 132), "whole on each GPU"
+
+
 # ---- rows for several tokens
 
 
