@@ -192,7 +192,9 @@ class Config:
 
     def unread(self) -> tuple[str, ...]:
         """Keys that may change sizes and were not read, once all else is read."""
-        found = list(self.text.unread(set(), self.layers))
+        # some configs have their towers beside the language model's own keys
+        known = TOWER_HARMLESS if any(tower in self.text for tower in TOWERS) else set()
+        found = list(self.text.unread(known, self.layers))
         if self.whole is not self.text:
             # beside the language model a key of its own says the same again
             found += self.whole.unread(TOWER_HARMLESS | self.text.read, self.layers)

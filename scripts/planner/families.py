@@ -250,6 +250,8 @@ HARMLESS = {
     "index_topk_pattern",
     "layer_rope_theta",
     "max_window_layers",
+    "matryoshka_dimensions",  # shorter vectors than the one that it gives
+    "matryoshka_dims",
     "mlp_multipliers",
     "model_parallel_size",
     "moe_layers",
@@ -269,6 +271,7 @@ OPAQUE = {
     "quantization_config",
     "compression_config",
     "auto_map",
+    "dual_chunk_attention_config",
     "task_specific_params",
     "text_config",
     "llm_config",

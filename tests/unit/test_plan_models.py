@@ -213,6 +213,9 @@ def test_a_key_of_a_size_changes_the_model_or_is_refused(name: str, key: str) ->
         {"image_size": 448, "patch_size": 14, "vision_batch_size": 16},
         {"num_beam_groups": 1},
         {"lora_rank": 4},
+        {"matryoshka_dims": [32, 64, 128]},
+        {"dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},
+        {"transformers.js_config": {"device_config": {"webgpu": {"dtype": "q4f16"}}}},
     ],
     ids=lambda keys: next(iter(keys)),
 )
