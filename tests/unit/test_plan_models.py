@@ -495,6 +495,14 @@ def test_attention_that_is_left_out_keeps_its_bits() -> None:
     assert experts.quantization.experts_only
 
 
+def test_experts_of_four_bits_beside_all_else_in_sixteen_weigh_what_their_files_weigh() -> None:
+    """Kimi K2.5 is published so, in files of 595 GB."""
+    config = next(family["config"] for family in FAMILIES if family["name"] == "Kimi-K2.5")
+    found = ct(num_bits=4, type="int", group_size=32, symmetric=True) | {"ignore": ["lm_head", "re:.*self_attn.*"]}
+    model = read_model(config | {"text_config": config["text_config"] | {"quantization_config": found}}, "x")
+    assert memory.total_weight_bytes(model) / 1e9 == pytest.approx(595, rel=0.005)
+
+
 def test_files_at_hand_tell_the_bits() -> None:
     """Of a method that says none, and where more is left in 16 bits than the method says."""
     whole = llama(quantization_config={"quant_method": "fp8"})
