@@ -2,10 +2,13 @@
 // hide where it comes from: a browser sends the page's origin with every POST, and the name that it took for an address.
 
 import answers from './answers.js';
+import metrics from './metrics.js';
 import settings from './settings.js';
 
 // Another's DNS cannot make these mean this host; `gateway` is the name that the other containers use.
 const LOCAL = /^(localhost|gateway|host\.docker\.internal|[0-9.]+|\[[0-9a-f:.]+\])?$/;
+// What a client may say of its connection. Other headers that it names there would have to stay here, and would not.
+const CONNECTION = new Set(['', 'close', 'keep-alive', 'upgrade', 'http2-settings', 'te', 'trailer', 'proxy-connection']);
 const BODY = /^(application\/json|multipart\/form-data)\s*(;|$)/i;
 
 // $cors: the origin that may read the answer, or ''.
@@ -14,7 +17,12 @@ function cors(r) {
     return settings.origins.includes(origin.toLowerCase()) ? origin : '';
 }
 
-// Why the request is not let in (host, origin, media), '' if it is; a browser's question before it sends (preflight) is
+// A header that the client wants to go no further than here, though Nginx would pass it on; undefined if there is none.
+function kept(r) {
+    return (r.headersIn.Connection || '').split(',').map((name) => name.trim()).find((name) => !CONNECTION.has(name.toLowerCase()));
+}
+
+// Why the request is not let in (host, origin, media, connection), '' if it is; a browser's question before it sends (preflight) is
 // answered in the same place.
 function reason(r) {
     const host = r.variables.host;
@@ -32,7 +40,10 @@ function reason(r) {
         }
     }
     const type = r.headersIn['Content-Type'];
-    return r.method === 'POST' && type !== undefined && !BODY.test(type) ? 'media' : '';
+    if (r.method === 'POST' && type !== undefined && !BODY.test(type)) {
+        return 'media';
+    }
+    return kept(r) === undefined ? '' : 'connection';
 }
 
 // $refused: the reason, asked once; a redirect to an error's page is let in.
@@ -41,7 +52,11 @@ function refusal(r) {
 }
 
 function answer(r) {
-    switch (reason(r)) {
+    const why = reason(r);
+    if (why !== 'preflight') {
+        metrics.refused(why);
+    }
+    switch (why) {
     case 'host':
         answers.send(r, 421, 'unknown_host', `This gateway does not answer to the name ${r.variables.host}: `
             + 'use an IP address or localhost, or list the name in GATEWAY_HOSTS.');
@@ -53,6 +68,10 @@ function answer(r) {
     case 'media':
         answers.send(r, 415, 'unsupported_media_type', `A body of type ${r.headersIn['Content-Type'].slice(0, 200)} is not `
             + "read here: send JSON with the header 'Content-Type: application/json'.");
+        break;
+    case 'connection':
+        answers.send(r, 400, 'connection_header', `The header Connection names ${kept(r).slice(0, 200)}, which would have to go no `
+            + 'further than this gateway: leave both out.');
         break;
     default:
         r.headersOut['Access-Control-Allow-Methods'] = 'GET, POST';

@@ -12,6 +12,11 @@ const REFUSALS = {
   none_ready: 'as no replica was ready',
   unknown_model: 'for an unknown model',
   closed: 'as there are no keys',
+  failed: 'after two replicas failed',
+  host: 'for a name that is not ours',
+  origin: 'from a foreign page',
+  media: 'for a body that is no JSON',
+  connection: 'for a header of the connection',
 };
 
 const byId = (id) => document.getElementById(id);

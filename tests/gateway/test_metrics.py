@@ -56,7 +56,7 @@ def test_all_known_series_are_there_from_the_start(gateway: Gateway) -> None:
             assert f'gateway_retries_total{{replica="{replica}",cause="{cause}"}}' in series
         for result in ("alive", "dead", "token", "no_token"):
             assert f'gateway_probes_total{{replica="{replica}",result="{result}"}}' in series
-    for cause in ("full", "none_ready", "unknown_model", "closed"):
+    for cause in ("full", "none_ready", "failed", "unknown_model", "closed", "host", "origin", "media", "connection"):
         assert f'gateway_refusals_total{{cause="{cause}"}}' in series
     assert 'gateway_prefix_blocks_total{result="matched"}' in series
 
@@ -89,6 +89,47 @@ def test_refusals_are_requests_too(gateway: Gateway) -> None:
         "the refusal is counted",
     )
     exposed(gateway)
+
+
+def test_requests_are_counted_out_by_a_gateway_that_logs_none() -> None:
+    log = (ROOT / "nginx" / "conf.d" / "log.conf").read_text()
+    quiet = re.sub(r"^access_log /dev/stdout.*\n", "", log, flags=re.MULTILINE)
+    assert quiet != log
+    with Replicas(1) as replicas, Gateway(replicas, files={"conf.d/log.conf": quiet.encode()}) as gateway:
+        gateway.wait_ready()
+        answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("who was here?"))
+        assert answer.status_code == 200
+        until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "counted out")
+        assert counted(gateway, "gateway_requests_total") == 1
+        assert answer.headers["x-request-id"] not in gateway.log()
+
+
+def test_no_place_that_counts_requests_in_is_without_the_log_that_counts_them_out() -> None:
+    """`access_log off` ends both logs."""
+    config = "".join(path.read_text() for path in (ROOT / "nginx").rglob("*.conf"))
+    without = {block for block in re.findall(r"location [^{]*\{[^}]*\}", config) if "access_log off" in block}
+    assert without
+    assert not [block for block in without if "generate.conf" in block or "retry.conf" in block]
+
+
+def test_one_worker_is_enough() -> None:
+    config = (ROOT / "nginx" / "nginx.conf").read_text()
+    one = config.replace("worker_processes 2;", "worker_processes 1;")
+    assert one != config
+    with Replicas(2) as replicas, Gateway(replicas, files={"nginx.conf": one.encode()}) as gateway:
+        gateway.wait_ready()
+        assert httpx.post(gateway.url + "/v1/chat/completions", json=chat("one")).status_code == 200
+
+
+def test_counting_tokens_is_no_work(client: httpx.Client, gateway: Gateway) -> None:
+    """It would be sent where a prompt's cache is, and keep prompts from there."""
+    before = counted(gateway, "gateway_prefix_blocks_total")
+    body = chat("count these words " * 1000)
+    for path in ("/tokenize", "/v1/messages/count_tokens"):
+        client.post(path, json=body)
+    assert counted(gateway, "gateway_prefix_blocks_total") == before
+    client.post("/v1/chat/completions", json=body)
+    assert counted(gateway, "gateway_prefix_blocks_total") > before
 
 
 def test_counters_survive_a_reload(gateway: Gateway) -> None:
