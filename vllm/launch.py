@@ -102,7 +102,9 @@ class Settings(BaseModel):
     )
     tensor_parallel_size: PositiveInt = Field(default=1, description="a whole number of GPUs, 1 or more")
     pipeline_parallel_size: PositiveInt = Field(default=1, description="a whole number of stages, 1 or more")
-    max_model_len: PositiveInt | None = Field(default=None, description="a whole number of tokens, 1 or more")
+    max_model_len: PositiveInt | Literal["auto"] | None = Field(
+        default=None, description="a whole number of tokens, 1 or more, or auto for what fits"
+    )
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1, description="a share above 0 and up to 1")
     cpu_offload_gb: float | None = Field(
         default=None, ge=0, allow_inf_nan=False, description="a number of GiB, 0 or more"

@@ -147,7 +147,7 @@ class Gateway(Nginx):
     """Real Nginx on the project's configuration, on the fleet's addresses.
 
     `upstreams` is the fleet file, all replicas by default; `env` the gateway's environment; `files` lie beside its
-    configuration, whose folder is `{conf}` in `env`.
+    configuration, whose folder is `{conf}` in `env`; `key` is what `status` and its like show where keys are asked for.
     """
 
     def __init__(
@@ -157,14 +157,17 @@ class Gateway(Nginx):
         env: Mapping[str, str] | None = None,
         files: Mapping[str, bytes] | None = None,
         cpus: str | None = None,
+        key: str = "",
     ) -> None:
         self.host = fleet.gateway_host
-        super().__init__(f"http://{self.host}:8080", {"BIND_ADDRESS": "127.0.0.1", **(env or {})}, cpus)
+        given = {"BIND_ADDRESS": "127.0.0.1", "SECRETS_FOLDER": "{conf}/secrets", **(env or {})}
+        super().__init__(f"http://{self.host}:8080", given, cpus)
         self.metrics_url = f"http://{self.host}:9113"
         self.admin_url = f"http://{self.host}:8081"
         self._dns = fleet.dns.address
         self._upstreams = fleet.upstreams() if upstreams is None else upstreams
         self._files = dict(files or {})
+        self.key = key
 
     def configure(self) -> None:
         """Writes the project's configuration with this gateway's addresses and fleet file."""
@@ -173,12 +176,16 @@ class Gateway(Nginx):
         (self.conf / "fleet").mkdir()
         self.write_fleet(self._upstreams)
         for name, content in self._files.items():
+            (self.conf / name).parent.mkdir(exist_ok=True)
             (self.conf / name).write_bytes(content)
         swaps = [
             (r"listen 80\b", f"listen {self.host}:8080"),
+            (r"listen 443\b", f"listen {self.host}:8443"),
+            (r"listen 8080\b", f"listen {self.host}:8079"),
             (r"listen 9113\b", f"listen {self.host}:9113"),
             (r"listen 127\.0\.0\.1:8081\b", f"listen {self.host}:8081"),
             (r"resolver 127\.0\.0\.11\b", f"resolver {self._dns}"),
+            (r"/etc/fleet/tls\b", f"{self.conf_seen}/tls"),
             (r"/tmp\b", self.tmp_seen),  # noqa: S108
         ]
         if modules := os.environ.get("NGINX_MODULES"):
@@ -198,6 +205,13 @@ class Gateway(Nginx):
         """Replaces the fleet file; `reload()` makes it count."""
         (self.conf / "fleet" / "default.conf").write_text(upstreams)
 
+    def write_secret(self, name: str, text: str) -> None:
+        """Replaces a file of `secrets/` as `make key` does, by renaming; the gateway sees it within a second."""
+        (self.conf / "secrets").mkdir(exist_ok=True)
+        new = self.conf / "secrets" / f".{name}.new"
+        new.write_text(text)
+        new.rename(self.conf / "secrets" / name)
+
     def reload(self) -> None:
         """Reads the configuration anew; returns when new workers are there and no old one takes a request any more."""
         before = set(self.workers())
@@ -216,8 +230,11 @@ class Gateway(Nginx):
 
     def status(self) -> dict[str, Any]:
         """GET /status.json."""
-        status: dict[str, Any] = json.loads(get(self.url + "/status.json"))
+        status: dict[str, Any] = json.loads(get(self.url + "/status.json", headers=self._headers()))
         return status
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def states(self) -> dict[str, str]:
         """Each replica's state by name."""

@@ -8,7 +8,9 @@ const counters = ngx.shared.counters;
 
 const STATES = ['ready', 'loading', 'wedged', 'draining', 'unreachable'];
 const CAUSES = { retry: ['connect', 'reset', 'timeout', 'failed', 'refused', 'draining'],
-    refusal: ['full', 'none_ready', 'failed', 'unknown_model', 'closed', 'host', 'origin', 'media', 'connection'] };
+    refusal: ['full', 'none_ready', 'failed', 'unknown_model', 'closed', 'key', 'role', 'limit', 'quota', 'url', 'host', 'origin',
+        'media', 'connection'] };
+const FILES = ['keys.json', 'tokens.json'];
 const FIRST_BYTE = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
 const SERIES = 10000;   // of gateway_requests_total; with the longest names they take 6 MiB of the zone's 8
 const LONGEST = 256;    // characters of a model's name
@@ -69,6 +71,11 @@ function retried(replica, cause) {
 
 function cut(replica) {
     add(`cut|${replica}`, 1);
+}
+
+// A file of secrets/ was not taken.
+function broken(file) {
+    add(`broken|${file}`, 1);
 }
 
 function probed(replica, ok) {
@@ -199,6 +206,10 @@ async function text(send) {
     for (const cause of CAUSES.refusal) {
         out += line('gateway_refusals_total', { cause }, count('refusal', cause));
     }
+    out += head('gateway_secrets_refused_total', 'counter', 'Looks at a file of secrets/ that is wrong; the one before stays in force.');
+    for (const file of FILES) {
+        out += line('gateway_secrets_refused_total', { file }, count('broken', file));
+    }
     out += head('gateway_prefix_blocks_total', 'counter', 'Cuts of prompts that the chosen replica had been sent before.');
     for (const result of ['matched', 'missed']) {
         out += line('gateway_prefix_blocks_total', { result }, count('blocks', result));
@@ -220,4 +231,4 @@ async function show(r) {
     r.finish();
 }
 
-export default { served, refused, retried, cut, probed, looked, blocks, refusals, show };
+export default { served, refused, broken, retried, cut, probed, looked, blocks, refusals, show };

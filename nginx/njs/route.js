@@ -3,6 +3,7 @@
 import answers from './answers.js';
 import body from './body.js';
 import fleet from './fleet.js';
+import keys from './keys.js';
 import load from './load.js';
 import metrics from './metrics.js';
 import policies from './policies.js';
@@ -38,21 +39,27 @@ function alike(table) {
     return !known || Object.values(table.models).some((serving) => serving.length === known);
 }
 
-// `chosen` is what the log phase needs; it is nearer there than the variables are.
-function send(r, replica, model, reason) {
+// `chosen` is what the log phase needs; it is nearer there than the variables are. `work`: the characters of its prompt that
+// the replica has to compute.
+function send(r, replica, model, reason, work) {
     const name = replica.name;
     const variables = r.variables;
     variables.replica = name;
     variables.reason = reason;
-    r.chosen = { replica: name, model, reason };
-    fleet.enter(name);
+    variables.work = work;
+    r.chosen = { replica: name, model, reason, work };
+    fleet.enter(name, work);
 }
 
 // ---- refusing
 
-function refuse(r, cause, status, code, message, param) {
+function mark(r) {
     r.variables.reason = 'refused';
     r.chosen = { replica: '', model: r.variables.model || '', reason: 'refused' };
+}
+
+function refuse(r, cause, status, code, message, param) {
+    mark(r);
     metrics.refused(cause);
     if (status === 429 || status === 503) {
         r.headersOut['Retry-After'] = status === 429 ? '1' : '5';
@@ -68,12 +75,17 @@ function refuseNone(r, table) {
         `No replica can take this request: ${loading} of ${table.replicas.length} loading (${states.join(', ')}).`);
 }
 
-function refuseModel(r, table, model) {
+// The models that a holder may use.
+function modelsFor(table, holder) {
+    return Object.keys(table.models).filter((model) => keys.may(holder, model));
+}
+
+function refuseModel(r, table, model, holder) {
     if (table.untold) {
         refuseNone(r, table);
         return;
     }
-    const names = Object.keys(table.models);
+    const names = modelsFor(table, holder);
     refuse(r, 'unknown_model', 404, 'model_not_found',
         `The model '${model.slice(0, 200)}' does not exist here. There are: ${names.join(', ')}.`, 'model');
 }
@@ -87,23 +99,25 @@ async function choose(r) {
             answers.method(r, 'POST');
             return;
         }
-        if (settings.closed) {
-            refuse(r, 'closed', 401, 'no_keys', settings.closed);
+        const holder = await keys.caller(r);
+        if (holder.refused) {
+            mark(r);
+            keys.refuse(r, holder.refused);
             return;
         }
         const asked = await body.read(r);
         const model = asked.model;
         const table = fleet.table();
-        const known = fleet.serving(table, model);
+        const known = keys.may(holder, model) ? fleet.serving(table, model) : undefined;
         // Under whatever name, it is one cache.
         asked.model = table.names[model] || model;
-        if (model && !known && Object.keys(table.models).length) {
-            refuseModel(r, table, model);
+        if (model && !known && (holder.models !== null || Object.keys(table.models).length)) {
+            refuseModel(r, table, model, holder);
             return;
         }
-        if (!model && !alike(table)) {
+        if (!model && (holder.models !== null || !alike(table))) {
             refuse(r, 'unknown_model', 400, 'model_required', `No model could be read from this request. Name one of: ${
-                Object.keys(table.models).join(', ')}.`, 'model');
+                modelsFor(table, holder).join(', ')}.`, 'model');
             return;
         }
         // Most requests find the same replicas: those of a model are listed once for each table.
@@ -117,10 +131,10 @@ async function choose(r) {
             r.variables.model = model;
         }
         if (list[0].state === 'ready') {
-            const [replica, reason] = policy(list, asked, table.canary);
-            send(r, replica, name, reason);
+            const [replica, reason, work] = policy(list, asked, table.canary);
+            send(r, replica, name, reason, work);
         } else {
-            send(r, load.leastBusy(list), name, 'fallback');
+            send(r, load.leastBusy(list), name, 'fallback', 0);
         }
     } catch (e) {
         ngx.log(ngx.ERR, `choosing: ${e.message} ${e.stack}`);
@@ -150,7 +164,8 @@ function cause(r) {
 function again(r) {
     const failed = r.variables.replica;
     const why = cause(r);
-    fleet.leave(failed);
+    const work = Number(r.variables.work);
+    fleet.leave(failed, work);
     r.variables.replica = '';
     metrics.retried(failed, why);
     if (why === 'connect') {
@@ -167,7 +182,7 @@ function again(r) {
     const model = r.variables.model || '';
     const list = candidates(table, fleet.serving(table, model), names);
     if (list.length && broken.length < DELIVERED && names.length < TRIES) {
-        send(r, load.leastBusy(list), model, 'retry');
+        send(r, load.leastBusy(list), model, 'retry', work);
     } else if (broken.length) {
         const words = r.variables.upstream_http_x_failure;
         refuse(r, 'failed', 502, 'replica_failed', `This request failed on ${broken.join(' and on ').replace(/=/g, ': ')}`
@@ -195,12 +210,12 @@ function done(r) {
     let chosen = r.chosen;
     // An error page in place of a replica's own answer (408, 413) has lost it; the variables stay.
     if (!chosen && variables.replica) {
-        chosen = { replica: variables.replica, model: variables.model || '', reason: variables.reason };
+        chosen = { replica: variables.replica, model: variables.model || '', reason: variables.reason, work: Number(variables.work) };
     }
     if (chosen) {
         let firstByte = NaN;
         if (chosen.replica) {
-            fleet.leave(chosen.replica);
+            fleet.leave(chosen.replica, chosen.work);
             fleet.answered(chosen.replica, r.status);
             firstByte = Number(last(variables.upstream_header_time));
         }
@@ -209,26 +224,31 @@ function done(r) {
     return '';
 }
 
-// GET /v1/models and /v1/models/NAME: those of all replicas.
-function models(r) {
+// GET /v1/models and /v1/models/NAME: those of all replicas that the caller may use.
+async function models(r) {
     if (r.method !== 'GET' && r.method !== 'HEAD') {
         answers.method(r, 'GET');
         return;
     }
+    const holder = await keys.caller(r);
+    if (holder.refused) {
+        keys.refuse(r, holder.refused);
+        return;
+    }
     const table = fleet.table();
-    const names = Object.keys(table.models);
+    const names = modelsFor(table, holder);
     const wanted = r.uri.slice('/v1/models/'.length);
-    if (!wanted && names.length) {
+    if (!wanted && (names.length || holder.models !== null)) {
         // All at once, however few a page of Anthropic's API should have.
         answers.json(r, {
             object: 'list', data: names.map(fleet.card), has_more: false, first_id: names[0], last_id: names[names.length - 1],
         });
     } else if (!wanted) {
         refuseNone(r, table);
-    } else if (fleet.serving(table, wanted)) {
+    } else if (names.includes(wanted)) {
         answers.json(r, fleet.card(wanted));
     } else {
-        refuseModel(r, table, wanted);
+        refuseModel(r, table, wanted, holder);
     }
 }
 

@@ -14,8 +14,6 @@ from planner.model import Model
 from planner.quantization import MXFP4_METHODS
 
 BLOCK = 16  # tokens; vLLM's KV block
-# States that a request keeps: its own, and the one that it came from, for the prefix cache (mamba_cache_mode "align").
-STATES = 2
 DEFAULT_UTILIZATION = 0.92  # vLLM's own default
 # KV cache that a request of full length has to leave free, as vLLM refuses to start with less than the request takes:
 # the predictions are trusted to 5 %.
@@ -170,7 +168,8 @@ def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Set
         kept = 0
         for one in cached:
             tokens = min(one.window - 1 + under_way, length) if one.window else length
-            kept += one.layers * one.row * ceil(ceil(tokens / one.ratio) / BLOCK) * BLOCK
+            row = one.row or one.token_bytes(tp, settings.kv_bytes)
+            kept += one.layers * row * ceil(ceil(tokens / one.ratio) / BLOCK) * BLOCK
         return kept * layers // model.layers + draft
     fewest, most = min(one.layers for one in cached), max(one.layers for one in cached)
     group = most if most < 1.5 * fewest else fewest
@@ -183,7 +182,7 @@ def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Set
     blocks = 0
     for one in cached:
         if one.state:
-            kept = STATES
+            kept = one.states
         else:
             # a kind with smaller pages has as many more tokens in a block, where these come out even
             times, rest = divmod(page, one.token_bytes(tp, settings.kv_bytes) * BLOCK)

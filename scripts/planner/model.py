@@ -22,6 +22,9 @@ class Cached:
     latent: int = 0  # kv_lora_rank + qk_rope_head_dim
     window: int = 0  # how far they see; 0: all of it
     state: int = 0  # bytes for a request, which tp splits
+    # how often it keeps its state: as it is, as it was for the prefix cache, and with Mamba 2 once more from within a
+    # step (`MambaSpec.max_memory_usage_bytes` in vllm/v1/kv_cache_interface.py, mamba_cache_mode "align")
+    states: int = 2
     row: int = 0  # bytes for each `ratio` tokens whatever the KV cache's numbers, whole on each GPU
     ratio: int = 1
 
@@ -112,8 +115,10 @@ class Model:
     pooling: Pooling | None = None  # gives vectors or scores instead of text
     tower: Tower | None = None
     file_bytes: int | None = None  # of the weights as vLLM loads them, where the files are at hand
+    longrope: bool = False  # vLLM takes the length before this scaling unless it is told another
     uneven: bool = False  # its layers differ too much for pipeline stages to be alike
     draft: "Model | None" = None  # the model or head that guesses its next tokens, on the same GPUs
+    own_code: bool = False  # Python files beside its config describe it; vLLM has its own description of most
     unread: tuple[str, ...] = ()  # keys of its config that may change sizes and were not read
 
     @property

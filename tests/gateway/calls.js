@@ -5,12 +5,13 @@ import answers from './answers.js';
 import body from './body.js';
 import fleet from './fleet.js';
 import health from './health.js';
+import keys from './keys.js';
 import metrics from './metrics.js';
 import prefix from './prefix.js';
 import settings from './settings.js';
 import stream from './stream.js';
 
-const MODULES = { answers, body, fleet, health, metrics, prefix, settings, stream };
+const MODULES = { answers, body, fleet, health, keys, metrics, prefix, settings, stream };
 
 // Passes chunks through stream.js as Nginx would; `lost` is the chunk at which the connection to the replica was lost.
 function filtered(type, chunks, lost, uri, sent) {
@@ -73,11 +74,22 @@ function read(type, data) {
     });
 }
 
+// What a module says is wrong with a file's text, or ''.
+function complaint(module, text) {
+    try {
+        module.parse(text);
+        return '';
+    } catch (e) {
+        return String(e.message);
+    }
+}
+
 async function call(r) {
     const asked = JSON.parse(await r.readRequestText());
     const value = asked.name === 'filtered' ? filtered(...asked.arguments)
         : asked.name === 'overtaken' ? overtaken(...asked.arguments)
         : asked.name === 'read' ? await read(...asked.arguments)
+        : asked.name === 'complaint' ? complaint(MODULES[asked.module], ...asked.arguments)
         : asked.name === undefined ? MODULES[asked.module]
             : MODULES[asked.module][asked.name](...asked.arguments);
     r.return(200, JSON.stringify(value === undefined ? null : value));

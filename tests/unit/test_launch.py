@@ -102,6 +102,14 @@ def test_the_middleware_is_told_when_to_keep_a_stream_alive(tmp_path: Path) -> N
         assert not any("keepalive" in argument for argument in launch.serve_command(settings, "m", None))
 
 
+@pytest.mark.parametrize(
+    ("engine", "environment"), [("model: org/small", "auto"), ("model: org/small\nmax_model_len: auto", "")]
+)
+def test_vllm_may_find_the_length_itself(start: Start, engine: str, environment: str) -> None:
+    _, _, arguments = start(engine, MAX_MODEL_LEN=environment)
+    assert value_of(arguments, "--max-model-len") == "auto"
+
+
 def test_every_setting_reaches_vllm(start: Start, models: Path) -> None:
     (models / "plain.jinja").write_text("{{ messages }}")
     _, _, arguments = start(
@@ -490,7 +498,7 @@ def test_no_value_in_the_environment_makes_a_traceback(
 
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "max_model_len": st.integers(1, 10**7),
+    "max_model_len": st.integers(1, 10**7) | st.just("auto"),
     "tensor_parallel_size": st.integers(1, 64),
     "gpu_memory_utilization": st.floats(0.01, 1),
     "kv_cache_gb": st.floats(0.01, 1000),
