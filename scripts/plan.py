@@ -198,7 +198,7 @@ def _check_running(others: set[str], as_json: bool) -> None:
         raise Problem("the Docker engine does not answer", "`make up` starts it")
     compose = Compose(*running_files())
     config = compose.config()
-    found = fleet_check.compare(compose, Gateway(compose, wanted.url), config)
+    found = fleet_check.compare(compose, Gateway(compose, wanted.url, wanted.https_domain), config)
     if as_json:
         print(json.dumps(fleet_check.as_json(found, config), indent=2))
     else:

@@ -2,7 +2,7 @@
 //
 // health.js keeps a record of each replica in the shared dictionary `fleet`; `publish` makes of all records one table that
 // every request reads. What grows with the number of models lies apart, so that it can't take the room of a replica's state:
-// the names in `models`, one list a replica, and their cards in `cards`. Requests in flight are counted in `load`, per replica,
+// the names in `models`, one list a replica, and their cards in `cards`. Requests in flight and what they wait for are counted in `load`, per replica,
 // and per replica and worker, so that the count of a worker that was killed can be taken back.
 
 import fs from 'fs';
@@ -13,7 +13,7 @@ const cards = ngx.shared.cards;
 const load = ngx.shared.load;
 const counters = ngx.shared.counters;
 
-const WORK_LEFT = Math.exp(-1 / 5);   // after a second: work counts for some five seconds
+const REQUEST = 2 ** 32;   // what a request in flight adds to a replica's number: the rest is characters of prompt
 
 const ALL = 1e9;   // keys; a shared dictionary gives 1,024 unless told otherwise
 const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys'];   // those that can be full: nothing is evicted from them
@@ -271,14 +271,22 @@ function unreachable(name) {
     publish();
 }
 
-function enter(name) {
-    load.incr(name, 1, 0);
-    load.incr(name + worker, 1, 0);
+// A request goes to the replica, which has to compute so many characters of its prompt.
+function enter(name, work) {
+    load.incr(name, REQUEST + work, 0);
+    load.incr(name + worker, REQUEST + work, 0);
 }
 
-function leave(name) {
-    load.incr(name, -1, 0);
-    load.incr(name + worker, -1, 0);
+// Its answer has begun.
+function begun(name, work) {
+    load.incr(name, -work, 0);
+    load.incr(name + worker, -work, 0);
+}
+
+// It is over; `work` is what of its prompt was not computed.
+function leave(name, work) {
+    load.incr(name, -REQUEST - work, 0);
+    load.incr(name + worker, -REQUEST - work, 0);
 }
 
 // A replica answered a request: counts its answers of 5xx in a row. Those of 4xx are the client's matter.
@@ -295,22 +303,14 @@ function failures(name) {
     return load.get(`failures:${name}`) || 0;
 }
 
-function inFlight(name) {
+// Its requests in flight times REQUEST, plus the characters of prompt that they wait for: those that the replica was sent and
+// has not computed, and had not in its cache.
+function number(name) {
     return load.get(name) || 0;
 }
 
-// How many characters of prompt a replica was sent lately that it had not in its cache: what keeps it from new prompts.
-function work(name) {
-    return load.get(`work:${name}`) || 0;
-}
-
-function addWork(name, characters) {
-    load.incr(`work:${name}`, characters, 0);
-}
-
-// Called once a second.
-function ageWork(name) {
-    load.set(`work:${name}`, work(name) * WORK_LEFT);
+function inFlight(name) {
+    return Math.floor(number(name) / REQUEST);
 }
 
 // A worker that was killed never counted its requests out.
@@ -324,6 +324,6 @@ function forgetDeadWorkers() {
 }
 
 export default {
-    ALL, ZONES, read, parse, get, set, put, lost, record, publish, table, serving, grouped, learn, card, clock, started, unreachable, enter,
-    leave, answered, failures, inFlight, work, addWork, ageWork, forgetDeadWorkers,
+    ALL, ZONES, REQUEST, read, parse, get, set, put, lost, record, publish, table, serving, grouped, learn, card, clock, started,
+    unreachable, enter, begun, leave, answered, failures, number, inFlight, forgetDeadWorkers,
 };

@@ -39,14 +39,16 @@ function alike(table) {
     return !known || Object.values(table.models).some((serving) => serving.length === known);
 }
 
-// `chosen` is what the log phase needs; it is nearer there than the variables are.
-function send(r, replica, model, reason) {
+// `chosen` is what the log phase needs; it is nearer there than the variables are. `work`: the characters of its prompt that
+// the replica has to compute.
+function send(r, replica, model, reason, work) {
     const name = replica.name;
     const variables = r.variables;
     variables.replica = name;
     variables.reason = reason;
-    r.chosen = { replica: name, model, reason };
-    fleet.enter(name);
+    variables.work = work;
+    r.chosen = { replica: name, model, reason, work };
+    fleet.enter(name, work);
 }
 
 // ---- refusing
@@ -129,10 +131,10 @@ async function choose(r) {
             r.variables.model = model;
         }
         if (list[0].state === 'ready') {
-            const [replica, reason] = policy(list, asked, table.canary);
-            send(r, replica, name, reason);
+            const [replica, reason, work] = policy(list, asked, table.canary);
+            send(r, replica, name, reason, work);
         } else {
-            send(r, load.leastBusy(list), name, 'fallback');
+            send(r, load.leastBusy(list), name, 'fallback', 0);
         }
     } catch (e) {
         ngx.log(ngx.ERR, `choosing: ${e.message} ${e.stack}`);
@@ -162,7 +164,8 @@ function cause(r) {
 function again(r) {
     const failed = r.variables.replica;
     const why = cause(r);
-    fleet.leave(failed);
+    const work = Number(r.variables.work);
+    fleet.leave(failed, work);
     r.variables.replica = '';
     metrics.retried(failed, why);
     if (why === 'connect') {
@@ -179,7 +182,7 @@ function again(r) {
     const model = r.variables.model || '';
     const list = candidates(table, fleet.serving(table, model), names);
     if (list.length && broken.length < DELIVERED && names.length < TRIES) {
-        send(r, load.leastBusy(list), model, 'retry');
+        send(r, load.leastBusy(list), model, 'retry', work);
     } else if (broken.length) {
         const words = r.variables.upstream_http_x_failure;
         refuse(r, 'failed', 502, 'replica_failed', `This request failed on ${broken.join(' and on ').replace(/=/g, ': ')}`
@@ -207,12 +210,12 @@ function done(r) {
     let chosen = r.chosen;
     // An error page in place of a replica's own answer (408, 413) has lost it; the variables stay.
     if (!chosen && variables.replica) {
-        chosen = { replica: variables.replica, model: variables.model || '', reason: variables.reason };
+        chosen = { replica: variables.replica, model: variables.model || '', reason: variables.reason, work: Number(variables.work) };
     }
     if (chosen) {
         let firstByte = NaN;
         if (chosen.replica) {
-            fleet.leave(chosen.replica);
+            fleet.leave(chosen.replica, chosen.work);
             fleet.answered(chosen.replica, r.status);
             firstByte = Number(last(variables.upstream_header_time));
         }

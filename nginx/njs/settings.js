@@ -25,7 +25,7 @@ export default {
     // Where clients reach HTTPS.
     httpsPort: process.env.HTTPS_PORT || '443',
     // Names, beside the local ones, that the gateway answers to.
-    hosts: list('GATEWAY_HOSTS'),
+    hosts: list('GATEWAY_HOSTS').concat(list('HTTPS_DOMAIN')),
     // Origins, as browsers write them, whose pages may use the gateway.
     origins: list('CORS_ORIGINS'),
     complaint: names.includes(policy) ? '' : `ROUTE_POLICY=${policy} is none of ${names.join(', ')}; ${names[0]} is used`,

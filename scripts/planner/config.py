@@ -35,12 +35,41 @@ NOT_SIZED = {
     "bailing_moe_linear": "keeps a recurrent state of another kind (lightning attention)",
     "hrm_text": "runs its layers several times, each with a KV cache of its own",
     "minicpm3": "keeps keys and values in vLLM whose widths differ from what its latent vector says",
+    "phi3_v": "has a tower whose sizes its config does not say",
+    "phi4mm": "has towers and adapters whose sizes its config does not say",
+    "molmo": "has a tower whose sizes its config does not say",
     "dbrx": "states its sizes in keys of its own (ffn_config, attn_config)",
     "longcat_flash": "has two attentions in each layer, and experts that compute nothing",
     "minimax_m3": "looks up what it sees in an index whose arithmetic is not known",
     "qwen4_exp": "looks up what it sees in an index whose arithmetic is not known",
     "hy_v4": "looks up what it sees in an index whose arithmetic is not known",
     "glm5_next": "looks up what it sees in an index whose arithmetic is not known",
+}
+# Architectures that vLLM served once, by the last version that did (`_PREVIOUSLY_SUPPORTED_MODELS` in
+# vllm/model_executor/models/registry.py, 0.32).
+UNSERVED = {
+    "0.9.2": "Phi3SmallForCausalLM",
+    "0.10.2": ("MotifForCausalLM Phi4FlashForCausalLM DonutForConditionalGeneration MllamaForConditionalGeneration"),
+    "0.12.0": "Phi4MultimodalForCausalLM",
+    "0.22.0": "JAISLMHeadModel",
+    "0.23.0": (
+        "ErnieModel ErnieForSequenceClassification ErnieForTokenClassification InternLM2VEForCausalLM "
+        "QWenLMHeadModel QwenVLForConditionalGeneration InternLMForCausalLM XverseForCausalLM Dots1ForCausalLM "
+        "BambaForCausalLM MiniMaxForCausalLM MiniMaxText01ForCausalLM MiniMaxM1ForCausalLM "
+        "MiniMaxVL01ForConditionalGeneration BaiChuanForCausalLM BaichuanForCausalLM "
+        "Tarsier2ForConditionalGeneration"
+    ),
+    "0.24.0": (
+        "AquilaModel AquilaForCausalLM Grok1ModelForCausalLM Grok1ForCausalLM TarsierForConditionalGeneration "
+        "MantisForConditionalGeneration MusicFlamingoForConditionalGeneration AyaVisionForConditionalGeneration"
+    ),
+    "0.25.0": "TeleChatForCausalLM PersimmonForCausalLM FuyuForCausalLM",
+    "0.26.0": "Plamo2ForCausalLM OuroForCausalLM",
+    "0.28.0": (
+        "ArcticForCausalLM ChameleonForConditionalGeneration Cheers CheersForConditionalGeneration "
+        "Fairseq2LlamaForCausalLM FireRedLIDForConditionalGeneration GritLM HCXVisionForCausalLM MPTForCausalLM "
+        "MptForCausalLM RWForCausalLM StableLMEpochForCausalLM PrithviGeoSpatialMAE"
+    ),
 }
 # What a layer does, by its name in layer_types; those with a state by how it is made.
 GATED_DELTA, MAMBA2, KDA, SHORT_CONV = "linear_attention", "mamba", "kda", "conv"
@@ -186,9 +215,16 @@ NAMES = {
     "mamba_size": ("ssm_state_size", "mamba_d_state"),
     "mamba_kernel": ("conv_kernel", "mamba_d_conv"),
     "window_every": ("sliding_window_pattern", "global_attn_every_n_layers"),
-    "tower_hidden": ("embed_dim", "hidden_size", "d_model"),
-    "tower_intermediate": ("intermediate_size", "encoder_ffn_dim"),
-    "tower_layers": ("depth", "num_hidden_layers", "num_layers", "encoder_layers", "conf_num_hidden_layers"),
+    "tower_hidden": ("embed_dim", "hidden_size", "d_model", "vt_hidden_size"),
+    "tower_intermediate": ("intermediate_size", "encoder_ffn_dim", "vt_intermediate_size"),
+    "tower_layers": (
+        "depth",
+        "num_hidden_layers",
+        "num_layers",
+        "encoder_layers",
+        "conf_num_hidden_layers",
+        "vt_num_hidden_layers",
+    ),
     "dtype": ("torch_dtype", "dtype"),
 }
 # Kinds of RoPE scaling whose length is in the stated one already.
@@ -258,12 +294,17 @@ TOWER_HARMLESS = {
     "dynamic_image_size",
     "encoder_attention_heads",
     "force_image_size",
+    "global_head_dim",
     "head_dim",
     "in_dim",
     "input_feat_size",
     "max_image_size",
     "max_img_size",
     "mel_vocab_size",
+    "mm_hidden_size",
+    "pooling_kernel_size",
+    "position_embedding_size",
+    "vt_num_attention_heads",
     "merge_kernel_size",
     "merge_size",
     "merged_hidden_size",
@@ -381,7 +422,7 @@ class Config:
 
     def __init__(self, whole: Mapping[str, Any], name: str, further: Further = NO_FILES.get) -> None:
         if isinstance(thinker := whole.get("thinker_config"), Mapping):  # of Qwen Omni: vLLM loads nothing else
-            whole = {"architectures": whole.get("architectures")} | dict(thinker)
+            whole = {key: value for key, value in whole.items() if key != "thinker_config"} | dict(thinker)
         text = whole.get("text_config") or whole.get("llm_config") or whole
         if not isinstance(text, Mapping):
             raise Problem(f"{name}: text_config in config.json is not an object", NOT_A_MODEL)
@@ -396,7 +437,7 @@ class Config:
                 self.text.setdefault("num_hidden_layers", len(kinds))
         self.kind = str(self.text.get("model_type", ""))
         self.architecture = str((whole.get("architectures") or [""])[0])
-        _refuse_unsized(self.text, name)
+        _refuse_unsized(self.text, self.architecture, name)
         self.hidden, self.layers, self.heads, self.vocabulary = (
             self.number(what) for what in ("hidden", "layers", "heads", "vocabulary")
         )
@@ -420,9 +461,14 @@ class Config:
 
     def number(self, what: str, default: int | None = None) -> int:
         """The first of its NAMES that has a whole number, in the language model's part. Raises Problem without one and
-        without a default."""
+        without a default, and for a list of several."""
         names = NAMES.get(what, (what,))
         found = _number(self.text, names, 0)
+        if found is None and (several := next((key for key in names if isinstance(self.text.get(key), list)), None)):
+            raise Problem(
+                f"{self.name}: config.json has several numbers for {several}, which the planner cannot spread",
+                "pin its GPUs in docker-compose.gpu.yml",
+            )
         if found is None and default is None:
             raise Problem(f"{self.name}: config.json has no {names[0]}", NOT_A_MODEL)
         return found if found is not None else default or 0
@@ -526,9 +572,8 @@ class Config:
         gated = self.text.get("attn_output_gate", GATED_DELTA in self.kinds)  # by a second matrix for queries
         # layers that see all may be of another shape
         apart = (self.text.get("per_layer_config") or {}).values()  # newer files of Gemma 4 say it for each of these
-        wide = (
-            self.number("global_head_dim", 0) or max((one.get("head_dim", 0) for one in apart), default=0) or head_dim
-        )
+        apart = [one.get("head_dim", 0) for one in apart if isinstance(one, Keys)]
+        wide = self.number("global_head_dim", 0) or max(apart, default=0) or head_dim
         few = self.number("num_global_key_value_heads", 0)
         split, kept = 0, Counter[tuple[int, int, int, int]]()
         for layer in seeing:
@@ -802,7 +847,11 @@ def _number(found: Mapping[str, Any], keys: tuple[str, ...], least: int) -> int 
     return next((one for one in values if isinstance(one, int) and not isinstance(one, bool) and one >= least), None)
 
 
-def _refuse_unsized(text: Mapping[str, Any], name: str) -> None:
+def _refuse_unsized(text: Mapping[str, Any], architecture: str, name: str) -> None:
+    if last := next((version for version, served in UNSERVED.items() if architecture in served.split()), None):
+        raise Problem(
+            f"{name}: vLLM serves no {architecture} any more; the last that did was {last}", "take a newer model"
+        )
     kind = str(text.get("model_type", ""))
     reason = next((why for family, why in NOT_SIZED.items() if kind in (family, f"{family}_text")), None)
     if reason is None and any(str(key).startswith(STATE_KEYS) for key in text):

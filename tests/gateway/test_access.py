@@ -291,7 +291,7 @@ def unkeyed(fleet: Replicas) -> Iterator[Gateway]:
 
 
 def test_the_table_of_roles_names_every_path_of_the_gateway() -> None:
-    public = (ROOT / "nginx/nginx.conf").read_text().split("server {")[1]
+    public = (ROOT / "nginx/conf.d/public.conf").read_text()
     status = (ROOT / "nginx/conf.d/status.conf").read_text()
     own = re.findall(
         r"^ *location (?:= )?(/\S+) +\{(?! include conf.d/generate)(?! internal)", public + status, re.MULTILINE
@@ -310,7 +310,8 @@ def test_each_role_reaches_what_the_table_says(keyed: Gateway, unkeyed: Gateway,
 
 
 @pytest.mark.parametrize(
-    "path", re.findall(r"location = (/\S+) +\{ include conf.d/generate.conf", (ROOT / "nginx/nginx.conf").read_text())
+    "path",
+    re.findall(r"location = (/\S+) +\{ include conf.d/generate.conf", (ROOT / "nginx/conf.d/public.conf").read_text()),
 )
 def test_no_model_without_a_key(client: httpx.Client, path: str) -> None:
     """Not on any path that a replica answers, and before the body is read."""

@@ -19,6 +19,7 @@ from planner.choose import Wish, choose
 from planner.config import read_model
 from planner.machine import Machine, join, load_machine
 from planner.render import Part
+from stack.compose import Config
 from stack.console import Problem
 from stack.shell import ROOT
 
@@ -374,6 +375,8 @@ def test_compose_reads_the_fleet_as_planned(checkout: Path, machine: str) -> Non
     assert not run.returncode, run.stderr
     services = json.loads(run.stdout)["services"]
     replicas = parts[0].plan.replicas
+    planned = {f"vllm-{n}": render.planned_sizes(parts[0], one) for n, one in enumerate(replicas)}
+    assert Config.model_validate_json(run.stdout).planned == {name: one.model_dump() for name, one in planned.items()}
     assert {name for name in services if name.startswith("vllm-")} == {f"vllm-{n}" for n in range(len(replicas))}
     for number, one in enumerate(replicas):
         service = services[f"vllm-{number}"]

@@ -1,7 +1,9 @@
 """What the planner reads in a model's files, as vLLM 0.32 reads it."""
 
 import contextlib
+import copy
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from planner import choose, memory
 from planner.choose import Wish
-from planner.config import HARMLESS, SIZES, load_model, read_model, weight_files_bytes
+from planner.config import HARMLESS, OPAQUE, SIZES, TOWER_HARMLESS, load_model, read_model, weight_files_bytes
 from planner.machine import GIB, load_machine
 from planner.memory import Settings
 from planner.model import Cached, Model
@@ -84,6 +86,26 @@ def test_the_same_weights_for_another_program_are_counted_once(tmp_path: Path) -
 # Read, but without effect: all layers have experts of another width; MLA keeps one vector for all heads.
 IDLE = [("Qwen3-30B-A3B", "intermediate_size"), ("DeepSeek-V3", "num_key_value_heads")]
 IDLE += [("DeepSeek-V4-Flash", "num_key_value_heads")]
+# The same of families: a list of layers says it, all layers have experts, only files tell, another key comes first.
+WITHOUT_EFFECT = {
+    "global_attn_every_n_layers": "afmoe gte-modernbert-base",
+    "num_nextn_predict_layers": (
+        "DeepSeek-V3.2 deepseek_v3 Ernie-4.5-21B-A3B GLM-4.5-Air GLM-4.6 GLM-4.7-Flash GLM-5 MiMo-7B"
+    ),
+    "intermediate_size": (
+        "deepseek_v2 granite-4.0-h-micro granite-4.0-micro Hunyuan-A13B LFM2-1.2B mellum Nemotron-3-Nano-30B-A3B "
+        "qwen2_moe Qwen3-235B-A22B Qwen3-Coder-480B-A35B Qwen3-Next-80B-A3B Qwen3-VL-30B-A3B"
+    ),
+    "num_kv_heads": "falcon",
+    "mamba_expand": "Falcon-H1-7B granite-4.0-h-micro granite-4.0-h-small granite-4.0-h-tiny granite-4.0-micro",
+    "mamba_d_state": "granite-4.0-micro",
+    "mamba_n_groups": "granite-4.0-micro",
+    "mamba_n_heads": "granite-4.0-micro",
+    "mamba_d_conv": "granite-4.0-micro",
+    "hidden_size": "InternVL3-8B paligemma Qwen2-VL-7B voxtral",
+}
+FAMILIES = [json.loads(line) for line in (ROOT / "tests" / "families.jsonl").read_text().splitlines()]
+FAMILIES = [family for family in FAMILIES if not family.get("refused")]
 SIZED = [
     (name, key)
     for name, config in CONFIGS.items()
@@ -115,6 +137,55 @@ def test_a_key_of_a_size_that_is_not_known_is_refused_by_its_name(name: str, key
     trusted = read_model(config | part, "x", trust=True)
     assert trusted.unread == (unknown,)
     assert replace(trusted, unread=()) == read_model(config, "x"), "planned without it"
+
+
+def places(part: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a config.json in which a key may change sizes, the outermost first."""
+    if isinstance(part, list):
+        for one in part:
+            yield from places(one)
+    elif isinstance(part, dict):
+        yield part
+        for key, value in part.items():
+            if key not in OPAQUE - {"text_config", "llm_config"}:
+                yield from places(value)
+
+
+def sizes(part: dict[str, Any]) -> list[str]:
+    """Its keys that change sizes."""
+    return [
+        key
+        for key, value in part.items()
+        if SIZES.search(key) and key not in HARMLESS | TOWER_HARMLESS and type(value) is int and value
+    ]
+
+
+@given(
+    family=st.sampled_from(FAMILIES),
+    place=st.integers(0, 9),
+    kind=st.sampled_from(["_dim", "_size", "_heads", "_layers", "_groups", "_ratio", "_rank"]),
+)
+def test_a_key_that_is_not_known_is_refused_wherever_it_lies(family: dict[str, Any], place: int, kind: str) -> None:
+    """Beside the language model, in its parts and in its towers."""
+    config = copy.deepcopy(family["config"])
+    found = list(places(config))
+    found[place % len(found)][f"x{kind}"] = 7
+    with pytest.raises(Problem, match=f"x{kind}[ ,].*which may change sizes"):
+        read_model(config, "x")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family["name"])
+def test_a_size_in_any_part_changes_the_model_or_is_refused(family: dict[str, Any]) -> None:
+    plain = read_model(family["config"], "x")
+    idle = set()
+    for place, part in enumerate(places(family["config"])):
+        for key in sizes(part):
+            config = copy.deepcopy(family["config"])
+            list(places(config))[place][key] *= 2
+            with contextlib.suppress(Problem):
+                if read_model(config, "x") == plain:
+                    idle.add(key)
+    assert idle == {key for key, families in WITHOUT_EFFECT.items() if family["name"] in families.split()}
 
 
 def test_a_list_with_a_value_for_each_layer_is_read_or_refused() -> None:
@@ -442,7 +513,7 @@ LAST = {"1_Pooling/config.json": {"pooling_mode_mean_tokens": False, "pooling_mo
         ("MistralModel", {}, LAST, (True, False, False)),  # e5-mistral
         ("Qwen3ForSequenceClassification", {}, {}, (True, False, False)),
         ("LlamaForCausalLM", {"is_causal": False}, {}, (False, False, False)),
-        ("QWenLMHeadModel", {}, {}, (False, False, False)),
+        ("GPT2LMHeadModel", {}, {}, (False, False, False)),
         ("ChatGLMModel", {}, {}, (False, False, False)),
         ("InternVLChatModel", {}, {}, (False, False, False)),
         ("PEagleDraftModel", {}, {}, (False, False, False)),

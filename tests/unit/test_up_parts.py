@@ -572,7 +572,7 @@ def test_the_question_is_put_with_a_key_that_the_gateway_has_still_to_learn(monk
 def test_a_gateway_that_asks_for_keys_is_asked_inside_its_container(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = httpx.Response(401, json={}, request=httpx.Request("GET", "http://x"))
     monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: answer)
-    monkeypatch.setattr(Compose, "ask", lambda *_: '[{"name": "vllm-0", "state": "ready"}]')
+    monkeypatch.setattr(Compose, "ask", lambda *_: '{"replicas": [{"name": "vllm-0", "state": "ready"}]}')
     assert [one.name for one in Gateway(Compose(), "http://x").published() or ()] == ["vllm-0"]
 
 
