@@ -222,7 +222,7 @@ function retry(r) {
     }
 }
 
-// $done, in the log phase: counts the request out, however it ended. Always logs.
+// $done, in the log phase: counts the request out, however it ended. Never logs.
 function done(r) {
     const variables = r.variables;
     let chosen = r.chosen;
@@ -248,7 +248,7 @@ function done(r) {
         }
         metrics.served(chosen.replica, chosen.model, r.status, chosen.reason, firstByte, Number(variables.request_time));
     }
-    return '1';
+    return '';
 }
 
 // GET /v1/models and /v1/models/NAME: those of all replicas that the caller may use.
