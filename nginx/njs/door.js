@@ -8,6 +8,8 @@ import settings from './settings.js';
 // Another's DNS cannot make these mean this host; `gateway` is the name that the other containers use.
 const LOCAL = /^(localhost|gateway|host\.docker\.internal|[0-9.]+|\[[0-9a-f:.]+\])?$/;
 const BODY = /^(application\/json|multipart\/form-data)\s*(;|$)/i;
+// A form that a page may send without asking first. It holds a password, so whoever sends it knows that already.
+const SIGN_IN = '/token';
 
 // $cors: the origin that may read the answer, or ''.
 function cors(r) {
@@ -54,7 +56,7 @@ function reason(r) {
         }
     }
     const type = r.headersIn['Content-Type'];
-    return r.method === 'POST' && type !== undefined && !BODY.test(type) ? 'media' : '';
+    return r.method === 'POST' && r.uri !== SIGN_IN && type !== undefined && !BODY.test(type) ? 'media' : '';
 }
 
 // $refused: the reason, asked once; a redirect to an error's page is let in.

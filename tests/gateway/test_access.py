@@ -294,7 +294,9 @@ def test_the_table_of_roles_names_every_path_of_the_gateway() -> None:
     public = (ROOT / "nginx/conf.d/public.conf").read_text()
     status = (ROOT / "nginx/conf.d/status.conf").read_text()
     own = re.findall(
-        r"^ *location (?:= )?(/\S+) +\{(?! include conf.d/generate)(?! internal)", public + status, re.MULTILINE
+        r"^ *location (?:= )?(/\S+) +\{(?! include conf.d/(?:generate|token))(?! internal)",
+        public + status,
+        re.MULTILINE,
     )
     assert sorted(own) == sorted(path for row in ROWS for path in re.findall("`([^`]+)`", row[0]))
 
