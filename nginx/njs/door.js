@@ -3,10 +3,13 @@
 
 import answers from './answers.js';
 import keys from './keys.js';
+import metrics from './metrics.js';
 import settings from './settings.js';
 
 // Another's DNS cannot make these mean this host; `gateway` is the name that the other containers use.
 const LOCAL = /^(localhost|gateway|host\.docker\.internal|[0-9.]+|\[[0-9a-f:.]+\])?$/;
+// What a client may say of its connection. Other headers that it names there would have to stay here, and would not.
+const CONNECTION = new Set(['', 'close', 'keep-alive', 'upgrade', 'http2-settings', 'te', 'trailer', 'proxy-connection']);
 const BODY = /^(application\/json|multipart\/form-data)\s*(;|$)/i;
 // A form that a page may send without asking first. It holds a password, so whoever sends it knows that already.
 const SIGN_IN = '/token';
@@ -15,6 +18,11 @@ const SIGN_IN = '/token';
 function cors(r) {
     const origin = r.headersIn.Origin || '';
     return settings.origins.includes(origin.toLowerCase()) ? origin : '';
+}
+
+// A header that the client wants to go no further than here, though Nginx would pass it on; undefined if there is none.
+function kept(r) {
+    return (r.headersIn.Connection || '').split(',').map((name) => name.trim()).find((name) => !CONNECTION.has(name.toLowerCase()));
 }
 
 const KEY_IN_URL = /sk-fleet-|[?&](api[_-]?key|x-api-key|key|(access[_-]?)?token|authorization)=|[?&=]eyJ/i;
@@ -31,7 +39,7 @@ function unfolded(r) {
     return '';
 }
 
-// Why the request is not let in (url, host, origin, media), '' if it is; a browser's question before it sends (preflight) is
+// Why the request is not let in (url, host, origin, media, connection), '' if it is; a browser's question before it sends (preflight) is
 // answered in the same place. A page has no key, so where keys are asked for its address and its origin do not matter; but a
 // browser is told that it may ask only for an origin that is listed.
 function reason(r) {
@@ -56,7 +64,10 @@ function reason(r) {
         }
     }
     const type = r.headersIn['Content-Type'];
-    return r.method === 'POST' && r.uri !== SIGN_IN && type !== undefined && !BODY.test(type) ? 'media' : '';
+    if (r.method === 'POST' && r.uri !== SIGN_IN && type !== undefined && !BODY.test(type)) {
+        return 'media';
+    }
+    return kept(r) === undefined ? '' : 'connection';
 }
 
 // $refused: the reason, asked once; a redirect to an error's page is let in.
@@ -65,7 +76,11 @@ function refusal(r) {
 }
 
 function answer(r) {
-    switch (reason(r)) {
+    const why = reason(r);
+    if (why !== 'preflight') {
+        metrics.refused(why);
+    }
+    switch (why) {
     case 'url':
         answers.send(r, 400, 'key_in_url', 'The address of this request, or of the page that it came from, holds a key, which may '
             + "now stand in logs: rotate it. Send keys in the header 'Authorization: Bearer KEY'.");
@@ -81,6 +96,10 @@ function answer(r) {
     case 'media':
         answers.send(r, 415, 'unsupported_media_type', `A body of type ${r.headersIn['Content-Type'].slice(0, 200)} is not `
             + "read here: send JSON with the header 'Content-Type: application/json'.");
+        break;
+    case 'connection':
+        answers.send(r, 400, 'connection_header', `The header Connection names ${kept(r).slice(0, 200)}, which would have to go no `
+            + 'further than this gateway: leave both out.');
         break;
     default:
         r.headersOut['Access-Control-Allow-Methods'] = 'GET, POST';

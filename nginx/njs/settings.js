@@ -4,10 +4,22 @@ import policies from './policies.js';
 
 const names = Object.keys(policies);
 const policy = process.env.ROUTE_POLICY || names[0];
-// The entries of a setting with commas between.
-function list(name) {
-    return (process.env[name] || '').split(',').map((entry) => entry.trim().toLowerCase()).filter((entry) => entry);
+const complaints = names.includes(policy) ? [] : [`ROUTE_POLICY=${policy} is none of ${names.join(', ')}; ${names[0]} is used`];
+
+// The entries of a setting with commas between. One that can never match is named, and left out.
+function list(name, shape, what) {
+    const entries = (process.env[name] || '').split(',').map((entry) => entry.trim().toLowerCase()).filter((entry) => entry);
+    const wrong = entries.filter((entry) => !shape.test(entry));
+    if (wrong.length) {
+        complaints.push(`${name}: ${wrong.join(', ')} is no ${what}, and is not used`);
+    }
+    return entries.filter((entry) => shape.test(entry));
 }
+
+// scripts/stack/settings.py has the same.
+const NAME = '([a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\\[[0-9a-f:.]+\\])';
+const HOST = new RegExp(`^${NAME}$`);
+const ORIGIN = new RegExp(`^(http://${NAME}(:(?!80$)\\d+)?|https://${NAME}(:(?!443$)\\d+)?)$`);
 
 // an IPv6 address in brackets, as Compose wants it
 const address = process.env.BIND_ADDRESS || '127.0.0.1';
@@ -25,8 +37,8 @@ export default {
     // Where clients reach HTTPS.
     httpsPort: process.env.HTTPS_PORT || '443',
     // Names, beside the local ones, that the gateway answers to.
-    hosts: list('GATEWAY_HOSTS').concat(list('HTTPS_DOMAIN')),
+    hosts: list('GATEWAY_HOSTS', HOST, 'name without scheme and port').concat(list('HTTPS_DOMAIN', HOST, 'name')),
     // Origins, as browsers write them, whose pages may use the gateway.
-    origins: list('CORS_ORIGINS'),
-    complaint: names.includes(policy) ? '' : `ROUTE_POLICY=${policy} is none of ${names.join(', ')}; ${names[0]} is used`,
+    origins: list('CORS_ORIGINS', ORIGIN, 'origin as browsers write it'),
+    complaint: complaints.join('; '),
 };

@@ -12,10 +12,16 @@ const REFUSALS = {
   none_ready: 'as no replica was ready',
   unknown_model: 'for an unknown model',
   closed: 'as there are no keys',
+  failed: 'after two replicas failed',
+  host: 'for a name that is not ours',
+  origin: 'from a foreign page',
+  media: 'for a body that is no JSON',
+  connection: 'for a header of the connection',
   key: 'for want of a valid key',
   role: 'as the key was not an admin\'s',
   limit: 'over a limit',
   quota: 'as a quota was spent',
+  url: 'for a key in the address',
 };
 
 const byId = (id) => document.getElementById(id);

@@ -37,6 +37,23 @@ def below_models(model: str) -> str:
     return model
 
 
+def each(shape: str, what: str) -> AfterValidator:
+    """Checks the entries of a list with commas between, in whatever case."""
+
+    def check_entries(text: str) -> str:
+        entries = filter(None, (entry.strip() for entry in text.lower().split(",")))
+        if wrong := [entry for entry in entries if not re.fullmatch(shape, entry)]:
+            raise ValueError(f"{wrong[0]} is no {what}")
+        return text
+
+    return AfterValidator(check_entries)
+
+
+# nginx/njs/settings.js has the same.
+HOST = r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\]"
+ORIGIN = rf"http://({HOST})(:(?!80$)\d+)?|https://({HOST})(:(?!443$)\d+)?"
+
+
 class Settings(BaseModel):
     """What `make up` reads itself; Compose passes the rest on to the containers."""
 
@@ -51,6 +68,12 @@ class Settings(BaseModel):
         ipaddress.IPv4Address("127.0.0.1"), alias="BIND_ADDRESS"
     )
     gateway_auth: Literal["off"] | None = Field(None, alias="GATEWAY_AUTH")
+    gateway_hosts: Annotated[str, each(HOST, "name without scheme and port")] | None = Field(
+        None, alias="GATEWAY_HOSTS"
+    )
+    cors_origins: Annotated[str, each(ORIGIN, "origin as browsers write it: https://app.example.com")] | None = Field(
+        None, alias="CORS_ORIGINS"
+    )
     route_policy: Literal["prefix", "least_busy", "round_robin", "session"] | None = Field(None, alias="ROUTE_POLICY")
     user_list: str | None = Field(None, alias="USER_LIST")
     jwt_key: SecretStr | None = Field(None, alias="JWT_KEY")

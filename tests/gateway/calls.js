@@ -1,5 +1,6 @@
 // Lets a test call a function of a gateway's module inside real njs: POST {"module", "name", "arguments"} gives its value.
 
+import fs from 'fs';
 import answers from './answers.js';
 import body from './body.js';
 import fleet from './fleet.js';
@@ -41,6 +42,27 @@ function filtered(type, chunks, lost, uri, sent) {
     return out.toString('base64');
 }
 
+// Publishes the fleet's table while another worker begins to, `times` times, and learns of another canary's share each time. Gives
+// the share in the table, and how often it was made.
+function overtaken(times) {
+    const { readdirSync } = fs;
+    let made = 0;
+    fs.readdirSync = (folder) => {
+        if (++made <= times) {
+            ngx.shared.counters.incr('publishing', 1, 0);
+            fleet.set('canary', { replicas: [], share: made / 100 });
+        }
+        return readdirSync(folder);
+    };
+    try {
+        return [fleet.publish().canary, fleet.table().canary, made];
+    } finally {
+        fs.readdirSync = readdirSync;
+        ngx.shared.fleet.delete('canary');
+        fleet.publish();
+    }
+}
+
 // Reads a body of this content type; its bytes come in base64.
 function read(type, data) {
     const bytes = Buffer.from(data, 'base64');
@@ -65,6 +87,7 @@ function complaint(module, text) {
 async function call(r) {
     const asked = JSON.parse(await r.readRequestText());
     const value = asked.name === 'filtered' ? filtered(...asked.arguments)
+        : asked.name === 'overtaken' ? overtaken(...asked.arguments)
         : asked.name === 'read' ? await read(...asked.arguments)
         : asked.name === 'complaint' ? complaint(MODULES[asked.module], ...asked.arguments)
         : asked.name === undefined ? MODULES[asked.module]

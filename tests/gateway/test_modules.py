@@ -64,6 +64,17 @@ def test_the_fleet_file_is_read_as_nginx_reads_it(call: Call) -> None:
     ]
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_another_worker_learned_while_the_table_was_made_is_in_it(call: Call, times: int) -> None:
+    """Whoever writes last has begun last, or makes it anew."""
+    assert call("fleet", "overtaken", times) == [times / 100, times / 100, times + 1]
+
+
+def test_workers_that_always_overtake_each_other_come_to_an_end(call: Call) -> None:
+    _, _, made = call("fleet", "overtaken", 1000)
+    assert made == 5
+
+
 # ---- health.js
 
 

@@ -247,7 +247,7 @@ def test_a_replica_needs_its_own_memory_its_cache_and_its_weights(
     own = checks.MEMORY_OF_VLLM
     assert served.memory(replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n")) == own + 6 * checks.GIB
     assert served.memory(replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n", KV_CACHE_GB="2")) == own + 7 * checks.GIB
-    for unknown in ("", "kv_cache_gb: lots\n"):
+    for unknown in ("", *(f"kv_cache_gb: {size}\n" for size in ("lots", ".inf", ".nan", "[1]", "inf", "{a: 1}"))):
         assert served.memory(replica(tmp_path, f"model: x/y\n{unknown}")) == own
     on_gpus = replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n")
     on_gpus.deploy = {"resources": {"reservations": {"devices": [{"driver": "nvidia"}]}}}
