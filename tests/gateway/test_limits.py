@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
@@ -214,13 +215,8 @@ def test_a_spent_quota_says_so_and_asks_nobody_to_try_again(keys: Keys, client: 
 
     for name in ("tokens_per_day", "tokens_per_month"):
         headers = bearer(keys.make(limits={name: 60}))
-        until(
-            lambda headers=headers: (
-                client.post(CHAT, json=chat("hi", max_tokens=5), headers=headers).status_code == 429
-            ),
-            "spent",
-        )  # type: ignore[misc]
-        answer = client.post(CHAT, json=chat("hi", max_tokens=5), headers=headers)
+        answer = until(partial(spent, headers), "the quota is spent")
+        assert answer is not None
         error = error_of(answer)
         assert (error["code"], error["type"]) == ("insufficient_quota", "insufficient_quota")
         assert answer.headers["x-should-retry"] == "false"
