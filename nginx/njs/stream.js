@@ -7,6 +7,7 @@
 import answers from './answers.js';
 import fleet from './fleet.js';
 import metrics from './metrics.js';
+import usage from './usage.js';
 
 const NEWLINE = 10;
 const RETURN = 13;
@@ -68,7 +69,7 @@ function forward(r, data) {
         return r.size <= MOST;
     }
     const whole = at === data.length ? data : data.subarray(0, at);
-    const more = send(r, r.size ? Buffer.concat([...r.held, whole]) : whole);
+    const more = send(r, usage.events(r, r.size ? Buffer.concat([...r.held, whole]) : whole));
     const rest = Buffer.from(data.subarray(at));
     r.held = rest.length ? [rest] : [];
     r.size = rest.length;
@@ -85,14 +86,18 @@ function pass(r, data, flags) {
     if (r.held === undefined) {
         if (!(r.headersOut['Content-Type'] || '').startsWith('text/event-stream')) {
             r.sendBuffer(data, flags);
-            r.done();
+            if (r.status === 200) {
+                usage.piece(r, data);
+            } else {
+                r.done();
+            }
             return;
         }
         r.held = [];
         r.size = r.passed = r.asked = 0;
     }
     if (flags.last) {
-        r.sendBuffer(Buffer.concat([...r.held, data]), flags);
+        r.sendBuffer(usage.events(r, Buffer.concat([...r.held, data])), flags);
     } else if (!data.length) {
         if (lost(r)) {
             metrics.cut(r.variables.replica);

@@ -444,5 +444,5 @@ def test_a_right_file_of_keys_gives_each_hash_its_holder(call: Call) -> None:
     assert call("keys", "complaint", text) == ""
     holders = call("keys", "parse", text)["holders"]
     assert [holder["until"] for holder in holders.values()] == [None, 5]
-    # Of the key's and the role's limits the lower counts, and a zero is a zero.
-    assert all(holder["limits"] == {"requests_per_minute": 9, "n": 0} for holder in holders.values())
+    # The key's own limit counts before the role's, and a zero is a zero.
+    assert all(holder["limits"] == {"requests_per_minute": 60, "n": 0} for holder in holders.values())
