@@ -10,7 +10,6 @@ const OF_NGINX = {
     413: ['request_too_large', 'The request body is larger than this gateway takes.'],
     414: ['uri_too_long', 'The address is too long.'],
     415: ['unsupported_media_type', 'This media type is not supported.'],
-    429: ['rate_limit_exceeded', 'Too many requests from this address. Try again later.'],
     431: ['headers_too_large', 'The request headers are too large.'],
     501: ['not_implemented', 'This is not supported.'],
     505: ['http_version', 'This version of HTTP is not spoken here.'],
@@ -89,6 +88,16 @@ function notFound(r) {
     send(r, 404, 'not_found', `There is no ${r.method} ${r.uri} here.`);
 }
 
+// error_page of /token, whose errors are OAuth2's
+function noToken(r) {
+    r.headersOut['Content-Type'] = 'application/json';
+    r.headersOut['Retry-After'] = '5';
+    r.return(503, JSON.stringify({
+        error: 'temporarily_unavailable',
+        error_description: `The token service does not answer. COMPOSE_PROFILES=tokens in .env starts it. (request id ${r.variables.id})`,
+    }));
+}
+
 function method(r, allowed) {
     r.headersOut.Allow = allowed;
     send(r, 405, 'method_not_allowed', `${r.uri} takes ${allowed}, not ${r.method}.`);
@@ -101,4 +110,4 @@ function json(r, value) {
     r.return(200, JSON.stringify(value));
 }
 
-export default { error, lost, page, send, answer, notFound, method, json };
+export default { error, lost, page, send, answer, notFound, noToken, method, json };

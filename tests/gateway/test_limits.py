@@ -216,7 +216,7 @@ def test_a_spent_quota_says_so_and_asks_nobody_to_try_again(keys: Keys, client: 
     for name in ("tokens_per_day", "tokens_per_month"):
         headers = bearer(keys.make(limits={name: 60}))
         answer = until(partial(spent, headers), "the quota is spent")
-        assert answer
+        assert answer is not None
         error = error_of(answer)
         assert (error["code"], error["type"]) == ("insufficient_quota", "insufficient_quota")
         assert answer.headers["x-should-retry"] == "false"
