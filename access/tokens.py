@@ -325,7 +325,7 @@ class TokenStore:
                 right = first is not None and first.source == "command"
             if not right:
                 source: Literal["command", "environment"] = "environment" if wanted else "command"
-                self._put_first(signing, wanted or new_jwk("EdDSA"), source, 60 * max(minutes, signing.minutes))
+                self._put_first(signing, wanted or new_jwk("ES256"), source, 60 * max(minutes, signing.minutes))
             if signing.minutes != minutes:
                 before, signing.minutes = signing.minutes, minutes
                 self._commit(signing, "tokens.minutes", before=before, after=minutes)

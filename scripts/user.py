@@ -94,7 +94,7 @@ def show_hash() -> None:
 
 @app.command("signing-key")
 def rotate(
-    algorithm: Annotated[Algorithm, typer.Option(help="What it signs by.")] = "EdDSA",
+    algorithm: Annotated[Algorithm, typer.Option(help="What it signs by.")] = "ES256",
     overlap: Annotated[
         str | None, typer.Option(help="How long what the old one signed is taken: 0s, 15m. Default: until it expires.")
     ] = None,

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,7 +39,9 @@ KNOWN = {
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-8B": {},
     "Llama-70B": {},
-    "gpt-oss-20B": {"swiglu_limit": 7.0, "rms_norm_eps": 1e-5},
+    "gpt-oss-20B": {"swiglu_limit": 7.0, "rms_norm_eps": 1e-5, "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096, "truncate": False}},
     # its language model alone; transformers 5.17 would give the layers' head widths by layer, vLLM 0.26 wants one key
     "Gemma-4-E4B": {"architectures": ["Gemma4ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh",
                     "rms_norm_eps": 1e-6, "per_layer_config": {}},
@@ -161,8 +163,10 @@ def prepare() -> None:
         "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache
         "VLLM_WORKER_MULTIPROC_METHOD": "fork",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{ROOT / 'vllm'}",  # the replica's middleware
     }
+    # An engine has the path of the process that it comes from, and vLLM imports the replica's middleware by name.
+    if find_spec("begin") is None:
+        raise RuntimeError(f"PYTHONPATH has to name {ROOT / 'vllm'}: every engine would end when it has loaded")
     PROCESSES.set_forkserver_preload(PRELOAD)
 
 
@@ -173,7 +177,6 @@ def serve(arguments: list[str], gpus: str, log: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-    launcher()  # its folder has the middleware
     sys.argv[1:] = arguments
     import_module("vllm.entrypoints.cli.main").main()
 

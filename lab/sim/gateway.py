@@ -54,6 +54,7 @@ class Nginx:
         self.binary = os.environ.get("NGINX")
         # As Nginx itself sees them.
         self.conf_seen = str(self.conf) if self.binary else "/etc/nginx"
+        self.state_seen = f"{self.folder}/state" if self.binary else "/var/lib/fleet"
         self.tmp_seen = f"{self.folder}/tmp" if self.binary else "/tmp"  # noqa: S108
         self.env = {name: value.replace("{conf}", self.conf_seen) for name, value in (env or {}).items()}
         self._cpus = cpus
@@ -65,9 +66,14 @@ class Nginx:
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        (self.folder / "tmp").mkdir()
-        (self.folder / "tmp").chmod(0o777)
+        for name in ("tmp", "state"):
+            (self.folder / name).mkdir()
+            (self.folder / name).chmod(0o777)
         self.configure()
+        self._start()
+        return self
+
+    def _start(self) -> None:
         # Nginx itself takes a variable NGINX for sockets to inherit.
         env = {name: value for name, value in {**os.environ, **self.env}.items() if name != "NGINX"}
         with self._log.open("ab") as log:
@@ -84,22 +90,28 @@ class Nginx:
         except BaseException:
             self.__exit__()
             raise
-        return self
+
+    def restart(self) -> None:
+        """Ends Nginx as Compose does, and starts it again; what it keeps in files stays."""
+        assert self._process
+        os.kill(self.master(), signal.SIGQUIT)
+        self._process.wait(20)
+        self._start()
 
     def __exit__(self, *_: object) -> None:
         self._stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _command(self) -> list[str]:
-        args = ["-p", self.conf_seen, "-c", f"{self.conf_seen}/nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+        start = [f"{self.conf_seen}/start.sh", self.binary or "nginx", self.conf_seen]
         if self.binary:
-            return [*(["taskset", "-c", self._cpus] if self._cpus else []), self.binary, *args]
+            return [*(["taskset", "-c", self._cpus] if self._cpus else []), "sh", *start]
         options = f"--rm --name {self.folder.name} --network host --user 101:101 --read-only --tmpfs /tmp:mode=1777"
-        mount = f"{self.conf}:/etc/nginx:ro"
+        mounts = ["--volume", f"{self.conf}:/etc/nginx:ro", "--volume", f"{self.folder}/state:{self.state_seen}"]
         pin = ["--cpuset-cpus", self._cpus] if self._cpus else []
         env = [item for name, value in self.env.items() for item in ("--env", f"{name}={value}")]
-        start = ["docker", "run", *options.split(), "--pull", "never", *pin]
-        return [*start, "--volume", mount, *env, "--entrypoint", "nginx", image(), *args]
+        docker = ["docker", "run", *options.split(), "--pull", "never", *pin]
+        return [*docker, *mounts, *env, "--entrypoint", "sh", image(), *start]
 
     def _stop(self) -> None:
         assert self._process
@@ -187,6 +199,7 @@ class Gateway(Nginx):
             (r"resolver 127\.0\.0\.11\b", f"resolver {self._dns}"),
             (r"/etc/fleet/tls\b", f"{self.conf_seen}/tls"),
             (r"/tmp\b", self.tmp_seen),  # noqa: S108
+            (r"/var/lib/fleet\b", self.state_seen),
         ]
         if modules := os.environ.get("NGINX_MODULES"):
             swaps.append((r"/usr/lib/nginx/modules\b", modules))

@@ -39,7 +39,7 @@ function error(r, status, code, message, param) {
         const type = ANTHROPIC[status] || (status < 500 ? 'invalid_request_error' : 'api_error');
         return JSON.stringify({ type: 'error', error: { type, message: text }, request_id: id });
     }
-    const type = status < 500 ? (status === 429 ? 'rate_limit_error' : 'invalid_request_error') : 'server_error';
+    const type = code === 'insufficient_quota' ? code : status < 500 ? (status === 429 ? 'rate_limit_error' : 'invalid_request_error') : 'server_error';
     return JSON.stringify({ error: { message: text, type, param: param || null, code } });
 }
 

@@ -4,6 +4,7 @@ import answers from './answers.js';
 import body from './body.js';
 import fleet from './fleet.js';
 import keys from './keys.js';
+import limits from './limits.js';
 import load from './load.js';
 import metrics from './metrics.js';
 import policies from './policies.js';
@@ -58,11 +59,15 @@ function mark(r) {
     r.chosen = { replica: '', model: r.variables.model || '', reason: 'refused' };
 }
 
-function refuse(r, cause, status, code, message, param) {
+// `after` how many seconds to try again; `never`: not to.
+function refuse(r, cause, status, code, message, param, after, never) {
     mark(r);
     metrics.refused(cause);
-    if (status === 429 || status === 503) {
-        r.headersOut['Retry-After'] = status === 429 ? '1' : '5';
+    if (never) {
+        r.variables.no_retry = '1';
+    }
+    if (after || !never && (status === 429 || status === 503)) {
+        r.headersOut['Retry-After'] = String(after || (status === 429 ? 1 : 5));
     }
     answers.send(r, status, code, message, param);
 }
@@ -129,6 +134,11 @@ async function choose(r) {
         }
         if (known) {
             r.variables.model = model;
+        }
+        const { refused } = limits.admit(r, holder, asked, name);
+        if (refused) {
+            refuse(r, refused.cause, refused.status, refused.code, refused.message, refused.param, refused.after, refused.never);
+            return;
         }
         if (list[0].state === 'ready') {
             const [replica, reason, work] = policy(list, asked, table.canary);
@@ -218,6 +228,11 @@ function done(r) {
             fleet.leave(chosen.replica, chosen.work);
             fleet.answered(chosen.replica, r.status);
             firstByte = Number(last(variables.upstream_header_time));
+        }
+        if (variables.taken) {
+            // What came to nothing counts to no limit; a client that hung up is no refusal.
+            const refused = !chosen.replica || r.status >= 400 && r.status !== 499;
+            limits.settle(variables.taken, r.used, refused, firstByte >= 0, Number(variables.request_time));
         }
         metrics.served(chosen.replica, chosen.model, r.status, chosen.reason, firstByte, Number(variables.request_time));
     }

@@ -95,6 +95,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(engines, "serve", stand_in.serve)
     monkeypatch.setattr(engines, "write_model", stand_in.write_model)
     monkeypatch.setattr(engines, "PRELOAD", [])
+    monkeypatch.setattr(engines, "find_spec", lambda _: True)
     monkeypatch.setattr(engines, "used_memory", lambda gpus: [0 for _ in gpus])
     monkeypatch.setattr(runs, "Engine", stand_in.StandIn)
     for name, value in {

@@ -247,7 +247,7 @@ def test_another_jwt_key_is_a_rotation_and_the_same_changes_nothing(secrets: Sec
     with pytest.raises(Mistake, match="JWT_KEY is what signs"):
         store.rotate("EdDSA")
     store.take(None, 15)
-    assert [key.algorithm for key in store.signing().keys] == ["EdDSA", "HS256", "HS256"]
+    assert [key.algorithm for key in store.signing().keys] == ["ES256", "HS256", "HS256"]
     assert store.signing().minutes == 15
     assert GOOD not in secrets.audit.read_text()
 
@@ -325,6 +325,6 @@ def test_a_file_with_a_mistake_shows_no_key(secrets: Secrets) -> None:
     store = TokenStore(secrets)
     store.take(None, 30)
     secrets.signing.write_text(re.sub(r'"d": ?"', '"d": "planted', secrets.signing.read_text()))
-    with pytest.raises(Mistake, match=r"signing\.json: keys\[0\]\.jwk: it is no key of kind OKP") as refused:
+    with pytest.raises(Mistake, match=r"signing\.json: keys\[0\]\.jwk: it is no key of kind EC") as refused:
         store.signing()
     assert "planted" not in str(refused.value)

@@ -4,10 +4,10 @@ tests/logs: what it reported in public logs. A log's model, or its `shape` where
 tests/models or one of tests/families.jsonl; its config is laid over that. `kv_gib` is its KV cache where not all flags
 are known. Sizes are GiB, of one GPU.
 
-tests/families.jsonl: a config of each family, and the bytes that its class in vLLM 0.32 takes on one GPU in bfloat16,
-made on torch's device "meta", where weights have no memory: those of all weights, and of what a request of `length`
-tokens keeps at most, two steps of 8,192 tokens under way. Without `request` the class is that of transformers 5.19,
-because vLLM's needs a GPU, or it keeps nothing. Without either the planner only has to read it."""
+tests/families.jsonl: a config of each family, and the bytes that its class in vLLM 0.32 takes in bfloat16, made on
+torch's device "meta", where weights have no memory: those of all weights, and of what a request of `length` tokens
+keeps at most, two steps of 8,192 tokens under way; `_of_4` on each of four GPUs. Without `request` the class is that of
+transformers 5.19, because vLLM's needs a GPU, or it keeps nothing. Without either the planner only has to read it."""
 
 import json
 import textwrap
@@ -113,12 +113,13 @@ def test_a_family_takes_what_its_class_takes(name: str) -> None:
     family = PLANNED[name]
     model = read_model(family["config"], name)
     assert memory.holds(model, HUGE, 1, 1, 128, Settings(16, 2048)), "it can be planned"
-    if weights := family.get("weights"):
-        off = memory.weight_bytes(model, 1, 1, 0) / weights - 1
-        assert -0.03 < off < (0.15 if model.tower else 0.025), f"{off:+.1%}"
-    if request := family.get("request"):
-        kept = memory.request_bytes(model, 1, model.layers, family["length"], Settings(256, 8192))
-        assert kept == pytest.approx(request, rel=0.01)
+    for tp, which in ((1, ""), (4, "_of_4")):
+        if weights := family.get(f"weights{which}"):
+            off = memory.weight_bytes(model, tp, 1, 0) / weights - 1
+            assert -0.03 < off < (0.15 if model.tower else 0.025), f"{off:+.1%} over {tp}"
+        if request := family.get(f"request{which}"):
+            kept = memory.request_bytes(model, tp, model.layers, family["length"], Settings(256, 8192))
+            assert kept == pytest.approx(request, rel=0.01), f"over {tp}"
 
 
 @pytest.mark.parametrize("name", REFUSED)

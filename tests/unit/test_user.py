@@ -43,7 +43,7 @@ def test_a_user_is_added_with_a_password_from_the_standard_input(secrets: Secret
     assert found.role == "admin"
     # with the first user comes what signs, so that the gateway can check tokens
     (own,) = json.loads(secrets.issuers.read_text())["issuers"]
-    assert own["algorithms"] == ["EdDSA"]
+    assert own["algorithms"] == ["ES256"]
     before = secrets.signing.read_bytes()
     assert make_user("add bob").exit_code == 0
     assert secrets.signing.read_bytes() == before
@@ -97,7 +97,7 @@ def test_without_users_nothing_is_made_and_the_service_has_nothing_to_do(secrets
 
 def test_signing_keys_and_identity_providers_come_and_go(secrets: Secrets, tmp_path: Path) -> None:
     make_user("add alice")
-    assert make_user("signing-key --algorithm ES256 --overlap 0s").exit_code == 0
+    assert make_user("signing-key --algorithm RS256 --overlap 0s").exit_code == 0
     file = tmp_path / "jwks.json"
     # as providers publish them: with members of their own, and keys for something else
     key = new_jwk("RS256") | {"x5c": ["MII"], "issuer": "https://id.example"}
