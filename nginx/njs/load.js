@@ -8,7 +8,6 @@ import fleet from './fleet.js';
 const counters = ngx.shared.counters;
 
 const ANSWER = 1000;         // characters of prompt that take a replica about as long as its part in one answer
-const ALIKE = 3000;          // characters: no reason to prefer one replica to the other
 // How many requests a replica may have beyond the one with fewest, or how many times the mean of the others, whichever is
 // more, before all that comes goes elsewhere: affinity overloads nobody.
 const MOST = [8, 2];
@@ -42,22 +41,6 @@ function loads(list) {
     return { todo, least };
 }
 
-// Of those with this index that have about as little to do as the i-th, the next in turn. Requests that end together are
-// followed by requests that begin together: in turn they meet fewer others that begin.
-function inTurn(list, loads, alike, i) {
-    const most = loads.todo[i] + ALIKE;
-    const found = alike.filter((one) => loads.todo[one] <= most);
-    if (found.length === 1) {
-        return list[found[0]];
-    }
-    let turn = counters.incr('new', 1, 0) % found.reduce((sum, one) => sum + list[one].weight, 0);
-    let at = 0;
-    while ((turn -= list[found[at]].weight) >= 0) {
-        at++;
-    }
-    return list[found[at]];
-}
-
 // The next one in turn.
 function next(list) {
     return list[counters.incr('turn', 1, 0) % list.length];
@@ -79,4 +62,4 @@ function leastBusy(list) {
     return best;
 }
 
-export default { loads, inTurn, next, leastBusy };
+export default { loads, next, leastBusy };
