@@ -1,5 +1,5 @@
 # What an operator does, a line each; ARGS='…' passes options on. `make` alone lists the commands.
-.PHONY: help up down status key user test lint plan roll bench chaos bundle
+.PHONY: help up down status key user usage test lint plan roll bench chaos bundle
 .SILENT:
 ARGS ?=
 
@@ -15,6 +15,8 @@ key: ## make, list, rotate or revoke API keys, and set their limits
 	scripts/bootstrap.sh && PYTHONPATH=. .venv/bin/python scripts/key.py $(ARGS)
 user: ## add, list or remove users who sign in with a password
 	scripts/bootstrap.sh && PYTHONPATH=. .venv/bin/python scripts/user.py $(ARGS)
+usage: ## show tokens and requests by day and key
+	scripts/bootstrap.sh && .venv/bin/python scripts/usage.py $(ARGS)
 test: ## run all tests that need no GPU
 	scripts/bootstrap.sh test && .venv/bin/python -m pytest $(ARGS)
 lint: ## run every linter

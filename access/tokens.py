@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import secrets as random
 import time
 from collections import Counter
@@ -82,11 +83,24 @@ Text = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
 
 
 def secure_address(address: str) -> str:
-    """An address whose answer nobody on the way can change."""
+    """An address whose answer nobody on the way can change: by https, or of this host or a container beside."""
     parts = urlsplit(address)
-    if parts.scheme != "https" or not parts.hostname or parts.username or parts.fragment:
+    near = re.fullmatch(r"localhost|127\.[\d.]+|::1|[a-z0-9_-]+", parts.hostname or "")
+    right = parts.scheme == "https" or (parts.scheme == "http" and near)
+    if not right or not parts.hostname or not parts.path or parts.username or parts.fragment:
         raise ValueError("it has to be https://HOST/PATH")
     return address
+
+
+def usable_keys(jwks: list[Any], algorithms: list[str]) -> list[Jwk]:
+    """Those keys of a provider's JWKS that check signatures by these algorithms, without what is not needed for it."""
+    kept = []
+    for jwk in jwks:
+        kind = str(jwk.get("kty")) if isinstance(jwk, dict) else ""
+        algorithm = KINDS.get(kind)
+        if algorithm in algorithms and jwk.get("use", "sig") == "sig" and jwk.get("alg", algorithm) == algorithm:
+            kept.append({name: jwk[name] for name in ("kty", "kid", "alg", "use", *PUBLIC[kind]) if name in jwk})
+    return kept
 
 
 class Issuer(Strict):
@@ -311,7 +325,7 @@ class TokenStore:
                 right = first is not None and first.source == "command"
             if not right:
                 source: Literal["command", "environment"] = "environment" if wanted else "command"
-                self._put_first(signing, wanted or new_jwk("EdDSA"), source, 60 * max(minutes, signing.minutes))
+                self._put_first(signing, wanted or new_jwk("ES256"), source, 60 * max(minutes, signing.minutes))
             if signing.minutes != minutes:
                 before, signing.minutes = signing.minutes, minutes
                 self._commit(signing, "tokens.minutes", before=before, after=minutes)

@@ -23,7 +23,7 @@ from rich.markup import escape
 
 from models.hub import without_password
 from models.served import of_fleet
-from stack.compose import Compose, Config, running_gpu_file
+from stack.compose import Compose, Config, running_files
 from stack.console import Problem, console, one_line_for_mistakes, step
 from stack.images import RECIPE_LABEL, builds_of, label_of, present, recipe
 from stack.settings import value_of
@@ -62,7 +62,7 @@ def main(
 ) -> None:
     """Pack images, models, pins and docs in one archive for a host without a network."""
     with one_line_for_mistakes():
-        config = Compose(gpu=running_gpu_file()).config()
+        config = Compose(*running_files()).config()
         images = _images(config)
         folders = [_model(name) for name in model] if model else [ROOT / "models"]
         _check_served(of_fleet(config), folders, chosen=bool(model))

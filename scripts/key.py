@@ -19,7 +19,7 @@ from rich.table import Table
 from access.keys import LANES, Key, Keys, KeyStore, Limits
 from stack import settings
 from stack.access import SECRETS, one_line
-from stack.compose import Compose, running_gpu_file
+from stack.compose import Compose, running_files
 from stack.console import Problem, console
 from stack.gateway import Gateway
 
@@ -118,7 +118,7 @@ def warn_of_unknown(models: list[str] | None) -> None:
     if not models:
         return
     try:
-        replicas = Gateway(Compose(gpu=running_gpu_file())).replicas()
+        replicas = Gateway(Compose(*running_files())).replicas()
     except (Problem, ValueError):
         return
     served = sorted({model for replica in replicas for model in replica.models})

@@ -14,18 +14,42 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
+import httpx
 import psutil
 import typer
 
 from models import served
 from planner import check
-from stack import checks, docker, images, settings
-from stack.access import SECRETS, asks_for_keys, check_users, first_key, one_line, own_key, take_environment
-from stack.compose import OVERRIDE, Build, Compose, Config, Container, is_replica, running, stays_down
+from stack import certificate, checks, docker, images, settings
+from stack.access import (
+    SECRETS,
+    asks_for_keys,
+    check_environment,
+    check_users,
+    first_key,
+    one_line,
+    own_key,
+    take_environment,
+)
+from stack.compose import (
+    ACME_FILE,
+    GPU_FILE,
+    OVERRIDE,
+    TLS_FILE,
+    Build,
+    Compose,
+    Config,
+    Container,
+    is_replica,
+    running,
+    stays_down,
+)
 from stack.console import Problem, console, step
 from stack.gateway import Gateway, check_named
 from stack.shell import CACHE, LOG, ROOT, Say, ask, let_all_read, wait_for, work
 
+# An authority that answers has given one by then.
+CERTIFICATE_S = 120
 QUESTION = "What is the capital of France?"
 
 
@@ -40,6 +64,7 @@ def check_ports(wanted: settings.Settings, own: set[int]) -> str:
     taken = [socket.laddr[:2] for socket in sockets if socket.laddr and socket.status == psutil.CONN_LISTEN]
     ports = {
         "HTTP_PORT": (wanted.bind_address, wanted.http_port),
+        **({"HTTPS_PORT": (wanted.bind_address, wanted.https_port)} if wanted.https_port else {}),
         "GRAFANA_PORT": (ip_address("127.0.0.1"), wanted.grafana_port),
         "PROMETHEUS_PORT": (ip_address("127.0.0.1"), wanted.prometheus_port),
     }
@@ -143,6 +168,24 @@ def wait_until_ready(compose: Compose, gateway: Gateway, services: list[str], sa
     wait_for(ready, every_s=1)
 
 
+def wait_for_certificate(compose: Compose, url: str) -> None:
+    """Returns when the gateway has a certificate; a Problem has the last words of what asks the authority for it."""
+
+    def served() -> bool:
+        try:
+            httpx.get(f"{url}/health", verify=False, trust_env=False, timeout=5)  # noqa: S501 - asked for below
+        except httpx.HTTPError:
+            return False
+        return True
+
+    if not wait_for(served, CERTIFICATE_S):
+        raise Problem(
+            f"no certificate after {CERTIFICATE_S} s: {compose.last_words('acme')}",
+            "HTTPS_DOMAIN has to point at this host, and port 80 has to be reachable from the authority;"
+            " see `docker compose logs acme`",
+        )
+
+
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Waits for another `make up` of this checkout to end."""
@@ -169,10 +212,14 @@ def up() -> None:
     """All the steps, in their order. The first that cannot be done is a Problem."""
     with step("Settings") as shown:
         wanted = settings.load()
+        check_environment()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
     with step("Docker") as shown:
         shown.result = docker.check()
     own = published_ports()
+    if wanted.https_port and not wanted.https_domain:
+        with step("Certificate") as shown:
+            shown.result = certificate.check()
     with step("Ports") as shown:
         shown.result = check_ports(wanted, own)
 
@@ -180,11 +227,13 @@ def up() -> None:
         shown.result = docker.bring(shown.say)
     with step("GPUs") as shown:
         gpu, shown.result = choose_gpus(wanted)
-        compose = Compose(gpu=gpu)
+        compose = Compose(
+            *[GPU_FILE] * gpu, *[TLS_FILE] * bool(wanted.https_port), *[ACME_FILE] * bool(wanted.https_domain)
+        )
         config = compose.config()
         check_pins(config)
     check_named(config)
-    gateway = Gateway(compose, wanted.url)
+    gateway = Gateway(compose, wanted.url, wanted.https_domain)
     if not own:
         with step("Memory") as shown:
             shown.result = check_memory(config)
@@ -223,6 +272,9 @@ def up() -> None:
         start = ("--progress", "plain", "up", "--detach", "--remove-orphans", *services)
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)
+    if wanted.https_domain:
+        with step("Certificate"):
+            wait_for_certificate(compose, wanted.url)
     with step("Gateway's configuration") as shown:
         shown.result = gateway.reload_if_changed(config)
     with step("Ready") as shown:

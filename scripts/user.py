@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from access.store import made
-from access.tokens import Algorithm, Issuer, TokenStore
+from access.tokens import Algorithm, Issuer, TokenStore, usable_keys
 from access.users import UserStore, hashed
 from key import aside, duration, when
 from stack.access import SECRETS, one_line, take_environment
@@ -94,7 +94,7 @@ def show_hash() -> None:
 
 @app.command("signing-key")
 def rotate(
-    algorithm: Annotated[Algorithm, typer.Option(help="What it signs by.")] = "EdDSA",
+    algorithm: Annotated[Algorithm, typer.Option(help="What it signs by.")] = "ES256",
     overlap: Annotated[
         str | None, typer.Option(help="How long what the old one signed is taken: 0s, 15m. Default: until it expires.")
     ] = None,
@@ -118,21 +118,23 @@ def trust(
     with one_line():
         fields: dict[str, Any] = {"issuer": issuer, "audience": audience, "algorithms": algorithm}
         fields |= {"name_claim": name_claim, "role_claim": role_claim}
-        fields |= {"jwks_uri": keys} if "://" in keys else {"keys": keys_of(Path(keys))}
+        fields |= {"jwks_uri": keys} if "://" in keys else {"keys": keys_of(Path(keys), algorithm)}
         TokenStore(SECRETS).trust(made(Issuer, fields))
         console.print(f"Tokens of {escape(issuer)} for {escape(audience)} are taken.", soft_wrap=True)
         aside.print("The gateway asks everybody for a key or a token.")
 
 
-def keys_of(file: Path) -> list[Any]:
-    """The keys of a JWKS file."""
+def keys_of(file: Path, algorithms: list[str]) -> list[Any]:
+    """The keys of a JWKS file that are of use here."""
     try:
         keys = json.loads(file.read_text())["keys"]
     except (ValueError, TypeError, LookupError):
         keys = None
     if not isinstance(keys, list):
         raise Problem(f"{file} is no JWKS", 'it has to be {"keys": […]}, as the provider publishes it')
-    return keys
+    if not (usable := usable_keys(keys, algorithms)):
+        raise Problem(f"{file} has no key for {', '.join(algorithms)}", "see which `alg` or `kty` its keys have")
+    return usable
 
 
 @app.command()

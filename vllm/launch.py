@@ -106,9 +106,11 @@ class Settings(BaseModel):
         default=None, description="a whole number of tokens, 1 or more, or auto for what fits"
     )
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1, description="a share above 0 and up to 1")
-    cpu_offload_gb: float | None = Field(default=None, ge=0, description="a number of GiB, 0 or more")
+    cpu_offload_gb: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="a number of GiB, 0 or more"
+    )
     cpu_threads: PositiveInt | None = Field(default=None, description="a whole number of threads, 1 or more")
-    kv_cache_gb: float | None = Field(default=None, gt=0, description="a number of GiB above 0")
+    kv_cache_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a number of GiB above 0")
     max_num_seqs: PositiveInt | None = Field(default=None, description="a whole number of requests, 1 or more")
     max_num_batched_tokens: PositiveInt | None = Field(default=None, description="a whole number of tokens, 1 or more")
     max_num_queued_reqs: PositiveInt | None = Field(default=None, description="a whole number of requests, 1 or more")

@@ -11,6 +11,7 @@ faults:
      "refusal": "",        what its 503 says beside: "draining" (vllm/drain.py)
      "comment": false,     streams begin with a comment, as STREAM_KEEPALIVE_SECONDS makes them
      "after_tokens": 5,    how far a stream gets under fault `cut`
+     "wide": 0,            bytes of each token's text in a stream, if not its own
      "slow": 1.0,          factor on every time
      "health": 200,        the answer of /health
      "models": null,       the body of /v1/models, if it is not the list of its models
@@ -65,6 +66,7 @@ class Faults:
     status: int = 503
     refusal: str = ""
     comment: bool = False
+    wide: int = 0
     after_tokens: int = 5
     slow: float = 1.0
     health: int = 200
@@ -426,6 +428,8 @@ class Connection(asyncio.Protocol):
                     write(STREAM_HEAD)
                 chunk(dialect.begin())
             text = request.answer[index * TOKEN_BYTES : (index + 1) * TOKEN_BYTES].decode()
+            if wide := self.replica.faults.wide:
+                text = "x" * wide
             chunk(dialect.token(text, index == request.max_tokens - 1))
 
         if await self._follow(request, token):

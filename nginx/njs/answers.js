@@ -33,12 +33,13 @@ function asks(r, api) {
 // The body of an error, which names the request id. `param` is the field at fault, or null.
 function error(r, status, code, message, param) {
     const id = r.variables.id;
-    const text = `${message} (request id ${id})`;
+    // What a client sent by mistake is not shown again.
+    const text = `${message} (request id ${id})`.replace(/sk-fleet-[\w-]+/g, 'sk-fleet-…');
     if (asks(r, '/v1/messages')) {
         const type = ANTHROPIC[status] || (status < 500 ? 'invalid_request_error' : 'api_error');
         return JSON.stringify({ type: 'error', error: { type, message: text }, request_id: id });
     }
-    const type = status < 500 ? (status === 429 ? 'rate_limit_error' : 'invalid_request_error') : 'server_error';
+    const type = code === 'insufficient_quota' ? code : status < 500 ? (status === 429 ? 'rate_limit_error' : 'invalid_request_error') : 'server_error';
     return JSON.stringify({ error: { message: text, type, param: param || null, code } });
 }
 

@@ -16,7 +16,7 @@ const counters = ngx.shared.counters;
 const REQUEST = 2 ** 32;   // what a request in flight adds to a replica's number: the rest is characters of prompt
 
 const ALL = 1e9;   // keys; a shared dictionary gives 1,024 unless told otherwise
-const ZONES = ['fleet', 'models', 'cards', 'counters'];   // those that can be full: nothing is evicted from them
+const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys', 'limits', 'end_users', 'slots'];   // those that can be full: nothing is evicted from them
 
 const worker = ` ${process.pid}`;   // asking for it costs more than counting
 
@@ -315,10 +315,12 @@ function inFlight(name) {
 
 // A worker that was killed never counted its requests out.
 function forgetDeadWorkers() {
-    for (const key of load.keys(ALL)) {
-        const [name, pid] = key.split(' ');
-        if (pid && !fs.existsSync(`/proc/${pid}`)) {
-            load.incr(name, -load.pop(key), 0);
+    for (const zone of [load, ngx.shared.slots]) {
+        for (const key of zone.keys(ALL)) {
+            const [name, pid] = key.split(' ');
+            if (pid && !fs.existsSync(`/proc/${pid}`)) {
+                zone.incr(name, -zone.pop(key), 0);
+            }
         }
     }
 }

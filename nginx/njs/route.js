@@ -3,6 +3,8 @@
 import answers from './answers.js';
 import body from './body.js';
 import fleet from './fleet.js';
+import keys from './keys.js';
+import limits from './limits.js';
 import load from './load.js';
 import metrics from './metrics.js';
 import policies from './policies.js';
@@ -52,12 +54,20 @@ function send(r, replica, model, reason, work) {
 
 // ---- refusing
 
-function refuse(r, cause, status, code, message, param) {
+function mark(r) {
     r.variables.reason = 'refused';
     r.chosen = { replica: '', model: r.variables.model || '', reason: 'refused' };
+}
+
+// `after` how many seconds to try again; `never`: not to.
+function refuse(r, cause, status, code, message, param, after, never) {
+    mark(r);
     metrics.refused(cause);
-    if (status === 429 || status === 503) {
-        r.headersOut['Retry-After'] = status === 429 ? '1' : '5';
+    if (never) {
+        r.variables.no_retry = '1';
+    }
+    if (after || !never && (status === 429 || status === 503)) {
+        r.headersOut['Retry-After'] = String(after || (status === 429 ? 1 : 5));
     }
     answers.send(r, status, code, message, param);
 }
@@ -70,12 +80,17 @@ function refuseNone(r, table) {
         `No replica can take this request: ${loading} of ${table.replicas.length} loading (${states.join(', ')}).`);
 }
 
-function refuseModel(r, table, model) {
+// The models that a holder may use.
+function modelsFor(table, holder) {
+    return Object.keys(table.models).filter((model) => keys.may(holder, model));
+}
+
+function refuseModel(r, table, model, holder) {
     if (table.untold) {
         refuseNone(r, table);
         return;
     }
-    const names = Object.keys(table.models);
+    const names = modelsFor(table, holder);
     refuse(r, 'unknown_model', 404, 'model_not_found',
         `The model '${model.slice(0, 200)}' does not exist here. There are: ${names.join(', ')}.`, 'model');
 }
@@ -89,23 +104,25 @@ async function choose(r) {
             answers.method(r, 'POST');
             return;
         }
-        if (settings.closed) {
-            refuse(r, 'closed', 401, 'no_keys', settings.closed);
+        const holder = await keys.caller(r);
+        if (holder.refused) {
+            mark(r);
+            keys.refuse(r, holder.refused);
             return;
         }
         const asked = await body.read(r);
         const model = asked.model;
         const table = fleet.table();
-        const known = fleet.serving(table, model);
+        const known = keys.may(holder, model) ? fleet.serving(table, model) : undefined;
         // Under whatever name, it is one cache.
         asked.model = table.names[model] || model;
-        if (model && !known && Object.keys(table.models).length) {
-            refuseModel(r, table, model);
+        if (model && !known && (holder.models !== null || Object.keys(table.models).length)) {
+            refuseModel(r, table, model, holder);
             return;
         }
-        if (!model && !alike(table)) {
+        if (!model && (holder.models !== null || !alike(table))) {
             refuse(r, 'unknown_model', 400, 'model_required', `No model could be read from this request. Name one of: ${
-                Object.keys(table.models).join(', ')}.`, 'model');
+                modelsFor(table, holder).join(', ')}.`, 'model');
             return;
         }
         // Most requests find the same replicas: those of a model are listed once for each table.
@@ -117,6 +134,11 @@ async function choose(r) {
         }
         if (known) {
             r.variables.model = model;
+        }
+        const { refused } = limits.admit(r, holder, asked, name);
+        if (refused) {
+            refuse(r, refused.cause, refused.status, refused.code, refused.message, refused.param, refused.after, refused.never);
+            return;
         }
         if (list[0].state === 'ready') {
             const [replica, reason, work] = policy(list, asked, table.canary);
@@ -192,7 +214,7 @@ function retry(r) {
     }
 }
 
-// $done, in the log phase: counts the request out, however it ended. Always logs.
+// $done, in the log phase: counts the request out, however it ended. Never logs.
 function done(r) {
     const variables = r.variables;
     let chosen = r.chosen;
@@ -207,31 +229,41 @@ function done(r) {
             fleet.answered(chosen.replica, r.status);
             firstByte = Number(last(variables.upstream_header_time));
         }
+        if (variables.taken) {
+            // What came to nothing counts to no limit; a client that hung up is no refusal.
+            const refused = !chosen.replica || r.status >= 400 && r.status !== 499;
+            limits.settle(variables.taken, r.used, refused, firstByte >= 0, Number(variables.request_time));
+        }
         metrics.served(chosen.replica, chosen.model, r.status, chosen.reason, firstByte, Number(variables.request_time));
     }
-    return '1';
+    return '';
 }
 
-// GET /v1/models and /v1/models/NAME: those of all replicas.
-function models(r) {
+// GET /v1/models and /v1/models/NAME: those of all replicas that the caller may use.
+async function models(r) {
     if (r.method !== 'GET' && r.method !== 'HEAD') {
         answers.method(r, 'GET');
         return;
     }
+    const holder = await keys.caller(r);
+    if (holder.refused) {
+        keys.refuse(r, holder.refused);
+        return;
+    }
     const table = fleet.table();
-    const names = Object.keys(table.models);
+    const names = modelsFor(table, holder);
     const wanted = r.uri.slice('/v1/models/'.length);
-    if (!wanted && names.length) {
+    if (!wanted && (names.length || holder.models !== null)) {
         // All at once, however few a page of Anthropic's API should have.
         answers.json(r, {
             object: 'list', data: names.map(fleet.card), has_more: false, first_id: names[0], last_id: names[names.length - 1],
         });
     } else if (!wanted) {
         refuseNone(r, table);
-    } else if (fleet.serving(table, wanted)) {
+    } else if (names.includes(wanted)) {
         answers.json(r, fleet.card(wanted));
     } else {
-        refuseModel(r, table, wanted);
+        refuseModel(r, table, wanted, holder);
     }
 }
 

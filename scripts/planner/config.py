@@ -1,310 +1,51 @@
 """Reads a model from its files: config.json, and what others of them add."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from math import ceil, gcd
 from pathlib import Path
 from typing import Any
 
 from models.hub import fetch_config, fetch_further
+from planner.families import (
+    DEFAULTS,
+    ENCODER_DECODERS,
+    GATED_DELTA,
+    HARMLESS,
+    INDEXED,
+    INDEXED_KINDS,
+    KDA,
+    LONGROPE,
+    MAMBA2,
+    NAMES,
+    NOT_SIZED,
+    OF_A_PART,
+    OPAQUE,
+    PATTERN,
+    SCALED_ALREADY,
+    SEEING,
+    SHORT_CONV,
+    SIZES,
+    STATE_KEYS,
+    TIED,
+    TOWER_HARMLESS,
+    TOWERS,
+    UNGATED,
+    UNSERVED,
+    WHOLE_TOWERS,
+)
 from planner.model import Attention, Cached, Mlp, Model, Tower, Weights
 from planner.pooling import Further, Pooling
 from planner.quantization import MXFP4, MXFP4_METHODS, Quantization, read_quantization
 from stack.console import Problem
 
 DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
-# Models that keep a state of another kind than those that are read here, by how keys begin that only such models have.
-STATE_KEYS = ("ssm_cfg", "mamba_dt_rank", "time_step_rank", "state_size")
-# Families that vLLM serves and that the planner cannot size, and why.
-MAMBA1 = "keeps a recurrent state of another kind (Mamba 1)"
-ALONE = "keeps a recurrent state and nothing else"
-NOT_SIZED = {
-    "mamba": MAMBA1,
-    "falcon_mamba": MAMBA1,
-    "jamba": MAMBA1,
-    "plamo2": MAMBA1,
-    "mamba2": ALONE,
-    "rwkv": ALONE,
-    "recurrent_gemma": "keeps a recurrent state of another kind (RG-LRU)",
-    "zamba2": "shares blocks of attention between its layers, beside a recurrent state",
-    "minimax_text_01": "keeps a recurrent state of another kind (lightning attention)",
-    "bailing_moe_linear": "keeps a recurrent state of another kind (lightning attention)",
-    "hrm_text": "runs its layers several times, each with a KV cache of its own",
-    "minicpm3": "keeps keys and values in vLLM whose widths differ from what its latent vector says",
-    "dbrx": "states its sizes in keys of its own (ffn_config, attn_config)",
-    "longcat_flash": "has two attentions in each layer, and experts that compute nothing",
-    "minimax_m3": "looks up what it sees in an index whose arithmetic is not known",
-    "qwen4_exp": "looks up what it sees in an index whose arithmetic is not known",
-    "hy_v4": "looks up what it sees in an index whose arithmetic is not known",
-    "glm5_next": "looks up what it sees in an index whose arithmetic is not known",
-}
-# What a layer does, by its name in layer_types; those with a state by how it is made.
-GATED_DELTA, MAMBA2, KDA, SHORT_CONV = "linear_attention", "mamba", "kda", "conv"
-SEEING = ("full_attention", "sliding_attention", "attention", "chunked_attention", "full", "sliding")
-# Families whose layers look up what they see in an index (DeepSeek's sparse attention), as layer_types may say.
-INDEXED, INDEXED_KINDS = "indexed_attention", ("deepseek_v32", "glm_moe_dsa")
-# Letters of hybrid_override_pattern.
-PATTERN = {"M": MAMBA2, "*": "full_attention", "-": "mlp", "E": "moe"}
-# What the language model in a larger config.json leaves to its class in transformers. A config of its own says it.
-OF_A_PART: dict[str, dict[str, Any]] = {
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-    },
-    "mistral": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    },
-}
-# What a config.json leaves to its class in transformers; those of Gemma 3 on the hub say little else.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma3_text": {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-    },
-    "gemma4": {
-        "vision_config": {
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 16,
-            "patch_size": 16,
-            "image_size": 800,  # 2,520 patches
-        },
-        "audio_config": {"hidden_size": 1024, "num_hidden_layers": 12},
-    },
-    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "sliding_window_pattern": 2},
-    "llama4_text": {
-        "vocab_size": 202048,
-        "hidden_size": 5120,
-        "intermediate_size": 8192,
-        "intermediate_size_mlp": 16384,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "attention_chunk_size": 8192,
-        "max_position_embeddings": 131072,
-        "num_local_experts": 16,
-        "num_experts_per_tok": 1,
-    },
-}
-# Families that use the embedding as the head where their config does not say (class defaults of transformers).
-TIED = (
-    "gemma",
-    "cohere",
-    "gpt2",
-    "gpt_bigcode",
-    "opt",
-    "bloom",
-    "falcon",
-    "mpt",
-    "starcoder2",
-    "smollm3",
-    "ernie4_5",
-    "lfm2",
-)
-# Families whose MLP has two matrices; all others gate theirs with a third.
-UNGATED = (
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neox",
-    "gptj",
-    "opt",
-    "phi",
-    "falcon",
-    "starcoder2",
-    "bloom",
-    "mpt",
-    "nemotron",
-    "nemotron_h",
-    "arcee",
-    "jais2",
-    "apertus",
-    "bert",
-    "roberta",
-    "xlm-roberta",
-)
-# How configs call one thing. What is not here has one name.
-NAMES = {
-    "hidden": ("hidden_size", "n_embd", "d_model"),
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "heads": ("num_attention_heads", "n_head"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num"),
-    "vocabulary": ("vocab_size", "padded_vocab_size"),
-    "intermediate": ("block_ff_dim", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-    "experts": ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"),
-    "used_experts": (
-        "num_experts_per_tok",
-        "experts_per_token",
-        "num_experts_per_token",
-        "top_k_experts",
-        "moe_topk",
-        "moe_top_k",
-        "moe_k",
-    ),
-    "shared_experts": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts", "num_shared_expert"),
-    "shared_width": (
-        "shared_expert_intermediate_size",
-        "shared_intermediate_size",
-        "moe_shared_expert_intermediate_size",
-    ),
-    "first_dense": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
-    "sparse_step": ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step"),
-    "length": (
-        "max_position_embeddings",
-        "n_positions",
-        "max_seq_len",
-        "seq_length",
-        "max_sequence_length",
-        "max_seq_length",
-        "seq_len",
-    ),
-    "mamba_heads": ("mamba_num_heads", "mamba_n_heads"),
-    "mamba_width": ("mamba_head_dim", "mamba_d_head"),
-    "mamba_groups": ("n_groups", "mamba_n_groups"),
-    "mamba_size": ("ssm_state_size", "mamba_d_state"),
-    "mamba_kernel": ("conv_kernel", "mamba_d_conv"),
-    "window_every": ("sliding_window_pattern", "global_attn_every_n_layers"),
-    "tower_hidden": ("embed_dim", "hidden_size", "d_model"),
-    "tower_intermediate": ("intermediate_size", "encoder_ffn_dim"),
-    "tower_layers": ("depth", "num_hidden_layers", "num_layers", "encoder_layers", "conf_num_hidden_layers"),
-    "dtype": ("torch_dtype", "dtype"),
-}
-# Kinds of RoPE scaling whose length is in the stated one already.
-LONGROPE = ("su", "longrope")
-SCALED_ALREADY = (*LONGROPE, "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope")
 # Methods whose groups do not keep experts from being split further.
 FINER = ("fp8", *MXFP4_METHODS)
-# Keys of a size-like kind that are without effect on what a GPU holds, or on which too much is counted without them.
-HARMLESS = {
-    "architectures",
-    "image_size",  # of a tower whose config lies in the language model's
-    "lora_rank",  # adapters that a model is published with, a hundredth of it
-    "mtp_num_hidden_layers",
-    "mtp_transformer_layers",
-    "num_beam_groups",
-    "patch_size",
-    "rope_ratio",  # of RoPE's base alone
-    "sliding_window_size",  # beside sliding_window, which is read
-    "vision_batch_size",
-    "word_embed_proj_dim",  # of OPT: hidden_size or less
-    "attention_head_dim",  # beside head_dim
-    "block_dim",  # of LFM2: hidden_size
-    "conv_dim_out",
-    "mamba_chunk_size",
-    "num_heads",  # beside num_attention_heads
-    "order_of_interleaved_layers",
-    "attn_layer_indices",
-    "eos_token_id",
-    "chunk_size",
-    "ep_size",
-    "head_dim_rope",
-    "index_topk_pattern",
-    "layer_rope_theta",
-    "max_window_layers",
-    "mlp_multipliers",
-    "model_parallel_size",
-    "moe_layers",
-    "num_mtp_layers",
-    "no_rope_layers",
-    "activation_sparsity_pattern",
-    "qk_head_dim",
-    "rotary_dim",
-    "tensor_parallel_size",
-    "type_vocab_size",
-    "unpadded_vocab_size",
-}
-# Parts of a config.json that say nothing of sizes, or the same again, or lie in another part that is read.
-OPAQUE = {
-    "rope_scaling",
-    "rope_parameters",
-    "quantization_config",
-    "compression_config",
-    "auto_map",
-    "task_specific_params",
-    "text_config",
-    "llm_config",
-    "talker_config",  # what speaks, which vLLM does not load
-    "token2wav_config",
-    "code2wav_config",
-}
-# What the estimate of a tower covers: its heads, and what stands between it and the language model.
-TOWERS = ("vision_config", "audio_config")
-TOWER_HARMLESS = {
-    "alignment_intermediate_size",
-    "downsample_hidden_size",
-    "downsample_ratio",
-    "dynamic_image_size",
-    "encoder_attention_heads",
-    "force_image_size",
-    "head_dim",
-    "in_dim",
-    "input_feat_size",
-    "max_image_size",
-    "max_img_size",
-    "mel_vocab_size",
-    "merge_kernel_size",
-    "merge_size",
-    "merged_hidden_size",
-    "min_image_size",
-    "num_attention_heads",
-    "num_heads",
-    "num_key_value_heads",
-    "out_hidden_size",
-    "output_dim",
-    "patch_dim",
-    "pixel_shuffle_ratio",
-    "projection_dim",
-    "projection_intermediate_size",
-    "projector_hidden_size",
-    "projector_input_dim",
-    "projector_output_dim",
-    "spatial_merge_size",
-    "spatial_patch_size",
-    "temporal_merge_size",
-    "temporal_patch_size",
-    "text_hidden_size",
-    "video_patch_dim",
-    "video_temporal_patch_size",
-    "vision_aspect_ratio",
-    "vision_hidden_size",
-    "vision_output_dim",
-    "vocab_size",
-    "window_kernel_size",
-    "window_size",
-    # of the sound encoder of Gemma 3n
-    "conf_attention_chunk_size",
-    "conf_conv_kernel_size",
-    "conf_num_attention_heads",
-    "sscp_conv_channel_size",
-    "sscp_conv_kernel_size",
-    "sscp_conv_stride_size",
-}
-SIZES = re.compile(
-    r"(_dims?|_sizes?|_heads|_layers|_groups|_ratios?|_rank|_inner|_expand|_state|_per_layer|_d_conv)$|^block_configs$"
-)
-ENCODER_DECODERS = ("whisper", "t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100")
 LFS_POINTER = b"version https://git-lfs.github.com/"
 MOST_LAYERS = 10_000
 NO_FILES: dict[str, Mapping[str, Any]] = {}
@@ -330,7 +71,7 @@ def read_model(
         read = Config(config, name, further)
         model = read.model(disk_bytes)
         unread = read.unread()
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         # any of its values may be of another type than everybody's
         raise Problem(f"{name}: config.json is not one of a language model: {error}", NOT_A_MODEL) from error
     except Problem as error:
@@ -381,7 +122,7 @@ class Config:
 
     def __init__(self, whole: Mapping[str, Any], name: str, further: Further = NO_FILES.get) -> None:
         if isinstance(thinker := whole.get("thinker_config"), Mapping):  # of Qwen Omni: vLLM loads nothing else
-            whole = {"architectures": whole.get("architectures")} | dict(thinker)
+            whole = {key: value for key, value in whole.items() if key != "thinker_config"} | dict(thinker)
         text = whole.get("text_config") or whole.get("llm_config") or whole
         if not isinstance(text, Mapping):
             raise Problem(f"{name}: text_config in config.json is not an object", NOT_A_MODEL)
@@ -396,7 +137,7 @@ class Config:
                 self.text.setdefault("num_hidden_layers", len(kinds))
         self.kind = str(self.text.get("model_type", ""))
         self.architecture = str((whole.get("architectures") or [""])[0])
-        _refuse_unsized(self.text, name)
+        self.refuse_unsized()
         self.hidden, self.layers, self.heads, self.vocabulary = (
             self.number(what) for what in ("hidden", "layers", "heads", "vocabulary")
         )
@@ -411,6 +152,23 @@ class Config:
         # the last so many keep nothing of their own and see what earlier ones kept
         self.sharing = min(self.number("num_kv_shared_layers", 0), self.layers - 1)
 
+    def refuse_unsized(self) -> None:
+        """Raises Problem for a family whose arithmetic is not known, or that vLLM no longer serves."""
+        if last := next((version for version, served in UNSERVED.items() if self.architecture in served.split()), None):
+            raise Problem(
+                f"{self.name}: vLLM serves no {self.architecture} any more; the last that did was {last}",
+                "take a newer model",
+            )
+        kinds = {str(one.get("model_type")) for one in (self.text, self.whole)}
+        kinds |= {kind.removesuffix("_text") for kind in kinds}
+        reason = next((why for family, why in NOT_SIZED.items() if family in kinds), None)
+        if reason is None and any(key.startswith(STATE_KEYS) for key in self.text):
+            reason = "keeps a recurrent state of another kind"
+        if reason:
+            raise Problem(
+                f"{self.name} {reason}, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml"
+            )
+
     def get(self, what: str, default: Any = None) -> Any:
         """The first value there is by any of its NAMES, of the language model before the whole one."""
         for key in NAMES.get(what, (what,)):
@@ -420,16 +178,23 @@ class Config:
 
     def number(self, what: str, default: int | None = None) -> int:
         """The first of its NAMES that has a whole number, in the language model's part. Raises Problem without one and
-        without a default."""
+        without a default, and for a list of several."""
         names = NAMES.get(what, (what,))
         found = _number(self.text, names, 0)
+        if found is None and (several := next((key for key in names if isinstance(self.text.get(key), list)), None)):
+            raise Problem(
+                f"{self.name}: config.json has several numbers for {several}, which the planner cannot spread",
+                "pin its GPUs in docker-compose.gpu.yml",
+            )
         if found is None and default is None:
             raise Problem(f"{self.name}: config.json has no {names[0]}", NOT_A_MODEL)
         return found if found is not None else default or 0
 
     def unread(self) -> tuple[str, ...]:
         """Keys that may change sizes and were not read, once all else is read."""
-        found = list(self.text.unread(set(), self.layers))
+        # some configs have their towers beside the language model's own keys
+        known = TOWER_HARMLESS if any(tower in self.text for tower in TOWERS) else set()
+        found = list(self.text.unread(known, self.layers))
         if self.whole is not self.text:
             # beside the language model a key of its own says the same again
             found += self.whole.unread(TOWER_HARMLESS | self.text.read, self.layers)
@@ -526,9 +291,8 @@ class Config:
         gated = self.text.get("attn_output_gate", GATED_DELTA in self.kinds)  # by a second matrix for queries
         # layers that see all may be of another shape
         apart = (self.text.get("per_layer_config") or {}).values()  # newer files of Gemma 4 say it for each of these
-        wide = (
-            self.number("global_head_dim", 0) or max((one.get("head_dim", 0) for one in apart), default=0) or head_dim
-        )
+        apart = [one.get("head_dim", 0) for one in apart if isinstance(one, Keys)]
+        wide = self.number("global_head_dim", 0) or max(apart, default=0) or head_dim
         few = self.number("num_global_key_value_heads", 0)
         split, kept = 0, Counter[tuple[int, int, int, int]]()
         for layer in seeing:
@@ -720,7 +484,12 @@ class Config:
         rest = matrices * hidden * (shared * routing + alone)
         mlp = Mlp(width, max(used * width + shared, dense if routing < layers else 0))
         router = (hidden * experts + (2 * hidden * narrow if narrow < hidden else 0)) * routing // layers
-        return mlp, Weights(words, words, (routed + rest) // layers, router, routed // layers, used / experts)
+        # those without experts are the first, or spread evenly
+        kinds = self.text.get("mlp_layer_types") or ["dense"] * self.number("first_dense", 0) + ["sparse"]
+        first = len(list(takewhile(lambda kind: kind == "dense", kinds)))
+        plain = first if first == layers - routing < layers else 0
+        split, share = (routed + rest) // layers, used / experts
+        return mlp, Weights(words, words, split, router, routed // layers, share, plain)
 
     def routing_layers(self) -> int:
         """Layers that route to experts: DeepSeek starts with some dense ones, Qwen and Llama 4 may take every n-th."""
@@ -748,7 +517,7 @@ class Config:
             heard = 0
         vision = self.whole.get("vision_config")
         if not isinstance(vision, Keys):
-            return Tower(heard, 0, 0) if heard else None
+            return Tower(heard, 0, 0, heard) if heard else None
 
         def number(default: int, what: str) -> int:
             return _number(vision, NAMES.get(what, (what,)), 1) or default
@@ -758,7 +527,8 @@ class Config:
         layers = number(32, "tower_layers")
         patches = (number(3584, "image_size") // number(14, "patch_size")) ** 2
         parameters = layers * (4 * hidden * hidden + 3 * hidden * intermediate)
-        return Tower(parameters + heard, 8 * hidden + 3 * intermediate, patches)
+        whole = parameters if str(self.whole.get("model_type")).startswith(WHOLE_TOWERS) else 0
+        return Tower(parameters + heard, 8 * hidden + 3 * intermediate, patches, whole + heard)
 
     def ropes(self) -> list[Mapping[str, Any]]:
         """How positions are scaled: once for all layers, or once for each kind of layer, which share the factor."""
@@ -800,15 +570,6 @@ def _number(found: Mapping[str, Any], keys: tuple[str, ...], least: int) -> int 
     # one for each layer, where these do not differ
     values = [one[0] if isinstance(one, list) and one and one.count(one[0]) == len(one) else one for one in values]
     return next((one for one in values if isinstance(one, int) and not isinstance(one, bool) and one >= least), None)
-
-
-def _refuse_unsized(text: Mapping[str, Any], name: str) -> None:
-    kind = str(text.get("model_type", ""))
-    reason = next((why for family, why in NOT_SIZED.items() if kind in (family, f"{family}_text")), None)
-    if reason is None and any(str(key).startswith(STATE_KEYS) for key in text):
-        reason = "keeps a recurrent state of another kind"
-    if reason:
-        raise Problem(f"{name} {reason}, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml")
 
 
 def _quantization(found: Mapping[str, Any], model: Model, attention: int, expert_dtype: str) -> Quantization:

@@ -82,6 +82,7 @@ class Weights:
     replicated: int  # of one average layer, whole on each GPU
     experts: int = 0  # the part of `split` that are routed experts
     active_share: float = 1.0  # of the experts, the share that one token uses
+    plain: int = 0  # first layers that have no experts
     look_up: int = 0  # embeddings for each layer, never quantized, split by tp; on the first stage
 
     def layer(self) -> int:
@@ -91,11 +92,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tower:
-    """What sees and hears beside the language model, whole on each GPU."""
+    """What sees and hears beside the language model."""
 
     parameters: int
     width: int  # numbers that it keeps of one patch of a picture while it computes
     patches: int  # of its largest picture
+    whole: int  # parameters that each GPU holds; tp splits the others
+
+    def share(self, tp: int) -> float:
+        """Of it, what one of `tp` GPUs holds."""
+        return (self.whole + (self.parameters - self.whole) / tp) / self.parameters
 
 
 @dataclass(frozen=True)

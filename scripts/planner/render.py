@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import floor
@@ -18,7 +18,7 @@ from rich.text import Text
 from planner import memory
 from planner.check import Sizes
 from planner.choose import BFLOAT16, Plan, Replica
-from planner.machine import GIB, Machine
+from planner.machine import GIB, Hosts, Machine
 from planner.memory import Account
 from planner.replica_gpus import dump_compose, gpu_service
 from planner.speed import ANSWER, CONCURRENT, PROMPT
@@ -217,6 +217,8 @@ def print_part(console: Console, machine: Machine, part: Part) -> None:
         replicas.add_column(column, justify="left" if column in ("replica", "GPUs", "path between them") else "right")
     for number, one in enumerate(plan.replicas):
         gpus = ", ".join(str(gpu.index) for gpu in one.gpus) or "CPU"
+        if isinstance(machine, Hosts):
+            gpus += f" in {machine.hosts[one.gpus[0].index]}"
         path = f"{LINK_NAMES[one.link.kind]}, {one.link.gb_s:g} GB/s" if one.link else "–"
         path += " in a stage" if one.tp > 1 and one.pp > 1 else ""
         replicas.add_row(
@@ -234,7 +236,9 @@ def print_part(console: Console, machine: Machine, part: Part) -> None:
         Text(),
         why,
     ]
-    if len(machine.gpus) > 1 and not machine.links:
+    if isinstance(machine, Hosts):
+        blocks[1:1] = [Text(f"GPUs are numbered through. {'; '.join(machine.where())}")]
+    if any(len(gpus) > 1 for gpus in machine.by_host(machine.gpus)) and not machine.links:
         slowest = machine.link(machine.gpus[0].index, machine.gpus[1].index)
         note = f"they count as {LINK_NAMES[slowest.kind]}, {slowest.gb_s:g} GB/s"
         blocks += [Text(), Text(f"The links between the GPUs are not known: {note}", style="yellow")]
@@ -272,10 +276,11 @@ def _change(value: float, base: float) -> str:
 
 def as_json(machine: Machine, parts: list[Part]) -> dict[str, Any]:
     """The plan for programs. Sizes in bytes, times in seconds."""
-    return {"machine": machine.name, "models": [_part_json(part) for part in parts]}
+    hosts = machine.hosts if isinstance(machine, Hosts) else {}
+    return {"machine": machine.name, "models": [_part_json(part, hosts) for part in parts]}
 
 
-def _part_json(part: Part) -> dict[str, Any]:
+def _part_json(part: Part, hosts: Mapping[int, str]) -> dict[str, Any]:
     plan = part.plan
     return {
         "model": part.model,
@@ -288,6 +293,7 @@ def _part_json(part: Part) -> dict[str, Any]:
         "latency_s": round(plan.latency, 4),
         "replicas": [
             {
+                **({"host": hosts[one.gpus[0].index]} if hosts else {}),
                 "gpus": [gpu.id for gpu in one.gpus],
                 "tensor_parallel_size": one.tp,
                 "pipeline_parallel_size": one.pp,
@@ -308,7 +314,10 @@ def _part_json(part: Part) -> dict[str, Any]:
             }
             for one in plan.replicas
         ],
-        "idle": [{"gpu": gpu.id, "reason": reason} for gpu, reason in plan.idle],
+        "idle": [
+            {**({"host": hosts[gpu.index]} if hosts else {}), "gpu": gpu.id, "reason": reason}
+            for gpu, reason in plan.idle
+        ],
         "reasons": [{"what": what, "value": value, "why": why} for what, value, why in reasons(plan)],
         "runners_up": [
             {
@@ -368,11 +377,15 @@ def planned_sizes(part: Part, replica: Replica) -> Sizes:
     )
 
 
-def override_file(parts: list[Part], base: Path) -> str:
-    """docker-compose.override.yml, over docker-compose.yml (`base`): the planned replicas and no others."""
+def override_file(parts: list[Part], base: Path, host: Sequence[int] | None = None) -> str:
+    """docker-compose.override.yml, over docker-compose.yml (`base`): the planned replicas and no others. `host`: the
+    numbers of the GPUs of one of several hosts, whose file it is then; the gateway is on the first."""
     in_base = [name for name in yaml.safe_load(base.read_text())["services"] if re.fullmatch(r"vllm-\d+", name)]
-    services: dict[str, Any] = {"gateway": {"volumes": ["./fleet:/etc/nginx/fleet:ro"]}}
-    for name, part, replica in _named(parts):
+    services: dict[str, Any] = {}
+    if host is None or 0 in host:
+        services["gateway"] = {"volumes": ["./fleet:/etc/nginx/fleet:ro"]}
+    here = [one for one in _named(parts) if host is None or one[2].gpus[0].index in host]
+    for name, part, replica in here:
         service: dict[str, Any] = {}
         if name not in in_base:
             service |= {"extends": {"file": base.name, "service": in_base[0]}, "hostname": f"{name}.fleet"}
@@ -386,7 +399,7 @@ def override_file(parts: list[Part], base: Path) -> str:
             service |= {"environment": settings, "mem_limit": f"{-(-replica.account.total * 11 // 10 // MIB)}m"}
         services[name] = service
     # what `make up` and `make plan ARGS=--check` hold against what the engines report
-    planned = {name: planned_sizes(part, replica).model_dump() for name, part, replica in _named(parts)}
+    planned = {name: planned_sizes(part, replica).model_dump() for name, part, replica in here}
     text = dump_compose({"x-planned": planned, "services": services})
     return text + "".join(f"  {name}: !reset null\n" for name in in_base if name not in services)
 

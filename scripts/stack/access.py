@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from access.keys import KeyStore
 from access.store import Mistake, Secrets
-from access.tokens import TokenStore
-from access.users import UserStore
+from access.tokens import TokenStore, strong
+from access.users import UserStore, from_environment
 from stack import settings
 from stack.console import Problem, one_line_for_mistakes
 from stack.shell import ROOT
@@ -52,6 +52,15 @@ def first_key(wanted: settings.Settings) -> str:
         if open_to_others(wanted) and not store.read().keys:
             return store.create("admin", role="admin", note="made by make up")
     return ""
+
+
+def check_environment() -> None:
+    """A Problem where USER_LIST, what belongs to it, or JWT_KEY will not do. Only looks."""
+    values = settings.with_users()
+    with as_problems():
+        from_environment(values)
+        if key := values.get("JWT_KEY"):
+            strong(key)
 
 
 def take_environment() -> None:

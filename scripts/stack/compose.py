@@ -17,6 +17,8 @@ from stack.shell import ROOT, ask
 # Compose lays it over docker-compose.yml by itself; `make plan` writes it.
 OVERRIDE = ROOT / "docker-compose.override.yml"
 GPU_FILE = "docker-compose.gpu.yml"
+TLS_FILE = "docker-compose.tls.yml"
+ACME_FILE = "docker-compose.acme.yml"
 
 
 class Build(BaseModel):
@@ -118,18 +120,18 @@ def stays_down(now: Container | None, began: Container | None) -> bool:
 
 
 class Compose:
-    """Docker Compose over this checkout's files, as plain `docker compose` would choose them, or with the GPU file."""
+    """Docker Compose over the files that plain `docker compose` would choose, and those of `further`."""
 
-    def __init__(self, *, gpu: bool = False) -> None:
+    def __init__(self, *further: str) -> None:
         self.files: list[str] = []
-        if gpu:
+        if further:
             listed = settings.value_of("COMPOSE_FILE")
             if listed:
                 self.files = listed.split(settings.value_of("COMPOSE_PATH_SEPARATOR") or os.pathsep)
             else:
                 self.files = ["docker-compose.yml", *([OVERRIDE.name] if OVERRIDE.exists() else [])]
-            if GPU_FILE not in self.files:
-                self.files.insert(1, GPU_FILE)
+            # before what a plan or the user says
+            self.files[1:1] = [file for file in further if file not in self.files]
 
     def command(self, *args: str) -> list[str]:
         """A `docker compose` command line."""
@@ -236,6 +238,7 @@ def running(what: str) -> str:
     return ask("docker", "ps", "--filter", f"label=com.docker.compose.project={project}", "--format", what).stdout
 
 
-def running_gpu_file() -> bool:
-    """Whether the running replicas were started with docker-compose.gpu.yml."""
-    return f"{os.sep}{GPU_FILE}" in running('{{.Label "com.docker.compose.project.config_files"}}')
+def running_files() -> list[str]:
+    """Which of the files that `make up` adds the running stack was started with."""
+    used = running('{{.Label "com.docker.compose.project.config_files"}}')
+    return [file for file in (GPU_FILE, TLS_FILE, ACME_FILE) if f"{os.sep}{file}" in used]

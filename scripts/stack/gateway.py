@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from stack import certificate
 from stack.compose import Compose, Config
 from stack.console import Problem
 from stack.shell import CACHE, ask, wait_for
@@ -99,11 +100,15 @@ class Replica(BaseModel):
 
 
 class Gateway:
-    """The gateway of a stack, asked as users do at its `url`, and through its container where only that may."""
+    """The gateway of a stack, asked as users do at its `url`, and through its container where only that may.
 
-    def __init__(self, compose: Compose, url: str = "") -> None:
+    `domain` is the name in its certificate, where that is not in secrets/.
+    """
+
+    def __init__(self, compose: Compose, url: str = "", domain: str | None = None) -> None:
         self._compose = compose
         self._url = url
+        self._domain = domain
 
     def published(self) -> list[Replica] | None:
         """All replicas, as the gateway tells at its port; None where it does not answer there."""
@@ -111,8 +116,10 @@ class Gateway:
             answer = self._http("GET", "/status.json", timeout_s=5)
             if answer.status_code == httpx.codes.UNAUTHORIZED:
                 # It asks for keys. Whoever may enter its container needs none.
-                return self.replicas()
-            return TypeAdapter(list[Replica]).validate_python(answer.raise_for_status().json()["replicas"])
+                said = self._admin("GET", "/status.json")
+            else:
+                said = answer.raise_for_status().json()
+            return TypeAdapter(list[Replica]).validate_python(said["replicas"])
         # or something else answers at that port
         except (httpx.HTTPError, ValueError, LookupError, TypeError, Problem):
             return None
@@ -202,7 +209,15 @@ class Gateway:
     def _http(self, method: str, path: str, body: object = None, *, key: str = "", timeout_s: float) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # The gateway is on this host: the proxy that the environment may name is for others.
-        return httpx.request(method, self._url + path, json=body, headers=headers, timeout=timeout_s, trust_env=False)
+        name = self._domain
+        headers |= {"Host": name} if name else {}
+        verify = certificate.trusted(self._domain) if self._url.startswith("https:") else False
+        with httpx.Client(base_url=self._url, timeout=timeout_s, trust_env=False, verify=verify) as client:
+            return client.request(
+                method, path, json=body,
+                headers=headers,
+                extensions={"sni_hostname": name} if name else None,
+            )  # fmt: skip
 
     def _admin(self, method: str, path: str) -> Any:
         curl = ("curl", "--silent", "--show-error", "--max-time", "5", "--request", method, ADMIN + path)

@@ -67,11 +67,14 @@ PYTHON = DebianBase(
 TOKENS = DebianBase("tokens", "bookworm", ("python3", "python3-venv", "ca-certificates"))
 PYTHON_OF_THE_WHEELS = "3.11"
 
+ACME = DebianBase("acme", "forky", ("lego", "ca-certificates"))
+
 STAND_INS: Mapping[str, DebianBase] = {
     "docker.io/library/nginx": GATEWAY,
     "docker.io/prom/prometheus": PROMETHEUS,
     "docker.io/library/python": TOKENS,
     "docker.io/vllm/vllm-openai-cpu": PYTHON,
+    "docker.io/goacme/lego": ACME,
 }
 
 

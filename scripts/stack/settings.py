@@ -19,6 +19,7 @@ from stack.shell import ROOT
 
 ENV_FILE = ROOT / ".env"
 EXAMPLE_FILE = ROOT / ".env.example"
+DOMAIN = r"^([a-z0-9-]{1,63}\.)+[a-z0-9-]{2,63}$"
 
 
 def without_brackets(address: object) -> object:
@@ -36,17 +37,43 @@ def below_models(model: str) -> str:
     return model
 
 
+def each(shape: str, what: str) -> AfterValidator:
+    """Checks the entries of a list with commas between, in whatever case."""
+
+    def check_entries(text: str) -> str:
+        entries = filter(None, (entry.strip() for entry in text.lower().split(",")))
+        if wrong := [entry for entry in entries if not re.fullmatch(shape, entry)]:
+            raise ValueError(f"{wrong[0]} is no {what}")
+        return text
+
+    return AfterValidator(check_entries)
+
+
+# nginx/njs/settings.js has the same.
+HOST = r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\]"
+ORIGIN = rf"http://({HOST})(:(?!80$)\d+)?|https://({HOST})(:(?!443$)\d+)?"
+
+
 class Settings(BaseModel):
     """What `make up` reads itself; Compose passes the rest on to the containers."""
 
     model: Annotated[str, AfterValidator(below_models)] | None = Field(None, alias="MODEL")
     http_port: int = Field(80, alias="HTTP_PORT", ge=1, le=65535)
+    https_port: int | None = Field(None, alias="HTTPS_PORT", ge=1, le=65535)
+    https_domain: str | None = Field(None, alias="HTTPS_DOMAIN", max_length=253, pattern=DOMAIN)
+    acme_email: str | None = Field(None, alias="ACME_EMAIL", pattern=r"^[^@\s]+@[^@\s]+$")
     grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
     prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
     bind_address: Annotated[ipaddress.IPv4Address | ipaddress.IPv6Address, BeforeValidator(without_brackets)] = Field(
         ipaddress.IPv4Address("127.0.0.1"), alias="BIND_ADDRESS"
     )
     gateway_auth: Literal["off"] | None = Field(None, alias="GATEWAY_AUTH")
+    gateway_hosts: Annotated[str, each(HOST, "name without scheme and port")] | None = Field(
+        None, alias="GATEWAY_HOSTS"
+    )
+    cors_origins: Annotated[str, each(ORIGIN, "origin as browsers write it: https://app.example.com")] | None = Field(
+        None, alias="CORS_ORIGINS"
+    )
     route_policy: Literal["prefix", "least_busy", "round_robin", "session"] | None = Field(None, alias="ROUTE_POLICY")
     user_list: str | None = Field(None, alias="USER_LIST")
     jwt_key: SecretStr | None = Field(None, alias="JWT_KEY")
@@ -61,7 +88,8 @@ class Settings(BaseModel):
         if address.is_unspecified:
             address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
         host = f"[{address}]" if address.version == 6 else str(address)
-        return f"http://{host}" if self.http_port == 80 else f"http://{host}:{self.http_port}"
+        scheme, port, usual = ("https", self.https_port, 443) if self.https_port else ("http", self.http_port, 80)
+        return f"{scheme}://{host}" if port == usual else f"{scheme}://{host}:{port}"
 
 
 # the names of these settings in `.env`
@@ -113,6 +141,11 @@ def check(values: Mapping[str, str]) -> Settings:
         raise Problem(
             f"{name}={first['input']} will not do: {why}", f"correct {name} in .env or in the environment"
         ) from None
+    if settings.https_domain and not (settings.https_port and settings.acme_email):
+        raise Problem(
+            "HTTPS_DOMAIN is set, but not HTTPS_PORT or not ACME_EMAIL",
+            "set HTTPS_PORT=443 and ACME_EMAIL, whom the authority writes to, in .env",
+        )
     return settings
 
 

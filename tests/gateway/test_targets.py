@@ -17,7 +17,9 @@ from stack.shell import ROOT
 from tests.gateway.test_public import error_of
 
 LISTED = set(
-    re.findall(r"location = (\S+)\s+\{ include conf\.d/generate\.conf; \}", (ROOT / "nginx/nginx.conf").read_text())
+    re.findall(
+        r"location = (\S+)\s+\{ include conf\.d/generate\.conf; \}", (ROOT / "nginx/conf.d/public.conf").read_text()
+    )
 )
 INSIDE = ["/metrics", "/version", "/health", "/v1/models", "/_sim", "/pause", "/v1/load_lora_adapter"]
 

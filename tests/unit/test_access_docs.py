@@ -30,7 +30,7 @@ def test_each_command_of_the_page_works(tmp_path: Path, monkeypatch: pytest.Monk
     secrets = Secrets(tmp_path / "secrets")
     for module in (key, user, access):
         monkeypatch.setattr(module, "SECRETS", secrets)
-    monkeypatch.setattr(key, "running_gpu_file", lambda: False)
+    monkeypatch.setattr(key, "running_files", list)
     monkeypatch.setattr(settings, "read", lambda _: {})
     model = "HuggingFaceTB/SmolLM2-135M-Instruct"
     monkeypatch.setattr(Gateway, "replicas", lambda _: [Replica(name="vllm-0", state="ready", models=[model])])

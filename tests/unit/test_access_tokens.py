@@ -247,7 +247,7 @@ def test_another_jwt_key_is_a_rotation_and_the_same_changes_nothing(secrets: Sec
     with pytest.raises(Mistake, match="JWT_KEY is what signs"):
         store.rotate("EdDSA")
     store.take(None, 15)
-    assert [key.algorithm for key in store.signing().keys] == ["EdDSA", "HS256", "HS256"]
+    assert [key.algorithm for key in store.signing().keys] == ["ES256", "HS256", "HS256"]
     assert store.signing().minutes == 15
     assert GOOD not in secrets.audit.read_text()
 
@@ -289,6 +289,7 @@ SMALL: Jwk = RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 1024).public_ke
     [
         ({}, "neither keys nor an address"),
         ({"jwks_uri": "http://id.example/keys"}, "jwks_uri: it has to be https"),
+        ({"jwks_uri": "https://id.example"}, "jwks_uri: it has to be https"),
         ({"jwks_uri": "https://u:p@id.example/keys"}, "jwks_uri: it has to be https"),
         ({"jwks_uri": "https://id.example/k", "algorithms": ["HS256"]}, "HS256 has no public key"),
         ({"jwks_uri": "https://id.example/k", "algorithms": ["none"]}, r"algorithms\[0\]: Input should be 'HS256'"),
@@ -308,6 +309,11 @@ def test_an_issuer_that_cannot_be_checked_safely_is_refused(fields: dict[str, An
         made(Issuer, PROVIDER | fields)
 
 
+@pytest.mark.parametrize("address", ["https://id.example/keys", "http://keycloak:8080/keys", "http://127.0.0.1:1/k"])
+def test_an_address_of_keys_may_be_a_container_beside(address: str) -> None:
+    assert made(Issuer, PROVIDER | {"jwks_uri": address}).jwks_uri == address
+
+
 def test_this_fleet_itself_cannot_be_trusted_as_another() -> None:
     with pytest.raises(Mistake, match="is this fleet itself"):
         TokenStore(Secrets(Path("/nowhere"))).trust(
@@ -319,6 +325,6 @@ def test_a_file_with_a_mistake_shows_no_key(secrets: Secrets) -> None:
     store = TokenStore(secrets)
     store.take(None, 30)
     secrets.signing.write_text(re.sub(r'"d": ?"', '"d": "planted', secrets.signing.read_text()))
-    with pytest.raises(Mistake, match=r"signing\.json: keys\[0\]\.jwk: it is no key of kind OKP") as refused:
+    with pytest.raises(Mistake, match=r"signing\.json: keys\[0\]\.jwk: it is no key of kind EC") as refused:
         store.signing()
     assert "planted" not in str(refused.value)

@@ -44,7 +44,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The images of a machine whose stack runs on GPUs."""
     images = {"fleet/gateway:1", "fleet/replica:1-gpu"}
     monkeypatch.setattr(bundle, "Compose", Stack)
-    monkeypatch.setattr(bundle, "running_gpu_file", lambda: True, raising=False)
+    monkeypatch.setattr(bundle, "running_files", lambda: ["docker-compose.gpu.yml"], raising=False)
     monkeypatch.setattr(bundle, "present", lambda image: image in images)
     return images
 
@@ -63,7 +63,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_images_of_the_files_that_run_are_packed(here: set[str]) -> None:
-    assert bundle._images(Stack(gpu=True).config()) == sorted(here)
+    assert bundle._images(Stack("docker-compose.gpu.yml").config()) == sorted(here)
 
 
 def test_an_image_that_the_stack_cannot_do_without_must_be_there(here: set[str]) -> None:

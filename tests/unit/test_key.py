@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Secrets:
     """An empty folder of secrets, and no fleet."""
     secrets = Secrets(tmp_path / "secrets")
     monkeypatch.setattr(key, "SECRETS", secrets)
-    monkeypatch.setattr(key, "running_gpu_file", lambda: False)
+    monkeypatch.setattr(key, "running_files", list)
     monkeypatch.setattr(Gateway, "replicas", nobody)
     monkeypatch.setattr(settings, "ENV_FILE", tmp_path / ".env")
     monkeypatch.setattr(settings, "value_of", lambda _: None)

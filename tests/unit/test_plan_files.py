@@ -17,8 +17,9 @@ import plan as command
 from planner import render
 from planner.choose import Wish, choose
 from planner.config import read_model
-from planner.machine import Machine, load_machine
+from planner.machine import Machine, join, load_machine
 from planner.render import Part
+from stack.compose import Config
 from stack.console import Problem
 from stack.shell import ROOT
 
@@ -36,6 +37,18 @@ def as_json(*args: str | Path) -> dict[str, Any]:
     assert run.returncode == 0, run.stderr
     found: dict[str, Any] = json.loads(run.stdout)
     return found
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> list[str | Path]:
+    """The options for the home lab with each of its GPUs in a server of its own: a 3060, then three 3090."""
+    host = json.loads((MACHINES / "home-lab.json").read_text())
+    options: list[str | Path] = []
+    for name, gpu in zip("abcd", host["gpus"], strict=True):
+        own = host | {"name": "node", "gpus": [gpu | {"index": 0, "id": "0"}], "links": []}
+        (tmp_path / f"gpu-{name}.json").write_text(json.dumps(own))
+        options += ["--machine", tmp_path / f"gpu-{name}.json"]
+    return options
 
 
 @pytest.fixture
@@ -362,6 +375,8 @@ def test_compose_reads_the_fleet_as_planned(checkout: Path, machine: str) -> Non
     assert not run.returncode, run.stderr
     services = json.loads(run.stdout)["services"]
     replicas = parts[0].plan.replicas
+    planned = {f"vllm-{n}": render.planned_sizes(parts[0], one) for n, one in enumerate(replicas)}
+    assert Config.model_validate_json(run.stdout).planned == {name: one.model_dump() for name, one in planned.items()}
     assert {name for name in services if name.startswith("vllm-")} == {f"vllm-{n}" for n in range(len(replicas))}
     for number, one in enumerate(replicas):
         service = services[f"vllm-{number}"]
@@ -372,6 +387,84 @@ def test_compose_reads_the_fleet_as_planned(checkout: Path, machine: str) -> Non
     assert {"type": "bind", "target": "/etc/nginx/fleet"}.items() <= next(
         volume for volume in services["gateway"]["volumes"] if volume["target"] == "/etc/nginx/fleet"
     ).items()
+
+
+def test_a_fleet_over_several_hosts_is_written_a_folder_a_host(checkout: Path, lab: list[str | Path]) -> None:
+    run = plan("SmolLM2-135M-Instruct", *lab, root=checkout)
+    assert not run.returncode, run.stderr
+    assert "GPUs are numbered through. gpu-a: GPU 0; gpu-b: GPU 1;" in run.stdout
+    for number, name in enumerate("abcd"):
+        folder = checkout / "hosts" / f"gpu-{name}"
+        services = written(folder)
+        replicas = {service for service, what in services.items() if service.startswith("vllm-") and what}
+        assert replicas == {f"vllm-{number}"}, "a name that is unique over the fleet"
+        assert services.get("vllm-0", "reset") is None or number == 0
+        (devices,) = services[f"vllm-{number}"]["deploy"]["resources"]["reservations"]["devices"]
+        assert devices["device_ids"] == ["0"], "as it is called on its own host"
+        assert (folder / "fleet").exists() == ("gateway" in services) == (number == 0)
+    upstreams = (checkout / "hosts" / "gpu-a" / "fleet" / "default.conf").read_text().splitlines()
+    weights = [int(line.split("weight=")[1].split(";")[0]) for line in upstreams if line.startswith("upstream")]
+    assert len(weights) == 4
+    assert weights[0] < weights[1] == weights[2] == weights[3], "the 3060 gets less"
+    assert not (checkout / "docker-compose.override.yml").exists(), "this host has no part in it"
+
+    shutil.rmtree(checkout / "hosts" / "gpu-d")
+    run = plan("SmolLM2-135M-Instruct", *lab, "--gpus", "1", root=checkout)
+    assert not run.returncode, run.stderr
+    assert "hosts/gpu-c is left from another plan" in run.stderr
+    assert "hosts/gpu-b is left" not in run.stderr
+    services = written(checkout / "hosts" / "gpu-a")
+    assert services["vllm-0"] is services["vllm-1"] is None, "the gateway's host has no replica"
+    assert not (checkout / "hosts" / "gpu-d").exists(), "it has no part"
+
+    override = checkout / "hosts" / "gpu-b" / "docker-compose.override.yml"
+    override.write_text(override.read_text() + "# mine\n")
+    refused = plan("SmolLM2-135M-Instruct", *lab, root=checkout)
+    assert "hosts/gpu-b/docker-compose.override.yml was changed by hand" in refused.stderr
+
+
+def test_no_replica_lies_in_two_hosts(lab: list[str | Path]) -> None:
+    for model in ("Qwen2.5-32B-Instruct", "Llama-3.1-8B-Instruct"):
+        found = as_json(MODELS / model, *lab, "--dry-run")["models"][0]
+        assert {len(one["gpus"]) for one in found["replicas"]} == {1}
+        assert len({one["host"] for one in found["replicas"]}) == len(found["replicas"])
+    run = plan(MODELS / "Llama-3.1-8B-Instruct", *lab, "--tp", "2")
+    assert "--tp 2 needs 2 GPUs of one kind in one host, there are 1" in run.stderr
+    run = plan(MODELS / "Llama-3.3-70B-Instruct", *lab)
+    assert "NVIDIA GeForce RTX 3090 in one host instead of 1" in run.stderr
+
+
+def test_hosts_with_several_gpus_keep_their_groups_and_links() -> None:
+    one, two = (load_machine(MACHINES / f"{name}.json") for name in ("eight-h100", "two-h200"))
+    host = join({"big": one, "small": two})
+    parts = command.plan_all(host, str(MODELS / "Llama-3.3-70B-Instruct"), [], None, Wish(tp=2, pp=1))
+    groups = [{gpu.index for gpu in replica.gpus} for replica in parts[0].plan.replicas]
+    assert {8, 9} in groups
+    assert len(groups) == 5
+    assert all(len({host.hosts[index] for index in group}) == 1 for group in groups)
+    assert all(replica.link and replica.link.kind == "nvlink" for replica in parts[0].plan.replicas)
+    found = yaml.safe_load(render.override_file(parts, ROOT / "docker-compose.yml", [8, 9]).replace("!", "#"))
+    assert set(found["x-planned"]) == {f"vllm-{groups.index({8, 9})}"}
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["gpu-a", "gpu-a"], "two hosts are called gpu-a"),
+        (["gpu-a", "laptop"], "laptop has no GPU"),
+        (["gpu-a", "one box"], "no host's name"),
+    ],
+)
+def test_hosts_that_make_no_fleet_are_told(tmp_path: Path, lab: list[str | Path], names: list[str], words: str) -> None:
+    shutil.copy(MACHINES / "laptop.json", tmp_path / "laptop.json")
+    shutil.copy(MACHINES / "two-h200.json", tmp_path / "one box.json")
+    options = [word for name in names for word in ("--machine", tmp_path / f"{name}.json")]
+    run = plan(MODELS / "Llama-3.1-8B-Instruct", *options)
+    assert run.returncode == 1
+    assert words in run.stderr
+    assert len(run.stderr.splitlines()) == 2
+    run = plan(MODELS / "Llama-3.1-8B-Instruct", *lab, "--record", tmp_path / "r.json")
+    assert "--record records one machine" in run.stderr
 
 
 def test_weights_reach_the_gateway() -> None:

@@ -88,6 +88,13 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         ({"MODEL": "models/tiny"}, r"MODEL=models/tiny will not do: .* MODEL=tiny: correct MODEL"),
         ({"MODEL": "./models/a/b"}, r"will not do: .* MODEL=a/b: "),
         ({"ROUTE_POLICY": "random"}, "ROUTE_POLICY=random will not do: .*'least_busy', 'round_robin' or 'session'"),
+        ({"GATEWAY_HOSTS": "*"}, r"GATEWAY_HOSTS=\* will not do: \* is no name without scheme and port"),
+        ({"GATEWAY_HOSTS": "a.example, b.example:80"}, r"b.example:80 is no name"),
+        ({"GATEWAY_HOSTS": "https://a.example"}, r"https://a.example is no name"),
+        ({"CORS_ORIGINS": "*"}, r"CORS_ORIGINS=\* will not do: \* is no origin"),
+        ({"CORS_ORIGINS": "https://a.example/"}, r"https://a.example/ is no origin as browsers write it"),
+        ({"CORS_ORIGINS": "http://a.example:80"}, r"http://a.example:80 is no origin"),
+        ({"CORS_ORIGINS": "a.example"}, r"a.example is no origin"),
         ({"IMAGES": "docker"}, "IMAGES=docker will not do: .*'auto', 'registry' or 'packages'"),
         ({"GPU": "yes"}, "GPU=yes will not do"),
     ],
@@ -95,6 +102,12 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
 def test_a_value_out_of_range_is_named(values: dict[str, str], message: str) -> None:
     with pytest.raises(Problem, match=message):
         settings.check(values)
+
+
+def test_names_and_origins_may_be_several_in_any_case() -> None:
+    settings.check(
+        {"GATEWAY_HOSTS": "LLM.example.com, gpu_box,[::1],", "CORS_ORIGINS": "https://A.example,http://[::1]:5173"}
+    )
 
 
 @pytest.mark.parametrize(

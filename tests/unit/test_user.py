@@ -43,7 +43,7 @@ def test_a_user_is_added_with_a_password_from_the_standard_input(secrets: Secret
     assert found.role == "admin"
     # with the first user comes what signs, so that the gateway can check tokens
     (own,) = json.loads(secrets.issuers.read_text())["issuers"]
-    assert own["algorithms"] == ["EdDSA"]
+    assert own["algorithms"] == ["ES256"]
     before = secrets.signing.read_bytes()
     assert make_user("add bob").exit_code == 0
     assert secrets.signing.read_bytes() == before
@@ -82,8 +82,9 @@ def test_the_environments_users_and_key_are_taken_once(secrets: Secrets, monkeyp
     access.take_environment()
     assert {path: path.read_bytes() for path in files} == files
     monkeypatch.setattr(settings, "with_users", lambda: values | {"JWT_KEY": "weak"})
-    with pytest.raises(Problem, match="JWT_KEY has 4 bytes"):
-        access.take_environment()
+    for look in (access.check_environment, access.take_environment):
+        with pytest.raises(Problem, match="JWT_KEY has 4 bytes"):
+            look()
     access.check_users()
 
 
@@ -96,13 +97,17 @@ def test_without_users_nothing_is_made_and_the_service_has_nothing_to_do(secrets
 
 def test_signing_keys_and_identity_providers_come_and_go(secrets: Secrets, tmp_path: Path) -> None:
     make_user("add alice")
-    assert make_user("signing-key --algorithm ES256 --overlap 0s").exit_code == 0
+    assert make_user("signing-key --algorithm RS256 --overlap 0s").exit_code == 0
     file = tmp_path / "jwks.json"
-    key = {name: value for name, value in new_jwk("RS256").items() if name in ("kty", "n", "e", "kid", "alg", "use")}
-    file.write_text(json.dumps({"keys": [key]}))
+    # as providers publish them: with members of their own, and keys for something else
+    key = new_jwk("RS256") | {"x5c": ["MII"], "issuer": "https://id.example"}
+    others = [new_jwk("ES256"), new_jwk("RS256") | {"use": "enc"}, {"kty": "RSA", "alg": "RS512"}, {"kty": "other"}, 7]
+    file.write_text(json.dumps({"keys": [*others, key]}))
     trust = "trust https://id.example --audience fleet --algorithm RS256"
     assert make_user(f"{trust} --keys {file}").exit_code == 0
     assert "https://id.example" in make_user("issuers").output
+    (_, provider) = TokenStore(secrets).issuers().issuers
+    assert provider.keys == [{name: key[name] for name in ("kty", "kid", "alg", "use", "n", "e")}]
     assert make_user(f"{trust} --keys https://id.example/keys --name-claim email").exit_code == 0
     (_, other) = TokenStore(secrets).issuers().issuers
     assert (other.keys, other.jwks_uri, other.name_claim) == ([], "https://id.example/keys", "email")
@@ -123,8 +128,9 @@ def test_signing_keys_and_identity_providers_come_and_go(secrets: Secrets, tmp_p
         ("signing-key --algorithm none", "", "Invalid value for '--algorithm'"),
         ("signing-key --overlap long", "", "'long' is no span of time"),
         ("trust x --audience a --algorithm RS256 --keys /dev/null", "", "/dev/null is no JWKS"),
+        ("trust x --audience a --algorithm rs256 --keys https://x/y", "", "algorithms[0]: Input should be 'HS256'"),
         ("trust x --audience a --algorithm RS256 --keys /nowhere/x", "", "/nowhere/x: No such file"),
-        ("trust x --audience a --algorithm RS256 --keys http://x/y", "", "jwks_uri: it has to be https"),
+        ("trust x --audience a --algorithm RS256 --keys http://x.example/y", "", "jwks_uri: it has to be https"),
         ("distrust x", "", "takes no tokens of x"),
     ],
 )
