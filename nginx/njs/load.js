@@ -7,6 +7,7 @@ import fleet from './fleet.js';
 
 const counters = ngx.shared.counters;
 
+const REQUEST = fleet.REQUEST;
 const ANSWER = 1000;         // characters of prompt that take a replica about as long as its part in one answer
 // How many requests a replica may have beyond the one with fewest, or how many times the mean of the others, whichever is
 // more, before all that comes goes elsewhere: affinity overloads nobody.
@@ -20,19 +21,22 @@ function loads(list) {
     let fewest = Infinity;
     let sum = 0;
     for (let i = 0; i < count; i++) {
-        const { name, weight } = list[i];
-        const number = fleet.number(name);
-        const one = busy[i] = Math.floor(number / fleet.REQUEST) / weight;
-        todo[i] = ANSWER * one + number % fleet.REQUEST / weight;
+        const replica = list[i];
+        const number = fleet.number(replica.name);
+        const requests = Math.floor(number / REQUEST);
+        const one = requests / replica.weight;
+        busy.push(one);
+        todo.push((ANSWER * requests + number - REQUEST * requests) / replica.weight);
         sum += one;
         if (one < fewest) {
             fewest = one;
         }
     }
+    // Held against the others: of a mean with itself, one of two never has twice as much.
+    const most = count > 1 ? fewest + MOST[0] : Infinity;
     let least = Infinity;
     for (let i = 0; i < count; i++) {
-        // Held against the others: of a mean with itself, one of two never has twice as much.
-        if (count > 1 && busy[i] > Math.max(fewest + MOST[0], MOST[1] * (sum - busy[i]) / (count - 1))) {
+        if (busy[i] > most && busy[i] > MOST[1] * (sum - busy[i]) / (count - 1)) {
             todo[i] = Infinity;
         } else if (todo[i] < least) {
             least = todo[i];
