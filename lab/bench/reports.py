@@ -45,12 +45,13 @@ in this run.
 TRACE = """# A trace
 
 Written by `make bench ARGS='--parts trace'`. {replicas} simulated replicas (`{shape}`;
-lab/sim/engine.py has their model of time), new ones and a new gateway for each row. {seconds:.0f} s of requests, {rate:.0f} a second;
-those due in the first third only warm up.
+lab/sim/engine.py has their model of time), new ones and a new gateway for each row. {seconds:.0f} s of requests,
+{rate:.0f} a second; those due in the first third only warm up.
 
-The requests have the shape of Mooncake's published trace of conversations: growing conversations that all have one system prompt,
-prompts of 900 to 30,000 tokens, bursts of ten at once, give or take five. They come when they are due, however busy the
-replicas are. lab/bench/workloads.py has the quantiles, and what differs: pauses are a twentieth and answers three tenths as long.
+The requests have the shape of Mooncake's published trace of conversations: conversations that grow and all have one
+system prompt, prompts of 900 to 30,000 tokens, bursts of ten at once, give or take five. They come when they are due,
+however busy the replicas are. lab/bench/workloads.py has the quantiles. Two things differ: the pauses within a
+conversation are a twentieth as long, and the answers three tenths.
 """
 
 MEMORY = """# The gateway's memory
