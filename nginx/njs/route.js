@@ -43,13 +43,13 @@ function alike(table) {
 
 // `chosen` is what the log phase needs; it is nearer there than the variables are. `work`: the characters of its prompt that
 // the replica has to compute.
-function send(r, replica, model, reason, work) {
+function send(r, replica, model, reason, work, stream) {
     const name = replica.name;
     const variables = r.variables;
     variables.replica = name;
     variables.reason = reason;
     variables.work = work;
-    r.chosen = { replica: name, model, reason, work };
+    r.chosen = { replica: name, model, reason, work, stream };
     fleet.enter(name, work);
 }
 
@@ -150,7 +150,7 @@ async function choose(r) {
         }
         if (list[0].state === 'ready') {
             const [replica, reason, work] = policy(list, asked, table.canary);
-            send(r, replica, name, reason, work);
+            send(r, replica, name, reason, work, asked.body.stream);
         } else {
             send(r, load.leastBusy(list), name, 'fallback', 0);
         }

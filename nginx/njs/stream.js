@@ -31,11 +31,12 @@ function end(bytes) {
     return 0;
 }
 
-// js_header_filter. A stream's header comes with its first token, so the replica has computed the prompt. Nginx' own page about
+// js_header_filter. A stream's header comes with its first token, so the replica has computed the prompt; a
+// whole answer's comes with its end. Nginx' own page about
 // a body that it could not read is the only 400 that neither a replica nor njs gave.
 function begin(r) {
     const chosen = r.chosen;
-    if (chosen && chosen.work) {
+    if (chosen && chosen.stream && chosen.work) {
         fleet.begun(chosen.replica, chosen.work);
         chosen.work = 0;
     }
