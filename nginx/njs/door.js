@@ -1,5 +1,6 @@
-// Who comes as far as to be asked for a key. While there are none: programs, and of pages in browsers only those that a setting names. A page cannot
-// hide where it comes from: a browser sends the page's origin with every POST, and the name that it took for an address.
+// Who comes as far as to be asked for a key. While there are none: programs, and of pages in browsers only those that a setting
+// names. A page cannot hide where it comes from: a browser sends the page's origin with every POST, and the name that it took
+// for an address.
 
 import answers from './answers.js';
 import keys from './keys.js';

@@ -21,6 +21,9 @@ const END_USER = /^[!-~]{1,128}$/;
 const FILES = ['keys.json', 'tokens.json'];
 const LARGEST = 1 << 22;   // bytes of a file
 const MOST = 10000;        // keys
+const LATER = 300000;      // ms between two looks at an issuer's keys …
+const SOON = 15000;        // … if a token came with a key that is not known
+const JWKS = 1 << 16;      // bytes of them
 const HASHES = 8;          // of one key
 const MODELS = 256;        // of one key
 const PRIORITY = 1000;
@@ -175,6 +178,40 @@ function refresh() {
     fleet.put('keys', 'state', state());
 }
 
+// Gets the keys of outside issuers from their addresses: every five minutes, and sooner for a token whose key is not known yet.
+// An address that fails keeps what it gave before.
+async function fetchKeys() {
+    for (const { jwks_uri: uri } of issuers()) {
+        const now = fleet.clock();
+        const last = shared.get(`asked:${uri}`);
+        const wait = shared.has(`want:${uri}`) ? SOON : LATER;
+        if (!uri || last !== undefined && now - Number(last) < wait) {
+            continue;
+        }
+        fleet.put('keys', `asked:${uri}`, String(now));
+        shared.delete(`want:${uri}`);
+        try {
+            const answer = await ngx.fetch(uri, { max_response_body_size: JWKS });
+            must(answer.status === 200, `it answers ${answer.status}`);
+            fleet.put('keys', `jwks:${uri}`, JSON.stringify(tokens.keySet(await answer.text())));
+        } catch (e) {
+            metrics.broken('jwks');
+            ngx.log(ngx.ERR, `the keys at ${uri} are not taken: ${e instanceof SyntaxError ? 'they are not JSON' : e.message}`);
+        }
+    }
+}
+
+// The issuers in force, with the keys that came from their addresses.
+function issuers() {
+    const found = JSON.parse(shared.get('issuers') || '[]');
+    for (const issuer of found) {
+        if (issuer.jwks_uri) {
+            issuer.keys = issuer.keys.concat(JSON.parse(shared.get(`jwks:${issuer.jwks_uri}`) || '[]'));
+        }
+    }
+    return found;
+}
+
 // Whether a key is asked for: `open` (no), `keys` (yes), `none` (yes, but there is none), `broken` (nobody can be let in).
 function state() {
     const count = FILES.map((name) => shared.get(`count:${name}`));
@@ -245,7 +282,10 @@ function holderOf(key) {
 
 // The holder of a JWT.
 async function bearer(token) {
-    const found = await tokens.verify(token, JSON.parse(shared.get('issuers') || '[]'), Date.now() / 1000);
+    const found = await tokens.verify(token, issuers(), Date.now() / 1000);
+    if (found.unknown) {
+        fleet.put('keys', `want:${found.unknown}`, '1');
+    }
     if (found.expired) {
         return refusal(401, 'expired_api_key', 'This token has expired.');
     }
@@ -318,4 +358,4 @@ async function admins(r, handle, open) {
     }
 }
 
-export default { parse, refresh, required, holderOf, caller, may, refuse, admins };
+export default { parse, refresh, fetchKeys, required, holderOf, caller, may, refuse, admins };

@@ -11,7 +11,7 @@ const STATES = ['ready', 'loading', 'wedged', 'draining', 'unreachable'];
 const CAUSES = { retry: ['connect', 'reset', 'timeout', 'failed', 'refused', 'draining'],
     refusal: ['full', 'none_ready', 'failed', 'unknown_model', 'closed', 'key', 'role', 'limit', 'quota', 'url', 'host', 'origin',
         'media', 'connection'] };
-const FILES = ['keys.json', 'tokens.json'];
+const FILES = ['keys.json', 'tokens.json', 'jwks'];
 const FIRST_BYTE = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
 const SERIES = 10000;   // of gateway_requests_total; with the longest names they take 6 MiB of the zone's 8
 const LONGEST = 256;    // characters of a model's name

@@ -3,8 +3,10 @@
 import base64
 import hmac
 import json
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -192,3 +194,36 @@ def test_a_wrong_file_changes_nothing(gateway: Gateway, text: str) -> None:
     gateway.write_secret("tokens.json", text)
     until(lambda: gateway.log().count("secrets/tokens.json is not taken") > before, "a complaint", 4)
     assert ask(gateway, GOOD["HS256"]).status_code == 200
+
+
+def test_keys_come_from_an_issuers_address(gateway: Gateway) -> None:
+    """A later one too; keys of other kinds are passed over, and a failing address keeps what it gave."""
+    served: dict[str, Any] = {
+        "status": 200,
+        "keys": [EC_JWK, {"kty": "oct", "kid": "x", "k": b64(SECRET)}, {"kty": "new"}],
+    }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"keys": served["keys"]}).encode()
+            self.send_response(served["status"])
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/jwks"
+        gateway.write_secret("tokens.json", tokens_file(issuer("out", ["ES256", "RS256"], jwks_uri=address)))
+        first = jwt.encode(claims("out"), EC, "ES256", headers={"kid": "ec"})
+        later = jwt.encode(claims("out"), RSA, "RS256", headers={"kid": "rsa"})
+        until(lambda: ask(gateway, first).status_code == 200, "the key has come", 15)
+        assert ask(gateway, later).status_code == 401
+        assert ask(gateway, by_hand({"alg": "HS256", "kid": "x"}, claims("out"))).status_code == 401
+        served["keys"] = [EC_JWK, RSA_JWK]
+        until(lambda: ask(gateway, later).status_code == 200, "the new key has come", 30)
+        served["status"] = 500
+        assert ask(gateway, first).status_code == 200
+        server.shutdown()
