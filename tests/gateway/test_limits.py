@@ -14,7 +14,7 @@ from lab.sim.gateway import Gateway
 from lab.sim.replicas import Replicas
 from lab.waiting import until
 from stack.shell import ROOT
-from tests.gateway.conftest import chat
+from tests.gateway.conftest import chat, seen_by
 from tests.gateway.test_access import CHAT, bearer, entry, keys_file, new_key
 from tests.gateway.test_public import error_of
 
@@ -201,6 +201,26 @@ def test_the_largest_request_of_each_kind(keys: Keys, client: httpx.Client) -> N
         assert answer.status_code == status, (body, answer.text)
         if status != 200:
             assert error_of(answer)["code"] == "limit_exceeded"
+
+
+def test_a_key_goes_later_the_more_it_has_in_flight(keys: Keys, fleet: Replicas, client: httpx.Client) -> None:
+    """And in its lane, whatever the client says of its priority."""
+
+    def priority(text: str, key: str) -> int:
+        headers = {**bearer(key), "X-Vllm-Priority": "-5"}
+        assert client.post(CHAT, json=chat(text, priority=-5), headers=headers).status_code == 200
+        (seen,) = (request for sim in fleet for request in seen_by(sim, text))
+        return int(re.findall(r"(?im)^x-vllm-priority: (-?\d+)\r?$", seen["head"])[0])
+
+    flood, other, batch = keys.make(), keys.make(), keys.make(priority=10)
+    assert priority("alone", flood) == 1
+    with httpx.Client(base_url=keys.gateway.url) as more:
+        for _ in range(8):
+            body = chat("flood", stream=True, max_tokens=3000)
+            more.send(more.build_request("POST", CHAT, json=body, headers=bearer(flood)), stream=True)
+        assert priority("ninth", flood) == 9
+        assert priority("first", other) == 1
+        assert priority("a batch", batch) == 10_001
 
 
 def test_zero_is_zero(keys: Keys, client: httpx.Client) -> None:
