@@ -88,9 +88,6 @@ def draw(report: str) -> None:
         waits = {"p50": trace.column("TTFT p50"), "p90": trace.column("p90"), "p99": trace.column("p99")}
         series = {peer: [column[peer] for column in waits.values()] for peer in waits["p50"]}
         bars(DOCS / "trace-ttft.svg", "TTFT, ms", list(waits), series)
-    elif report == "gpu.md":
-        workloads("gpu-ttft.svg", "p90", "TTFT p90, ms")
-        workloads("gpu-tokens.svg", "tokens/s", "tokens/s")
     elif report == "memory.md":
         (samples,) = known.values()
         places = [float(row[0].replace(",", "")) for row in samples.rows]
@@ -142,5 +139,5 @@ def finish(figure: Figure, axes: Axes, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for report in ("overhead.md", "workloads.md", "trace.md", "memory.md", "gpu.md"):
+    for report in ("overhead.md", "workloads.md", "trace.md", "memory.md"):
         draw(report)

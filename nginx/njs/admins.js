@@ -40,7 +40,7 @@ async function own(r) {
     }
     answers.json(r, {
         object: 'usage', key: holder.name, role: holder.role, models: holder.models,
-        limits: limits.show(holder, r.variables.end_user, Date.now()), tokens,
+        limits: limits.show(holder, r.variables.end_user), tokens,
     });
 }
 

@@ -379,8 +379,9 @@ function settle(text, used, refused, began, seconds) {
 }
 
 // A holder's limits in force and what is used of them, for people.
-function show(holder, endUser, now) {
+function show(holder, endUser) {
     const found = {};
+    const now = Date.now();
     for (const party of partiesOf(holder, endUser)) {
         const shown = {};
         for (const name of Object.keys(party.limits)) {

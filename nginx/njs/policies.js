@@ -126,7 +126,8 @@ function remember(prompt, replica) {
     for (let i = Math.max(0, at); i <= end; i++) {
         // The end is set each time, so that what is in use stays.
         if (prompt.cuts[i] & prompts.KEPT && (i !== at || i === end)) {
-            prompts.keep(prompts.key(prompt, i), replica.id, prompt.holders[i] === undefined ? holders(prompt, i) : prompt.holders[i]);
+            const packed = prompt.holders[i] === undefined ? holders(prompt, i) : prompt.holders[i];
+            prompts.keep(prompts.key(prompt, i), replica.id, packed);
         }
     }
     metrics.blocks(at + 1, end - at);

@@ -42,7 +42,8 @@ function contentOf(message) {
     }
     let text = calls;
     for (const part of content) {
-        text += (part && typeof part.text === 'string' ? sample(part.text, 0, part.text.length) : hash(JSON.stringify(part) || '')) + '\n';
+        const said = part && part.text;
+        text += (typeof said === 'string' ? sample(said, 0, said.length) : hash(JSON.stringify(part) || '')) + '\n';
     }
     return text;
 }
@@ -75,9 +76,9 @@ function grow(prompt, text, said, before, early) {
 }
 
 // The cuts of a request's body, from the start of its prompt to the end, or null where it has no prompt that is cached:
-// {cuts, texts, keys, holders, at, more}. A cut is the length of all that comes before it, times four, plus what it is; its text is
-// what its key is made of; `more` is what a batch's other prompts add. Keys, holders and `at` are filled when a replica is chosen: the keys and holders that were looked up, and
-// which cut matched.
+// {cuts, texts, keys, holders, at, more}. A cut is the length of all that comes before it, times four, plus what it is; its text
+// is what its key is made of; `more` is what a batch's other prompts add. Keys, holders and `at` are filled when a replica is
+// chosen: the keys and holders that were looked up, and which cut matched.
 function cutsOf(body, model) {
     const cuts = [];
     const texts = [];
