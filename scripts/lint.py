@@ -68,7 +68,7 @@ def tool(name: str, *arguments: str) -> str:
 # is one of the listed paths where a replica is reached, $allowed_origin is one of those that a setting lists,
 # $token_service stands in nginx/host/, and those of limits hold numbers and durations.
 LIMITS = tuple(f'"${what}_{of}"' for what in ("limit", "remaining", "reset") for of in ("requests", "tokens"))
-KNOWN = ('"$replica"', '"$uri"', '"$allowed_origin"', '"$limit_', '"$remaining_', '"$reset_', '"$priority"')
+KNOWN = ('"$replica"', '"$uri"', '"$allowed_origin"', '"$token_service"', '"$priority"', *LIMITS)
 
 
 def gixy() -> str:
