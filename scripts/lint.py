@@ -65,8 +65,9 @@ def tool(name: str, *arguments: str) -> str:
 
 
 # Gixy doubts these variables, but no client decides what they hold. njs sets $replica to a name of nginx/fleet/, $uri
-# is one of the listed paths where a replica is reached, and $allowed_origin is one of those that a setting lists.
-KNOWN = ('"$replica"', '"$uri"', '"$allowed_origin"')
+# is one of the listed paths where a replica is reached, $allowed_origin is one of those that a setting lists, and
+# $token_service stands in nginx/host/.
+KNOWN = ('"$replica"', '"$uri"', '"$allowed_origin"', '"$token_service"')
 
 
 def gixy() -> str:

@@ -28,7 +28,7 @@ async function read(r) {
     const headers = r.headersIn;
     const type = headers['Content-Type'] || '';
     let body = {};
-    if (/^\s*multipart\//i.test(type)) {
+    if (type !== 'application/json' && /^\s*multipart\//i.test(type)) {
         body = await upload(await bytesOf(r), type);
     } else if (headers['Content-Length'] <= SHORT) {
         const text = await r.readRequestText() || '';
@@ -42,8 +42,10 @@ async function read(r) {
     }
     const session = headers['X-Session-Id'] || headers['X-Claude-Code-Session-Id'] || headers['Session-Id']   // Codex
         || headers['X-OpenWebUI-Chat-Id'] || (typeof body.prompt_cache_key === 'string' ? body.prompt_cache_key : '');
+    const uri = r.uri;
     // To count tokens is no work, and needs no cache.
-    return { model: typeof body.model === 'string' ? body.model : '', body: /tokenize$|\/count_tokens$/.test(r.uri) ? {} : body, session };
+    const counts = uri.endsWith('tokenize') || uri.endsWith('/count_tokens');
+    return { model: typeof body.model === 'string' ? body.model : '', body: counts ? {} : body, session };
 }
 
 async function bytesOf(r) {
