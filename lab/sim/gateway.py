@@ -180,6 +180,7 @@ class Gateway(Nginx):
             (r"listen 127\.0\.0\.1:8081\b", f"listen {self.host}:8081"),
             (r"resolver 127\.0\.0\.11\b", f"resolver {self._dns}"),
             (r"/tmp\b", self.tmp_seen),  # noqa: S108
+            (r"/var/cache/bodies\b", f"{self.tmp_seen}/bodies"),
         ]
         if modules := os.environ.get("NGINX_MODULES"):
             swaps.append((r"/usr/lib/nginx/modules\b", modules))

@@ -247,14 +247,18 @@ function unreachable(name) {
     publish();
 }
 
+// Adds to a count of all workers, which is given, and to this worker's part of it.
+function count(name, more) {
+    load.incr(name + worker, more, 0);
+    return load.incr(name, more, 0);
+}
+
 function enter(name) {
-    load.incr(name, 1, 0);
-    load.incr(name + worker, 1, 0);
+    count(name, 1);
 }
 
 function leave(name) {
-    load.incr(name, -1, 0);
-    load.incr(name + worker, -1, 0);
+    count(name, -1);
 }
 
 // A replica answered a request: counts its answers of 5xx in a row. Those of 4xx are the client's matter.
@@ -300,6 +304,6 @@ function forgetDeadWorkers() {
 }
 
 export default {
-    ALL, ZONES, read, parse, get, set, put, lost, record, publish, table, serving, learn, card, clock, started, unreachable, enter,
+    ALL, ZONES, read, parse, get, set, put, lost, record, publish, table, serving, learn, card, clock, started, unreachable, count, enter,
     leave, answered, failures, inFlight, work, addWork, ageWork, forgetDeadWorkers,
 };

@@ -8,7 +8,7 @@ const counters = ngx.shared.counters;
 
 const STATES = ['ready', 'loading', 'wedged', 'draining', 'unreachable'];
 const CAUSES = { retry: ['connect', 'reset', 'timeout', 'failed', 'refused'],
-    refusal: ['full', 'none_ready', 'failed', 'unknown_model', 'closed'] };
+    refusal: ['full', 'none_ready', 'failed', 'unknown_model', 'closed', 'bodies'] };
 const FIRST_BYTE = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
 const SERIES = 10000;   // of gateway_requests_total; with the longest names they take 6 MiB of the zone's 8
 const LONGEST = 256;    // characters of a model's name
@@ -186,6 +186,10 @@ function text() {
     out += head('gateway_refusals_total', 'counter', 'Requests that the gateway itself refused.');
     for (const cause of CAUSES.refusal) {
         out += line('gateway_refusals_total', { cause }, count('refusal', cause));
+    }
+    out += head('gateway_body_bytes', 'gauge', 'Bytes of requests\' bodies that lie in the gateway, by where.');
+    for (const place of ['memory', 'disk']) {
+        out += line('gateway_body_bytes', { place }, fleet.inFlight(`body:${place}`));
     }
     out += head('gateway_prefix_blocks_total', 'counter', 'Cuts of prompts that the chosen replica had been sent before.');
     for (const result of ['matched', 'missed']) {

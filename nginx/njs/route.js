@@ -2,6 +2,7 @@
 
 import answers from './answers.js';
 import body from './body.js';
+import budget from './budget.js';
 import fleet from './fleet.js';
 import load from './load.js';
 import metrics from './metrics.js';
@@ -9,7 +10,7 @@ import policies from './policies.js';
 import settings from './settings.js';
 
 const policy = policies[settings.policy];
-const TRIES = 9;       // Nginx allows ten internal redirects
+const TRIES = 7;       // Nginx allows ten internal redirects, and a long body takes two
 const DELIVERED = 2;   // replicas that one request may break
 
 // ---- choosing
@@ -90,39 +91,72 @@ async function choose(r) {
             refuse(r, 'closed', 401, 'no_keys', settings.closed);
             return;
         }
-        const asked = await body.read(r);
-        const model = asked.model;
-        const table = fleet.table();
-        const known = fleet.serving(table, model);
-        if (model && !known && Object.keys(table.models).length) {
-            refuseModel(r, table, model);
-            return;
-        }
-        if (!model && !alike(table)) {
-            refuse(r, 'unknown_model', 400, 'model_required', `No model could be read from this request. Name one of: ${
-                Object.keys(table.models).join(', ')}.`, 'model');
-            return;
-        }
-        // Most requests find the same replicas: those of a model are listed once for each table.
-        const name = known ? model : '';
-        const list = table.lists[name] || (table.lists[name] = candidates(table, known, null));
-        if (!list.length) {
-            refuseNone(r, table);
-            return;
-        }
-        if (known) {
-            r.variables.model = model;
-        }
-        if (list[0].state === 'ready') {
-            const [replica, reason] = policy(list, asked, table.canary);
-            send(r, replica, name, reason);
+        const place = budget.take(r);
+        if (place === 'memory') {
+            await pick(r);
+        } else if (place === 'disk') {
+            r.internalRedirect('@long');
         } else {
-            send(r, load.leastBusy(list), name, 'fallback');
+            refuse(r, 'bodies', 429, 'bodies_full', 'Too many bytes of other requests are on their way. Try again later.');
         }
     } catch (e) {
-        ngx.log(ngx.ERR, `choosing: ${e.message} ${e.stack}`);
-        refuse(r, 'none_ready', 503, 'gateway_error', 'The gateway could not choose a replica.');
+        undecided(r, e);
     }
+}
+
+// js_content of @long: Nginx has read the body by now, and left it in its file.
+async function long(r) {
+    try {
+        if (await pick(r)) {
+            r.internalRedirect('@chosen');
+        }
+    } catch (e) {
+        undecided(r, e);
+    }
+}
+
+function undecided(r, e) {
+    ngx.log(ngx.ERR, `choosing: ${e.message} ${e.stack}`);
+    refuse(r, 'none_ready', 503, 'gateway_error', 'The gateway could not choose a replica.');
+}
+
+// Chooses a replica by what the body says, or refuses; says whether it chose.
+async function pick(r) {
+    const asked = await body.read(r);
+    const model = asked.model;
+    const table = fleet.table();
+    const known = fleet.serving(table, model);
+    if (asked.unreadable) {
+        refuse(r, 'unknown_model', 400, 'model_unreadable', `The model of this upload can't be read for certain, because of ${
+            asked.unreadable}.`, 'model');
+        return false;
+    }
+    if (model && !known && Object.keys(table.models).length) {
+        refuseModel(r, table, model);
+        return false;
+    }
+    if (!model && !alike(table)) {
+        refuse(r, 'unknown_model', 400, 'model_required', `No model could be read from this request. Name one of: ${
+            Object.keys(table.models).join(', ')}.`, 'model');
+        return false;
+    }
+    // Most requests find the same replicas: those of a model are listed once for each table.
+    const name = known ? model : '';
+    const list = table.lists[name] || (table.lists[name] = candidates(table, known, null));
+    if (!list.length) {
+        refuseNone(r, table);
+        return false;
+    }
+    if (known) {
+        r.variables.model = model;
+    }
+    if (list[0].state === 'ready') {
+        const [replica, reason] = policy(list, asked, table.canary);
+        send(r, replica, name, reason);
+    } else {
+        send(r, load.leastBusy(list), name, 'fallback');
+    }
+    return true;
 }
 
 // What the last try added to one of $upstream_…: '0.001', or '-' where it never came so far.
@@ -188,6 +222,7 @@ function retry(r) {
 // $done, in the log phase: counts the request out, however it ended. Always logs.
 function done(r) {
     const variables = r.variables;
+    budget.release(r);
     let chosen = r.chosen;
     // An error page in place of a replica's own answer (408, 413) has lost it; the variables stay.
     if (!chosen && variables.replica) {
@@ -225,4 +260,4 @@ function models(r) {
     }
 }
 
-export default { choose, retry, done, models };
+export default { choose, long, retry, done, models };

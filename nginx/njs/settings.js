@@ -9,6 +9,10 @@ function list(name) {
     return (process.env[name] || '').split(',').map((entry) => entry.trim().toLowerCase()).filter((entry) => entry);
 }
 
+// MiB of disk for bodies; one of the largest must fit.
+const bodies = process.env.GATEWAY_BODIES_MB || '1024';
+const fits = /^\d{1,9}$/.test(bodies) && bodies >= 64;
+
 // an IPv6 address in brackets, as Compose wants it
 const address = process.env.BIND_ADDRESS || '127.0.0.1';
 
@@ -21,5 +25,8 @@ export default {
     hosts: list('GATEWAY_HOSTS'),
     // Origins, as browsers write them, whose pages may use the gateway.
     origins: list('CORS_ORIGINS'),
-    complaint: names.includes(policy) ? '' : `ROUTE_POLICY=${policy} is none of ${names.join(', ')}; ${names[0]} is used`,
+    // Bytes on disk that bodies may take.
+    bodies: (fits ? Number(bodies) : 1024) * 1024 * 1024,
+    complaint: !names.includes(policy) ? `ROUTE_POLICY=${policy} is none of ${names.join(', ')}; ${names[0]} is used`
+        : fits ? '' : `GATEWAY_BODIES_MB=${bodies} is no number of MiB from 64 on; 1024 is used`,
 };

@@ -5,6 +5,7 @@
 // Only whole events are passed on, so that the error does not end up inside one that was cut.
 
 import answers from './answers.js';
+import budget from './budget.js';
 import metrics from './metrics.js';
 
 const NEWLINE = 10;
@@ -31,6 +32,7 @@ function end(bytes) {
 
 // js_header_filter. Nginx' own page about a body that it could not read is the only 400 that neither a replica nor njs gave.
 function begin(r) {
+    budget.begun(r);
     if (r.status === 400 && r.variables.upstream_status === undefined && !r.answered) {
         r.unread = true;
         r.headersOut['Content-Type'] = 'application/json';

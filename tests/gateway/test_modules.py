@@ -145,7 +145,7 @@ def test_a_long_body_keeps_its_session_and_where_its_prompt_begins(call: Call) -
     }
     found = call("body", "read", "application/json", base64.b64encode(json.dumps(long).encode()).decode())
     assert (found["model"], found["session"]) == ("m", "k")
-    assert found["body"]["prompt"].startswith(' [1] [{"content": "zzz')
+    assert found["body"]["prompt"].startswith('[1][{"content": "zzz')
 
 
 UPLOAD = "multipart/form-data; boundary=b"
@@ -410,4 +410,11 @@ def test_what_is_no_stream_is_left_alone(call: Call) -> None:
 
 
 def test_settings_have_safe_defaults(call: Call) -> None:
-    assert call("settings") == {"policy": "prefix", "closed": "", "hosts": [], "origins": [], "complaint": ""}
+    assert call("settings") == {
+        "policy": "prefix",
+        "closed": "",
+        "hosts": [],
+        "origins": [],
+        "bodies": 1 << 30,
+        "complaint": "",
+    }
