@@ -48,6 +48,7 @@ class Settings(BaseModel):
     )
     gateway_auth: Literal["off"] | None = Field(None, alias="GATEWAY_AUTH")
     route_policy: Literal["prefix", "least_busy", "round_robin", "session"] | None = Field(None, alias="ROUTE_POLICY")
+    gateway_bodies_mb: int = Field(1024, alias="GATEWAY_BODIES_MB", ge=64, lt=10**9)
     images: Literal["auto", "registry", "packages"] = Field("auto", alias="IMAGES")
     gpu: Literal["auto", "on", "off"] = Field("auto", alias="GPU")
 

@@ -88,6 +88,7 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         ({"MODEL": "models/tiny"}, r"MODEL=models/tiny will not do: .* MODEL=tiny: correct MODEL"),
         ({"MODEL": "./models/a/b"}, r"will not do: .* MODEL=a/b: "),
         ({"ROUTE_POLICY": "random"}, "ROUTE_POLICY=random will not do: .*'least_busy', 'round_robin' or 'session'"),
+        ({"GATEWAY_BODIES_MB": "63"}, "GATEWAY_BODIES_MB=63 will not do"),
         ({"IMAGES": "docker"}, "IMAGES=docker will not do: .*'auto', 'registry' or 'packages'"),
         ({"GPU": "yes"}, "GPU=yes will not do"),
     ],
