@@ -5,9 +5,8 @@ const WINDOW = 1 << 16;   // bytes searched at a time
 const PARTS = 2000;       // at most: the replica takes a thousand fields and a thousand files
 const HEAD = 4096;        // bytes, at most, of a part's headers
 const VALUE = 4096;       // bytes, at most, of a model's name
-const BLANK = 64;         // line ends, at most, before the first part
 
-const TOKEN = "[!#$%&'+.^_`|~0-9A-Za-z-]+";   // no *: nobody needs RFC 2231 here
+const TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+";
 const QUOTED = String.raw`"(?:[^"\\]|\\"|\\(?!"))*"`;
 const PARAMETER = new RegExp(String.raw`;[ \t]*(${TOKEN})=(${QUOTED}|[^\s;"\\<>]+)[ \t]*`, 'g');
 const PARAMETERS = new RegExp(String.raw`^[ \t]*${TOKEN}(?:/${TOKEN})?[ \t]*(?:${PARAMETER.source})*;?[ \t]*$`);
@@ -21,7 +20,8 @@ function parameters(value) {
     const found = Object.create(null);
     for (const [, key, text] of value.matchAll(PARAMETER)) {
         const name = key.toLowerCase();
-        if (name in found) {
+        // RFC 2231 has other ways to write a value, name*=…, which some versions read; of these .NET uses one, for the file.
+        if (name in found || name.includes('*') && name !== 'filename*') {
             return null;
         }
         found[name] = text[0] === '"' ? text.slice(1, -1) : text;
@@ -56,10 +56,10 @@ async function fields(body, type, turn) {
     }
     const delimiter = `\r\n--${boundary}`;
     const text = (from, length) => String(Buffer.from(body.bytes(from, from + length)));
-    const start = text(0, BLANK + delimiter.length);
-    const blank = /^[\r\n]*/.exec(start)[0].length;
-    if (!start.slice(blank).startsWith(delimiter.slice(2))) {
-        return blank < BLANK ? {} : { unreadable: 'what comes before its first part' };
+    const start = text(0, delimiter.length + 2);
+    const blank = /^(\r\n){0,2}/.exec(start)[0].length;
+    if (!text(blank, delimiter.length).startsWith(delimiter.slice(2))) {
+        return /^[\r\n]/.test(start) ? { unreadable: 'what comes before its first part' } : {};
     }
     const found = {};
     let at = blank + delimiter.length - 2;
@@ -79,10 +79,18 @@ async function fields(body, type, turn) {
         if (at < 0) {
             break;
         }
-        if (named.name === 'model') {
-            found.model = named.filename === undefined && at - begin <= VALUE ? text(begin, at - begin) : '';
+        if (named.name === 'model' && named.filename === undefined) {
+            found.model = at - begin <= VALUE ? text(begin, at - begin) : '';
+            if (named['filename*'] !== undefined || found.model.includes('\uFFFD')) {
+                return { unreadable: 'how it writes the model' };
+            }
+        } else if (named.name === 'model') {
+            found.model = '';
         }
         at += delimiter.length;
+        if (/[ \t]/.test(text(at, 1))) {
+            return { unreadable: 'blanks after a boundary' };
+        }
     }
     return found;
 }
@@ -97,7 +105,7 @@ async function next(body, delimiter, from, turn) {
         const bytes = Buffer.from(body.bytes(at, at + WINDOW + delimiter.length + 1));
         for (let i = bytes.indexOf(delimiter); i >= 0 && i < WINDOW; i = bytes.indexOf(delimiter, i + 1)) {
             const after = String(bytes.subarray(i + delimiter.length, i + delimiter.length + 2));
-            if (after === '\r\n' || after === '--') {
+            if (after === '\r\n' || after === '--' || /^[ \t]/.test(after)) {
                 return at + i;
             }
             if (turn.over()) {
