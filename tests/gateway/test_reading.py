@@ -26,7 +26,7 @@ MANY = "MANY"
 
 
 def written_out(text: str, long: int, many: int = 0) -> str:
-    """The text with `long` letters for each LONG and `many` empty objects for each MANY; at most five million letters."""
+    """The text with `long` letters for each LONG (fewer if there are many) and `many` empty objects for each MANY."""
     count = text.count(LONG) + 1
     return text.replace(LONG, "y" * (long if count < 4 else long % 70_000)).replace(MANY, "{}," * many)
 
@@ -175,6 +175,8 @@ PART = st.builds(
 )
 
 
+# Starlette does not close the file of a part that never ends.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(["--b\r\n"] * 8 + ["\r\n--b\r\n", "x--b\r\n", "\r\nx--b\r\n", "--b \r\n", "--b--\r\n"]),
@@ -199,7 +201,7 @@ def test_the_model_of_an_upload_is_what_the_replica_reads(
 )
 def test_what_clients_write_is_never_unreadable(read: Read, head: str) -> None:
     parts = [
-        'Content-Disposition: form-data; name="file"; filename="a \\"b\\" é.wav"\r\nContent-Type: audio/wav\r\n\r\nLONG',
+        'Content-Disposition: form-data; name="file"; filename="a \\"b\\" é.wav"\r\nContent-Type: a/wav\r\n\r\nLONG',
         "Content-Disposition: form-data; name=file; filename=a.wav; filename*=utf-8''a.wav\r\n\r\nLONG",
         f"{head}\r\n\r\nwhisper",
     ]
