@@ -54,9 +54,7 @@ function parse(text) {
 async function look(r, type) {
     const file = r.variables.request_body_file;
     const body = file ? bytes.inFile(file) : bytes.inMemory(new Uint8Array(await r.readRequestArrayBuffer() || 0));
-    if (file) {
-        budget.settle(r, body.size);
-    }
+    budget.settle(r, body.size);
     const turn = bytes.turns();
     try {
         return /^\s*multipart\//i.test(type) ? await upload.fields(body, type, turn) : await scan(body, turn);

@@ -13,10 +13,9 @@ const LARGEST = 64 << 20;    // bytes: client_max_body_size, and what a body wit
 
 // Takes room for a body that is yet to be read. Gives where it will lie, '' where there is no room.
 function take(r) {
-    const headers = r.headersIn;
-    const length = headers['Content-Length'] === undefined
-        ? headers['Transfer-Encoding'] === undefined && r.httpVersion < '2' ? 0 : LARGEST
-        : Number(headers['Content-Length']);
+    const said = r.headersIn['Content-Length'];
+    const length = said !== undefined ? Number(said)
+        : r.headersIn['Transfer-Encoding'] === undefined && r.httpVersion < '2' ? 0 : LARGEST;
     if (length <= BUFFER && hold(r, 'memory', length, MEMORY)) {
         return 'memory';
     }
@@ -24,36 +23,45 @@ function take(r) {
 }
 
 function hold(r, place, bytes, most) {
-    if (fleet.count(`body:${place}`, bytes) > most) {
-        fleet.count(`body:${place}`, -bytes);
+    const key = 'body:' + place;
+    if (fleet.count(key, bytes) > most) {
+        fleet.count(key, -bytes);
         return false;
     }
-    r.variables.body = `${place} ${bytes}`;
+    r.variables.body = place + ' ' + bytes;
     return true;
 }
 
 // The body is there, and so long.
 function settle(r, length) {
-    const [place, bytes] = r.variables.body.split(' ');
-    fleet.count(`body:${place}`, length - bytes);
-    r.variables.body = `${place} ${length}`;
+    const [place, bytes] = (r.variables.body || '').split(' ');
+    if (bytes && Number(bytes) !== length) {
+        fleet.count(`body:${place}`, length - bytes);
+        r.variables.body = `${place} ${length}`;
+    }
 }
 
 // The answer begins.
 function begun(r) {
-    if ((r.variables.body || '').startsWith('disk')) {
-        release(r);
+    const variables = r.variables;
+    const held = variables.body;
+    if (held && held[0] === 'd') {
+        free(held);
+        variables.body = '';
     }
 }
 
 // The request is over.
-function release(r) {
+function over(r) {
     const held = r.variables.body;
     if (held) {
-        const [place, bytes] = held.split(' ');
-        fleet.count(`body:${place}`, -bytes);
-        r.variables.body = '';
+        free(held);
     }
 }
 
-export default { take, settle, begun, release };
+function free(held) {
+    const at = held.indexOf(' ');
+    fleet.count('body:' + held.slice(0, at), -held.slice(at));
+}
+
+export default { take, settle, begun, over };

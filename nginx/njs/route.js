@@ -222,7 +222,7 @@ function retry(r) {
 // $done, in the log phase: counts the request out, however it ended. Always logs.
 function done(r) {
     const variables = r.variables;
-    budget.release(r);
+    budget.over(r);
     let chosen = r.chosen;
     // An error page in place of a replica's own answer (408, 413) has lost it; the variables stay.
     if (!chosen && variables.replica) {

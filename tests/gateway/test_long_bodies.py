@@ -173,7 +173,9 @@ def test_who_comes_when_there_is_no_room_is_refused_before_the_body_is_read(smal
     assert held(small, "memory") == held(small, "disk") == 0
 
 
-def test_a_body_of_unknown_length_takes_the_room_of_the_longest_until_it_is_there(small: Gateway) -> None:
+def test_a_body_of_unknown_length_takes_the_room_of_the_longest_until_it_is_there(
+    small: Gateway, replicas: Replicas
+) -> None:
     body = json.dumps(chat("hi")).encode()
     chunk = f"{len(body):x}\r\n".encode() + body + b"\r\n"
     with begun(small, "Transfer-Encoding: chunked", chunk) as connection:
@@ -181,7 +183,12 @@ def test_a_body_of_unknown_length_takes_the_room_of_the_longest_until_it_is_ther
         assert httpx.post(small.url + PATH, content=iter([body])).status_code == 429
         connection.sendall(b"0\r\n\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
-    assert httpx.post(small.url + PATH, content=iter([body])).status_code == 200
+    for sim in replicas:
+        sim.fault(slow=20.0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(httpx.post, small.url + PATH, content=iter([body]), timeout=30)
+        until(lambda: held(small, "disk") == len(body), "the body takes what it is long")
+        assert waiting.result().status_code == 200
     assert held(small, "disk") == 0
 
 
