@@ -428,7 +428,7 @@ FLEET = Dashboard(
                 by("replica, cause", rate("gateway_retries_total", GATEWAY)),
                 "Tries a second that failed on a replica before the first byte and went on to the next. connect: no"
                 " connection; reset: it broke; timeout: no answer in time; failed: the engine broke; refused: the"
-                " replica was full.",
+                " replica was full; draining: it was being stopped.",
             ),
             Panel(
                 "Refusals",
@@ -436,7 +436,7 @@ FLEET = Dashboard(
                 by("cause", rate("gateway_refusals_total", GATEWAY_ALL)),
                 "Requests a second that the gateway itself refused. full: every replica refused; failed: two broke on"
                 " it; none_ready: no replica was ready; unknown_model: nobody serves it; closed: published without"
-                " keys.",
+                " keys; host, origin, media, connection: a browser's page, or a request that is none of ours.",
             ),
             Panel(
                 "Probes",
@@ -452,7 +452,7 @@ FLEET = Dashboard(
                 "short",
                 [Query('up{job=~"replicas|gateway|prometheus"}', "{{job}} {{instance}}")],
                 "1 while Prometheus can read the target. At 0, the panels above show nothing for it.",
-                width=12,
+                width=8,
                 ceiling=1,
             ),
             Panel(
@@ -460,7 +460,15 @@ FLEET = Dashboard(
                 "short",
                 [Query('prometheus_tsdb_head_series{job="prometheus"}', "series")],
                 "Time series in Prometheus' memory. They grow with the replicas and should not grow with the requests.",
-                width=12,
+                width=8,
+            ),
+            Panel(
+                "Writes lost",
+                "short",
+                by("zone", f"increase(gateway_writes_lost_total{{{GATEWAY_ALL}}}[$__rate_interval])"),
+                "Writes of the gateway that found no room in a zone of its memory. Above 0, what it knows of replicas,"
+                " models or counts has gaps: make that zone larger in nginx/conf.d/njs.conf.",
+                width=8,
             ),
         ],
     },

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Self
+from urllib.error import HTTPError
 
 from lab.http import get
 from lab.waiting import until
@@ -43,6 +45,11 @@ class Stack:
         try:
             url, prometheus_url = published("gateway", 80), published("prometheus", 9090)
             model = json.loads(get(f"{url}/v1/models"))["data"][0]["id"]
+        except HTTPError as why:
+            if why.code == HTTPStatus.UNAUTHORIZED:
+                fix = "The tests and the lab want one that asks nobody: GATEWAY_AUTH=off in .env, then `make up`."
+                raise StackError(f"the stack asks for keys. {fix}") from why
+            raise StackError(f"the gateway answered {why.code}. See `make status`.") from why
         except (StackError, OSError, ValueError, LookupError) as why:
             raise StackError(f"no stack answers here: {why}. Start it with `make up`.") from why
         return cls(url, prometheus_url, model)

@@ -23,7 +23,7 @@ from rich.markup import escape
 
 from models.hub import without_password
 from models.served import of_fleet
-from stack.compose import Compose, Config, running_gpu_file
+from stack.compose import Compose, Config, running_files
 from stack.console import Problem, console, one_line_for_mistakes, step
 from stack.images import RECIPE_LABEL, builds_of, label_of, present, recipe
 from stack.settings import value_of
@@ -62,7 +62,7 @@ def main(
 ) -> None:
     """Pack images, models, pins and docs in one archive for a host without a network."""
     with one_line_for_mistakes():
-        config = Compose(gpu=running_gpu_file()).config()
+        config = Compose(*running_files()).config()
         images = _images(config)
         folders = [_model(name) for name in model] if model else [ROOT / "models"]
         _check_served(of_fleet(config), folders, chosen=bool(model))
@@ -222,8 +222,10 @@ def _checkout() -> list[str]:
                 f"the files of {ROOT} cannot be listed: {done.stderr.strip() or 'git leaves them out'}",
                 "install git and run this again",
             )
+    # models are packed by themselves; of secrets/ only what keeps it out of git goes along
+    apart = ("models/", *(name for name in listed if name.startswith("secrets/") and not name.endswith(".gitignore")))
     planned = [name for name in ("docker-compose.override.yml", "fleet/default.conf") if (ROOT / name).exists()]
-    return [name for name in [*listed, *planned] if (ROOT / name).is_file() and not name.startswith("models/")]
+    return [name for name in [*listed, *planned] if (ROOT / name).is_file() and not name.startswith(apart)]
 
 
 def _settings(text: str) -> str:

@@ -15,7 +15,15 @@ from stack.console import console
 from stack.shell import ROOT, ask
 
 BIN = Path(sys.executable).parent  # where pip puts the linters
-COMPOSE_FILES = [["docker-compose.yml"], ["docker-compose.yml", "docker-compose.gpu.yml"]]
+COMPOSE_FILES = [
+    ["docker-compose.yml", *further]
+    for further in (
+        [],
+        ["docker-compose.gpu.yml"],
+        ["docker-compose.tls.yml"],
+        ["docker-compose.gpu.yml", "docker-compose.tls.yml"],
+    )
+]
 LIMIT_S = 300
 
 Command = list[str]

@@ -4,6 +4,7 @@
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 from math import ceil
@@ -14,17 +15,24 @@ import typer
 import yaml
 from rich.console import Console
 
+from planner import check as fleet_check
 from planner import choose, render, replica_processes
 from planner.choose import Plan, Wish
 from planner.config import load_model
-from planner.machine import Machine, load_machine
+from planner.machine import Hosts, Machine, join, load_machine
 from planner.model import Model
 from planner.nvml import read_machine
-from stack.console import Problem, one_line_for_mistakes
+from stack import settings
+from stack.compose import Compose, running_files
+from stack.console import Problem, console, one_line_for_mistakes
+from stack.docker import docker_version
+from stack.gateway import Gateway
 from stack.settings import ENV_FILE, read
 from stack.shell import ROOT
 
 PRESETS = ROOT / "presets"
+HOSTS = ROOT / "hosts"  # the parts of a fleet over several hosts
+HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 # A preset's settings that the planner decides too, by their names there and in Wish; those that are its alone.
 WISHED = {
     "MAX_MODEL_LEN": "context",
@@ -67,9 +75,10 @@ def _tokens(text: str) -> int:
 
 
 def main(
+    call: typer.Context,
     model: Annotated[
         str, typer.Argument(help="A folder under models/, a name on the hub, or a preset's name.", show_default=False)
-    ],
+    ] = "",
     also: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,9 +99,9 @@ def main(
         typer.Option(help="How to quantize while loading. Left out: only where 16 bits do not fit."),
     ] = None,
     kv_cache: Annotated[KvCache | None, typer.Option(help="KV cache in 16 bits (auto, the default) or in 8.")] = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="Exactly so many replicas.")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Exactly this tensor-parallel size.")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="Exactly so many pipeline stages.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, max=MOST_GPUS, help="Exactly so many replicas.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, max=MOST_GPUS, help="Exactly this tensor-parallel size.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, max=MOST_GPUS, help="Exactly so many pipeline stages.")] = None,
     trust_config: Annotated[
         bool, typer.Option("--trust-config", help="Plan without the keys of config.json that are not known.")
     ] = False,
@@ -102,13 +111,20 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
     machine: Annotated[
-        Path | None,
-        typer.Option(help="Plan for a recorded machine instead of this one; writes nothing.", show_default=False),
+        list[Path] | None,
+        typer.Option(
+            help="Plan for a recorded machine instead of this one; writes nothing. Given several times, plan one fleet"
+            " over these hosts and write each one's part under hosts/.",
+            show_default=False,
+        ),
     ] = None,
     record: Annotated[
         Path | None, typer.Option(help="Record this machine in a file, for --machine.", show_default=False)
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Write over files that a person changed.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Plan nothing: hold the running fleet against its plan.")
+    ] = False,
 ) -> None:
     """Plan the fleet: from GPUs and a model to replicas that fit."""
     wish = Wish(
@@ -122,6 +138,11 @@ def main(
         trust_config=trust_config,
     )
     with one_line_for_mistakes():
+        if check:
+            _check_running(_given(call) - {"check", "as_json"}, as_json)
+            return
+        if not model:
+            raise Problem("no model is named", "name one: make plan ARGS=MODEL, or ARGS=--help for all options")
         try:
             replicas_up = [] if machine else replica_processes.running_replicas()
             pids = replica_processes.processes(replicas_up)
@@ -130,7 +151,9 @@ def main(
                     "what the running replicas hold cannot be told and is left to them: make down first",
                     file=sys.stderr,
                 )
-            host = load_machine(machine) if machine else read_machine(pids)
+            host = _recorded(machine) if machine else read_machine(pids)
+            if record and isinstance(host, Hosts):
+                raise Problem("--record records one machine", "leave it out, or plan for one")
             if record:
                 record.write_text(host.model_dump_json(indent=2) + "\n")
             parts = plan_all(host, model, also or [], None if gpus is None else _numbers("--gpus", gpus), wish)
@@ -139,14 +162,49 @@ def main(
             else:
                 for part in parts:
                     render.print_part(Console(width=None if sys.stdout.isatty() else 120), host, part)
-            if not (dry_run or machine):
-                _write(parts, yes)
+            if isinstance(host, Hosts) and not dry_run:
+                files = _parts_of_hosts(host, parts)
+                _write(files, parts, yes)
+                for old in sorted({folder.name for folder in HOSTS.iterdir()} - {path.parent.name for path in files}):
+                    print(f"hosts/{old} is left from another plan: it has no part in this one", file=sys.stderr)
+                print("copy what is in a host's folder into the checkout on that host", file=sys.stderr)
+            elif not (dry_run or machine):
+                _write(_parts_of_this_host(parts), parts, yes)
+                _say_what_env_loses(parts)
                 # a new replica would come to a GPU that an old one still holds
                 print("make down, then make up starts it" if replicas_up else "make up starts it", file=sys.stderr)
         except OSError as error:
             raise Problem(
                 f"{error.filename}: {error.strerror}", "check that the path exists and that you may write there"
             ) from error
+
+
+def _given(call: typer.Context) -> set[str]:
+    """The parameters that were given, not left to their defaults."""
+    sources = {name: call.get_parameter_source(name) for name in call.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def _check_running(others: set[str], as_json: bool) -> None:
+    """Shows what the running fleet's engines report beside what was planned. A Problem where a replica cannot be
+    compared; `others` are further parameters, which there must not be."""
+    if others:
+        raise Problem(
+            f"--check takes --json and nothing else, not {min(others).replace('_', '-')}",
+            "leave it out: the running fleet is compared with the plan in docker-compose.override.yml",
+        )
+    wanted = settings.load()
+    if not docker_version()[0]:
+        raise Problem("the Docker engine does not answer", "`make up` starts it")
+    compose = Compose(*running_files())
+    config = compose.config()
+    found = fleet_check.compare(compose, Gateway(compose, wanted.url, wanted.https_domain), config)
+    if as_json:
+        print(json.dumps(fleet_check.as_json(found, config), indent=2))
+    else:
+        fleet_check.show(console, found)
+    if missing := [one for one in found if one.why]:
+        raise Problem("; ".join(f"{one.name} {one.why}" for one in missing), missing[0].fix)
 
 
 def plan_all(machine: Machine, model: str, also: list[str], gpus: list[int] | None, wish: Wish) -> list[render.Part]:
@@ -241,6 +299,9 @@ def _model_and_wish(name: str, wish: Wish, machine: Machine) -> tuple[Model, dic
 def _load(name: str, wish: Wish) -> Model:
     """The model `name`. What was not read of its config is said as a warning where the user trusts it all the same."""
     found = load_model(name, ROOT / "models", wish.trust_config)
+    if found.own_code:
+        advice = "if vLLM asks for it, read it and set TRUST_REMOTE_CODE=true in .env"
+        print(f"{name} brings code of its own (auto_map): {advice}", file=sys.stderr)
     if found.unread:
         print(f"warning: {name}: planned without {', '.join(found.unread)} of its config.json", file=sys.stderr)
     return found
@@ -293,7 +354,48 @@ def _numbers(option: str, text: str) -> list[int]:
     return found
 
 
-def _write(parts: list[render.Part], yes: bool) -> None:
+def _recorded(files: list[Path]) -> Machine:
+    """The recorded machine; several as one, each host by the name of its file."""
+    if len(files) == 1:
+        return load_machine(files[0])
+    machines: dict[str, Machine] = {}
+    for file in files:
+        name = file.name.removesuffix(".json")
+        if not HOST_NAME.fullmatch(name):
+            raise Problem(f"--machine: {file} is no host's name", "call the file as the host is called: gpu-b.json")
+        if name in machines:
+            raise Problem(f"--machine: two hosts are called {name}", "call each file as its host is called")
+        machines[name] = load_machine(file)
+    return join(machines)
+
+
+def _parts_of_this_host(parts: list[render.Part]) -> dict[Path, str]:
+    """The files of a fleet on one host, with what they say."""
+    return {
+        ROOT / "docker-compose.override.yml": render.override_file(parts, ROOT / "docker-compose.yml"),
+        ROOT / "fleet" / "default.conf": render.fleet_file(parts),
+    }
+
+
+def _parts_of_hosts(machine: Hosts, parts: list[render.Part]) -> dict[Path, str]:
+    """The files of each of several hosts that has a part, in a folder of its own; the first one's gateway has the whole
+    fleet."""
+    files: dict[Path, str] = {}
+    used = {gpu.index for part in parts for replica in part.plan.replicas for gpu in replica.gpus}
+    for gpus in machine.by_host(machine.gpus):
+        numbers = [gpu.index for gpu in gpus]
+        if not used & set(numbers) and 0 not in numbers:
+            continue
+        folder = HOSTS / machine.hosts[numbers[0]]
+        files[folder / "docker-compose.override.yml"] = render.override_file(
+            parts, ROOT / "docker-compose.yml", numbers
+        )
+    first = HOSTS / next(iter(machine.hosts.values()))
+    return files | {first / "fleet" / "default.conf": render.fleet_file(parts)}
+
+
+def _write(files: Mapping[Path, str], parts: list[render.Part], yes: bool) -> None:
+    """Writes the files of a plan; asks, but for `yes`, before it writes over one that a person changed."""
     for part in parts:
         if Path(part.model).is_absolute() or Path(part.model).is_dir():
             raise Problem(
@@ -306,10 +408,6 @@ def _write(parts: list[render.Part], yes: bool) -> None:
             "SERVED_MODEL_NAME in .env would give several models one name", "remove it there: each has its own"
         )
     what = "; ".join(f"{part.plan.layout} of {part.model} for {part.plan.wish.goal}" for part in parts)
-    files = {
-        ROOT / "docker-compose.override.yml": render.override_file(parts, ROOT / "docker-compose.yml"),
-        ROOT / "fleet" / "default.conf": render.fleet_file(parts),
-    }
     for path in files:
         if render.changed_by_hand(path) and not yes:
             question = f"{path.relative_to(ROOT)} was changed by hand. Write over it?"
@@ -321,12 +419,17 @@ def _write(parts: list[render.Part], yes: bool) -> None:
                 raise Problem("nothing was written", "move the file away, or answer y")
     for path, body in files.items():
         if path.parent != ROOT:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True, parents=True)
             path.parent.chmod(0o755)
         path.write_text(render.signed(body, what))
         # the gateway reads them as a user of its own, whatever the umask here
         path.chmod(0o644)
         print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
+
+
+def _say_what_env_loses(parts: list[render.Part]) -> None:
+    """Names the settings of .env that the plan takes no notice of."""
+    said = {name: value for name, value in read(ENV_FILE).items() if value}
     decided = [render.environment(part, replica) for part in parts for replica in part.plan.replicas]
     lost = []
     for name, value in said.items():

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from stack.compose import Compose, running_gpu_file, stays_down
+from stack.compose import Compose, running_files, stays_down
 from stack.console import Problem, Step, console, one_line_for_mistakes, step
 from stack.gateway import Gateway, Replica
 from stack.shell import wait_for
@@ -118,7 +118,7 @@ def roll(
 ) -> None:
     """Restart the replicas one after the other without breaking a stream."""
     with one_line_for_mistakes():
-        compose = Compose(gpu=running_gpu_file())
+        compose = Compose(*running_files())
         gateway = Gateway(compose)
         replicas = gateway.replicas()
         known = [replica.name for replica in replicas]

@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from stack import images, settings
-from stack.compose import Compose, running_gpu_file
+from stack.compose import Compose, running_files
 from stack.console import Problem, console, one_line_for_mistakes
 from stack.docker import docker_version
 from stack.gateway import Gateway, Replica
@@ -51,10 +51,10 @@ def status() -> bool:
     wanted = settings.load()
     if not docker_version()[0]:
         raise Problem("the Docker engine does not answer", "`make up` starts it")
-    compose = Compose(gpu=running_gpu_file())
+    compose = Compose(*running_files())
     config = compose.config()
     containers = compose.containers()
-    replicas = Gateway(compose, wanted.url).published()
+    replicas = Gateway(compose, wanted.url, wanted.https_domain).published()
     all_well = True
 
     parts = Table("part", "health", "", box=SIMPLE_HEAD)

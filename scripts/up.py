@@ -14,16 +14,42 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
+import httpx
 import psutil
 import typer
 
 from models import served
-from stack import checks, docker, images, settings
-from stack.compose import OVERRIDE, Build, Compose, Config, Container, is_replica, running, stays_down
-from stack.console import Problem, console, one_line_for_mistakes, step
+from planner import check
+from stack import certificate, checks, docker, images, settings
+from stack.access import (
+    SECRETS,
+    asks_for_keys,
+    check_environment,
+    check_users,
+    first_key,
+    one_line,
+    own_key,
+    take_environment,
+)
+from stack.compose import (
+    ACME_FILE,
+    GPU_FILE,
+    OVERRIDE,
+    TLS_FILE,
+    Build,
+    Compose,
+    Config,
+    Container,
+    is_replica,
+    running,
+    stays_down,
+)
+from stack.console import Problem, console, step
 from stack.gateway import Gateway, check_named
 from stack.shell import CACHE, LOG, ROOT, Say, ask, let_all_read, wait_for, work
 
+# An authority that answers has given one by then.
+CERTIFICATE_S = 120
 QUESTION = "What is the capital of France?"
 
 
@@ -38,6 +64,7 @@ def check_ports(wanted: settings.Settings, own: set[int]) -> str:
     taken = [socket.laddr[:2] for socket in sockets if socket.laddr and socket.status == psutil.CONN_LISTEN]
     ports = {
         "HTTP_PORT": (wanted.bind_address, wanted.http_port),
+        **({"HTTPS_PORT": (wanted.bind_address, wanted.https_port)} if wanted.https_port else {}),
         "GRAFANA_PORT": (ip_address("127.0.0.1"), wanted.grafana_port),
         "PROMETHEUS_PORT": (ip_address("127.0.0.1"), wanted.prometheus_port),
     }
@@ -141,6 +168,24 @@ def wait_until_ready(compose: Compose, gateway: Gateway, services: list[str], sa
     wait_for(ready, every_s=1)
 
 
+def wait_for_certificate(compose: Compose, url: str) -> None:
+    """Returns when the gateway has a certificate; a Problem has the last words of what asks the authority for it."""
+
+    def served() -> bool:
+        try:
+            httpx.get(f"{url}/health", verify=False, trust_env=False, timeout=5)  # noqa: S501 - asked for below
+        except httpx.HTTPError:
+            return False
+        return True
+
+    if not wait_for(served, CERTIFICATE_S):
+        raise Problem(
+            f"no certificate after {CERTIFICATE_S} s: {compose.last_words('acme')}",
+            "HTTPS_DOMAIN has to point at this host, and port 80 has to be reachable from the authority;"
+            " see `docker compose logs acme`",
+        )
+
+
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Waits for another `make up` of this checkout to end."""
@@ -158,7 +203,7 @@ def give_back() -> None:
     """Gives what root made under sudo to the user whose checkout this is: their next run writes there too."""
     user = os.environ.get("SUDO_UID", "")
     if os.geteuid() == 0 and user == str(ROOT.stat().st_uid):
-        made = [str(folder) for folder in (CACHE, ROOT / ".venv", served.MODELS) if folder.exists()]
+        made = [str(folder) for folder in (CACHE, ROOT / ".venv", served.MODELS, SECRETS.folder) if folder.exists()]
         owner = f"{user}:{os.environ.get('SUDO_GID', '')}"
         ask("chown", "--recursive", "--no-dereference", "--from=root", owner, *made)
 
@@ -167,10 +212,14 @@ def up() -> None:
     """All the steps, in their order. The first that cannot be done is a Problem."""
     with step("Settings") as shown:
         wanted = settings.load()
+        check_environment()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
     with step("Docker") as shown:
         shown.result = docker.check()
     own = published_ports()
+    if wanted.https_port and not wanted.https_domain:
+        with step("Certificate") as shown:
+            shown.result = certificate.check()
     with step("Ports") as shown:
         shown.result = check_ports(wanted, own)
 
@@ -178,11 +227,13 @@ def up() -> None:
         shown.result = docker.bring(shown.say)
     with step("GPUs") as shown:
         gpu, shown.result = choose_gpus(wanted)
-        compose = Compose(gpu=gpu)
+        compose = Compose(
+            *[GPU_FILE] * gpu, *[TLS_FILE] * bool(wanted.https_port), *[ACME_FILE] * bool(wanted.https_domain)
+        )
         config = compose.config()
         check_pins(config)
     check_named(config)
-    gateway = Gateway(compose, wanted.url)
+    gateway = Gateway(compose, wanted.url, wanted.https_domain)
     if not own:
         with step("Memory") as shown:
             shown.result = check_memory(config)
@@ -203,6 +254,16 @@ def up() -> None:
     served.fetch(config)
     with step("Model") as shown:
         shown.result = served.bring(config, shown.say)
+    with step("Keys") as shown:
+        made = first_key(wanted)
+        take_environment()
+        if "tokens" in config.services:
+            check_users()
+        shown.result = "asked of everybody" if asks_for_keys(wanted) else "asked of nobody"
+    if made:
+        console.print("  The gateway is open to others, so it asks for a key. This is the administrator's, shown once:")
+        console.print(f"  [bold]{made}[/]", soft_wrap=True)
+        console.print("  `make key` makes one for each user. With GATEWAY_AUTH=off in .env it asks nobody.")
     open_mounts(config)
     with step("Settings of the replicas"):
         there = {name: config.services[name] for name in services}
@@ -211,13 +272,21 @@ def up() -> None:
         start = ("--progress", "plain", "up", "--detach", "--remove-orphans", *services)
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)
+    if wanted.https_domain:
+        with step("Certificate"):
+            wait_for_certificate(compose, wanted.url)
     with step("Gateway's configuration") as shown:
         shown.result = gateway.reload_if_changed(config)
     with step("Ready") as shown:
         wait_until_ready(compose, gateway, services, shown.say)
         shown.result = "every service is healthy, every replica answers"
-    with step(QUESTION) as shown:
-        shown.result = gateway.first_answer(QUESTION)
+    with step(QUESTION) as shown, own_key(wanted, "make-up", life_s=600) as key:
+        shown.result = gateway.first_answer(QUESTION, key)
+    if config.planned:
+        with step("The plan's figures") as shown:
+            compared = check.compare(compose, gateway, config)
+            shown.result = check.summary(compared)
+        check.show(console, compared)
 
     console.print(f"\n[bold]API[/]         {wanted.url}/v1")
     console.print(f"[bold]Status[/]      {wanted.url}/status")
@@ -229,7 +298,7 @@ def up() -> None:
 
 def main() -> None:
     """Bring the whole stack up, from whatever this machine has."""
-    with one_line_for_mistakes():
+    with one_line():
         try:
             with one_at_a_time():
                 LOG.unlink(missing_ok=True)

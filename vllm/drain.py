@@ -1,8 +1,9 @@
 """ASGI middleware: a replica that is being stopped finishes what it has and turns new requests away with 503.
 
 vLLM by itself answers them with 500 until its last running request is done, which a gateway must take for an answer,
-as it must where the engine has died. A 503 sends the request to the next replica. `/metrics` goes on, so that the drain
-can be watched.
+as it must where the engine has died. A 503 sends the request to the next replica; a header says that it is not for want
+of room. A dead engine's answers become 502: the request may be what ended it. `/metrics` goes on, so that the drain can
+be watched.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-HEADERS = [(b"content-type", b"application/json"), (b"retry-after", b"1"), (b"connection", b"close")]
+DRAINING = (b"x-refusal", b"draining")
+DIED = (b"x-failure", b"its engine has died")
+HEADERS = [(b"content-type", b"application/json"), (b"retry-after", b"1"), (b"connection", b"close"), DRAINING]
 BODY = json.dumps(
     {"error": {"message": "This replica is being stopped.", "type": "unavailable", "param": None, "code": "draining"}}
 ).encode()
@@ -49,8 +52,12 @@ class Drain:
             await self.app(scope, receive, lambda message: send(self._late(scope, message)))
 
     def _late(self, scope: Message, message: Message) -> Message:
-        """A request that had come in but did not reach the engine before it closed, or died, is refused too."""
+        """What a request is told that had come in but did not reach the engine before it closed, or died."""
         if message["type"] != "http.response.start" or message["status"] != 500:
             return message
-        gone = self.draining or scope["app"].state.engine_client.errored
-        return {**message, "status": 503} if gone else message
+        headers = message.get("headers", [])
+        if self.draining:
+            return {**message, "status": 503, "headers": [*headers, DRAINING]}
+        if scope["app"].state.engine_client.errored:
+            return {**message, "status": 502, "headers": [*headers, DIED]}
+        return message

@@ -74,13 +74,26 @@ def _words(value: object) -> object:
     return shlex.split(value) if isinstance(value, str) else value
 
 
+def _names(value: object) -> object:
+    """A list of names from YAML, or a text with commas between them."""
+    names = value if isinstance(value, list) else str(value).split(",")
+    names = [name.strip() if isinstance(name, str) else name for name in names]
+    if not all(names) or len({*map(str, names)}) < len(names):
+        raise ValueError("a name is empty, or there twice")
+    if flag := next((name for name in names if str(name).startswith("-")), None):
+        raise ValueError(f"{flag} would be an option")
+    return names
+
+
 class Settings(BaseModel):
     """What a replica can be told. Each description completes the sentence "it must be …"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="a folder below models/ or a name on the Hugging Face hub, org/name")
-    served_model_name: str | None = Field(default=None, description="the name that clients ask for")
+    served_model_name: Annotated[list[str], BeforeValidator(_names)] | None = Field(
+        default=None, description="the names that clients ask for, with commas between"
+    )
     dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = Field(
         default="auto", description="auto, half, float16, bfloat16, float or float32"
     )
@@ -89,11 +102,15 @@ class Settings(BaseModel):
     )
     tensor_parallel_size: PositiveInt = Field(default=1, description="a whole number of GPUs, 1 or more")
     pipeline_parallel_size: PositiveInt = Field(default=1, description="a whole number of stages, 1 or more")
-    max_model_len: PositiveInt | None = Field(default=None, description="a whole number of tokens, 1 or more")
+    max_model_len: PositiveInt | Literal["auto"] | None = Field(
+        default=None, description="a whole number of tokens, 1 or more, or auto for what fits"
+    )
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1, description="a share above 0 and up to 1")
-    cpu_offload_gb: float | None = Field(default=None, ge=0, description="a number of GiB, 0 or more")
+    cpu_offload_gb: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="a number of GiB, 0 or more"
+    )
     cpu_threads: PositiveInt | None = Field(default=None, description="a whole number of threads, 1 or more")
-    kv_cache_gb: float | None = Field(default=None, gt=0, description="a number of GiB above 0")
+    kv_cache_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a number of GiB above 0")
     max_num_seqs: PositiveInt | None = Field(default=None, description="a whole number of requests, 1 or more")
     max_num_batched_tokens: PositiveInt | None = Field(default=None, description="a whole number of tokens, 1 or more")
     max_num_queued_reqs: PositiveInt | None = Field(default=None, description="a whole number of requests, 1 or more")
@@ -110,12 +127,15 @@ class Settings(BaseModel):
         default=[], description="further arguments of `vllm serve`, quoted as in a shell"
     )
     drain_seconds: PositiveInt = Field(default=120, description="a whole number of seconds, 1 or more")
+    stream_keepalive_seconds: int | None = Field(
+        default=None, ge=1, le=3600, description="a whole number of seconds from 1 to 3600"
+    )
 
 
 # `vllm serve` knows all settings by the same name, but for these.
 OTHERWISE = {
     *("model", "served_model_name", "chat_template", "trust_remote_code"),
-    *("cpu_threads", "kv_cache_gb", "extra_args", "drain_seconds"),
+    *("cpu_threads", "kv_cache_gb", "extra_args", "drain_seconds", "stream_keepalive_seconds"),
 }
 
 
@@ -407,7 +427,7 @@ def find_chat_template(template: str, models: Path) -> str:
 def serve_command(settings: Settings, model: str, chat_template: str | None) -> list[str]:
     """The arguments after `vllm`, for a model's folder or hub name and the path of a chat template."""
     command = ["serve", model, "--host", "0.0.0.0", "--port", str(API_PORT)]
-    command += ["--served-model-name", settings.served_model_name or settings.model]
+    command += ["--served-model-name", *(settings.served_model_name or [settings.model])]
     for name, value in settings:
         flag = name.replace("_", "-")
         if value is None or name in OTHERWISE:
@@ -441,6 +461,8 @@ def process_environment(settings: Settings, environment: dict[str, str], replica
         "HOME": home,
         "TORCHINDUCTOR_CACHE_DIR": f"{home}/torchinductor",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
+        # begin.py reads it.
+        "STREAM_KEEPALIVE_SECONDS": str(settings.stream_keepalive_seconds or ""),
         "OTEL_SERVICE_NAME": "vllm-api",
         "OTEL_RESOURCE_ATTRIBUTES": f"service.instance.id={replica}",
         "OTEL_METRICS_EXPORTER": "prometheus",

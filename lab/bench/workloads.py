@@ -1,7 +1,8 @@
 """Streams of conversations as users send them, and what the replicas made of them.
 
 Every peer gets the same conversations: a client's prompts depend on the seed, the workload and the client's number.
-Clients send one request after the other without a pause, so a faster fleet answers more of them.
+Clients send one request after the other without a pause, so a faster fleet answers more of them. Only the requests of
+the trace come when they are due, however busy the fleet is.
 """
 
 import asyncio
@@ -97,6 +98,73 @@ def kv_pressure(rng: random.Random, common: random.Random, sizes: Sizes) -> Clie
     documents = sizes.texts(common, 48, 2000)
     while True:
         yield [system(rng.choice(documents)), user(sizes.prompt(rng, 40))], sizes.answer(rng, 20)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A request of the trace: when it is due, in seconds from the start, in which conversation, what its user adds and
+    the most tokens of its answer. `system` is the system prompt of all.
+    """
+
+    due: float
+    talk: int
+    system: str
+    says: str
+    tokens: int
+
+
+# What follows is the shape of Mooncake's published trace of conversations (FAST '25; conversation_trace.jsonl in the
+# folder FAST25-release of github.com/kvcache-ai/Mooncake: 12,031 requests in an hour), read off 150 of its rows from
+# two places. Lengths in tokens, each as its minimum, its quantiles at QUANTILES, and its maximum.
+QUANTILES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+FIRST = (890, 917, 1087, 2651, 7324, 15172, 24246, 27701, 30000)  # a conversation's first prompt; 87,000 in the trace
+MORE = (20, 40, 80, 235, 643, 1076, 3218, 6204, 10000)  # what a later prompt adds, without the answer before it
+ANSWER = (1, 3, 14, 145, 355, 475, 700, 850, 1000)
+SYSTEM = 880  # tokens that all prompts begin with: the first block of 512 is one and the same, and none is below 890
+GOES_ON = 0.36  # of conversations, after each answer: three in eight requests are later turns
+# Seconds between two turns: half are below the first; the logarithm's standard deviation. 170 s in the trace: a row of
+# the bench lasts a minute, not an hour.
+PAUSE = (8.5, 1.1)
+# All stamps of the trace lie three seconds apart, so requests come in bursts of ten, give or take five.
+BURST, BURST_SPREAD = 10, 5
+
+
+def draw(rng: random.Random, quantiles: Sequence[float]) -> float:
+    """A value of the distribution that has these at QUANTILES, straight between them."""
+    share = rng.random()
+    at = max(index for index, one in enumerate(QUANTILES) if one <= share)
+    part = (share - QUANTILES[at]) / (QUANTILES[at + 1] - QUANTILES[at])
+    return quantiles[at] + part * (quantiles[at + 1] - quantiles[at])
+
+
+def trace(seed: int, seconds: float, rate: float, sizes: Sizes) -> list[Turn]:
+    """The requests of `seconds`, `rate` a second on average, in the order in which they are due.
+
+    Conversations that grow, all with one system prompt, of 900 to 30,000 tokens, in bursts: the shape of a public trace
+    of conversations (Mooncake's).
+    """
+    rng = random.Random(f"{seed} trace")
+    common = sizes.prompt(rng, SYSTEM)
+    turns = []
+    talk = 0
+    interval = BURST / rate
+    for burst in range(int(seconds / interval)):
+        # Gamma's mean is the product of its two, its variance the product with the second squared; half a burst begins
+        # conversations, the rest is drawn towards it by what they add later.
+        size = rng.gammavariate((BURST / BURST_SPREAD) ** 2, BURST_SPREAD**2 / BURST)
+        for _ in range(round(size * (1 - GOES_ON))):
+            at, tokens, length = burst, draw(rng, FIRST) - SYSTEM, float(SYSTEM)
+            while at * interval < seconds and length + tokens <= FIRST[-1]:
+                answer = draw(rng, ANSWER)
+                length += tokens + answer
+                says = sizes.prompt(rng, round(tokens))
+                turns.append(Turn(at * interval, talk, common, says, max(1, round(answer * sizes.answers))))
+                if rng.random() > GOES_ON:
+                    break
+                at += 1 + int(PAUSE[0] * rng.lognormvariate(0, PAUSE[1]) / interval)
+                tokens = draw(rng, MORE)
+            talk += 1
+    return sorted(turns, key=lambda turn: turn.due)
 
 
 Workload = Callable[[random.Random, random.Random, Sizes], Client]
@@ -204,6 +272,32 @@ async def drive(
     return outcomes
 
 
+async def replay(urls: Sequence[str], model: str, turns: Sequence[Turn], start: float | None = None) -> list[Outcome]:
+    """Sends the turns of a trace to `urls` (taken in turn), each when it is due after `start` (of `time.monotonic`; now
+    by default), or when the answer before it in its conversation is over, if that is later. Their outcomes, in order.
+    """
+    start = time.monotonic() if start is None else start
+    talks: dict[int, list[Message]] = {}
+    last: dict[int, asyncio.Task[Outcome]] = {}
+
+    async def ask(url: str, turn: Turn, before: asyncio.Task[Outcome] | None) -> Outcome:
+        await asyncio.sleep(start + turn.due - time.monotonic())
+        messages = talks.setdefault(turn.talk, [system(turn.system)])
+        if before:
+            messages.append({"role": "assistant", "content": (await before).answer})
+        messages.append(user(turn.says))
+        body: dict[str, object] = {"model": model, "messages": messages, "max_tokens": turn.tokens, "temperature": 0}
+        body["ignore_eos"] = True
+        return await stream(connection, url, body, patience=120)
+
+    async with session() as connection:
+        asks = []
+        for url, turn in zip(itertools.cycle(urls), turns, strict=False):
+            last[turn.talk] = asyncio.create_task(ask(url, turn, last.get(turn.talk)))
+            asks.append(last[turn.talk])
+        return await asyncio.gather(*asks)
+
+
 def cell(outcomes: Sequence[Outcome], before: Counters, after: Counters) -> Cell:
     """What was measured between two moments."""
     met = [outcome for outcome in outcomes if outcome.sent >= before.at]
@@ -234,6 +328,15 @@ async def run(
     """One workload against `urls` for `seconds`, after half of that to warm up."""
     driving = asyncio.create_task(drive(urls, model, WORKLOADS[workload], seed, range(clients), 1.5 * seconds, sizes))
     await asyncio.sleep(seconds / 2)
+    before = await asyncio.to_thread(counters, replicas)
+    outcomes = await driving
+    return cell(outcomes, before, await asyncio.to_thread(counters, replicas))
+
+
+async def run_trace(urls: Sequence[str], replicas: Sequence[str], model: str, turns: Sequence[Turn]) -> Cell:
+    """A trace against `urls`; what is due in its first third warms up."""
+    driving = asyncio.create_task(replay(urls, model, turns))
+    await asyncio.sleep(turns[-1].due / 3)
     before = await asyncio.to_thread(counters, replicas)
     outcomes = await driving
     return cell(outcomes, before, await asyncio.to_thread(counters, replicas))

@@ -1,28 +1,29 @@
-"""Measures the planner and the gateway on two real GPUs, and writes the report.
+"""Measures the planner and the gateway on a host with two or more equal GPUs, and writes the report.
 
-    python -m lab.gpu run --out DIR --work DIR    on the host with the GPUs, vLLM, and Nginx at $NGINX, $NGINX_MODULES
+    python -m lab.gpu run --out DIR --work DIR    on that host, with vLLM, and Nginx at $NGINX, $NGINX_MODULES
     python -m lab.gpu report DIR/gpu.json         writes docs/benchmarks/gpu.md from what was measured
 
 Models are shapes with random weights, so nothing has to be fetched. What is measured is written after each step: a run
 that is cut off keeps what it has."""
 
+import contextlib
 import json
 import signal
-import subprocess
 import sys
 import time
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
 
-from lab.gpu import engines
 from lab.gpu import report as reports
-from lab.gpu.measure import BY_FILES, PARTS, measure
-from lab.gpu.run import Run, say
+from lab.gpu.measure import PARTS
+from lab.gpu.run import START, Run, say
+from lab.report import DOCS
 from lab.sim.gateway import nginx_version
 from planner.nvml import read_machine
 from stack.shell import ROOT
@@ -32,46 +33,54 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 @app.command()
 def run(
-    out: Annotated[Path, typer.Option(help="Folder for gpu.json; results that are in it stay.")],
+    out: Annotated[Path, typer.Option(help="Folder for gpu.json.")],
     work: Annotated[Path, typer.Option(help="Folder for models and logs.")],
-    parts: Annotated[
-        str, typer.Option(help="Which, by commas; a shape's layout as 8B:tp2; presets: each starts and answers.")
-    ] = ",".join(PARTS),
+    parts: Annotated[str, typer.Option(help="Which, and in what order, by commas.")] = ",".join(PARTS),
+    seconds: Annotated[int, typer.Option(help="It is over by then; what does not fit is left out.")] = 565,
 ) -> None:
-    """Measure on this host's first two GPUs."""
-    bench = Run(out, work)
+    """Measure on all of this host's GPUs."""
+    names = parts.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        raise typer.BadParameter(f"there is no part {unknown[0]}; there are {', '.join(PARTS)}", param_hint="--parts")
     machine = read_machine()
-    bench.keep("machine", value=machine.model_dump(mode="json"))
-    bench.keep("versions", value={
-        **{name: version(name) for name in ("vllm", "torch", "vllm-router", "bitsandbytes")},
-        "nginx": nginx_version().removeprefix("nginx/"),
-    })  # fmt: skip
+    if len(machine.gpus) < 2:
+        raise typer.BadParameter(f"it takes two GPUs, here are {len(machine.gpus)}", param_hint="this host")
+    bench = Run(machine, out, work, seconds)
+
+    def end(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGALRM:
+            raise TimeoutError("the time was over")
+        sys.exit(124)
+
     # `timeout` sends SIGTERM: engines are ended then too
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))
-    writing = subprocess.Popen([sys.executable, "-m", "lab.gpu", "weights", str(work / "models")])
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, bench.left())
     try:
-        for name in parts.split(","):
-            when, start = f"{datetime.now(UTC):%Y-%m-%d %H:%M}", time.monotonic()
-            bench.part(name, partial(measure, bench, name))
-            bench.keep("parts", name, value={"when": when, "seconds": round(time.monotonic() - start)})
+        bench.keep("date", value=f"{datetime.now(UTC):%Y-%m-%d %H:%M}")
+        bench.keep("machine", value=machine.model_dump(mode="json"))
+        packages = ("vllm", "torch", "transformers", "vllm-router")
+        versions = {name: version(name) for name in packages} | {"nginx": nginx_version().removeprefix("nginx/")}
+        bench.keep("versions", value=versions)
+        for name in names:
+            start, (needs, step) = time.monotonic(), PARTS[name]
+            bench.part(name, needs, partial(step, bench))
+            bench.keep("seconds", name, value=round(time.monotonic() - start))
     finally:
-        writing.kill()
-        bench.pool.shutdown(cancel_futures=True)
-        bench.dns.close()
-    say("done")
-
-
-@app.command(hidden=True)
-def weights(models: Path) -> None:
-    """Random weights for the models that are quantized from files, in a process of its own."""
-    for model in BY_FILES:
-        engines.write_weights(engines.write_model(models, model))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        bench.close()
+        say(f"over after {time.monotonic() - START:.0f} s")
+        with contextlib.suppress(LookupError, ArithmeticError):  # the results are on disk, whatever is missing in them
+            print(reports.section(bench.results), flush=True)
 
 
 @app.command()
-def report(results: Path) -> None:
+def report(results: Annotated[list[Path], typer.Argument(help="gpu.json of a run; one a machine.")]) -> None:
     """Write docs/benchmarks/gpu.md from measured results, predictions by the planner as it is now."""
-    reports.write(json.loads(results.read_text()))
+    for path in results:
+        found = json.loads(path.read_text())
+        (DOCS / f"gpus-{len(found['machine']['gpus'])}.json").write_text(json.dumps(found, indent=1) + "\n")
+    reports.write()
     print(f"wrote {reports.REPORT.relative_to(ROOT)}")
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,54 +27,80 @@ from stack.shell import ROOT
 PORT = 8000
 MAX_LENGTH = 16384
 
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16",
-    "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    "1.5B": LLAMA | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-                     "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936},
-    "8B": LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                   "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "32B": LLAMA | {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
-                    "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064},
-}  # fmt: skip
-
-# The models of the presets. What tests/models does not hold is told by how it differs from one of these.
+IDS: dict[str, Any] = {"torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+# Shapes by the names that the report gives them. What tests/models holds is told by how it differs from that.
 CONFIGS = ROOT / "tests" / "models"
-_SCALE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
-_QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8,
-          "vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1000000}  # fmt: skip
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "BAAI/bge-m3": ("bge-m3", {"position_embedding_type": "absolute"}),
-    "RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8": ("Llama-3.1-8B-Instruct", {"quantization_config": {
-        "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"], "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": _SCALE, "input_activations": _SCALE}}}}),
-    "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4": ("Qwen2.5-7B-Instruct-AWQ", {"quantization_config": {
-        "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}}),
-    "Qwen/Qwen3-8B": ("Llama-3.1-8B-Instruct", _QWEN3 | {
-        "intermediate_size": 12288, "num_hidden_layers": 36, "rope_scaling": None}),
-    "Qwen/Qwen3-0.6B": ("Llama-3.1-8B-Instruct", _QWEN3 | {
-        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-        "rope_scaling": None, "tie_word_embeddings": True}),
-    "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B": ("Llama-3.1-8B-Instruct", {
-        "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": 32000}),
+KNOWN = {
+    "Llama-8B": "Llama-3.1-8B-Instruct",
+    "Llama-70B": "Llama-3.3-70B-Instruct",
+    "gpt-oss-20B": "gpt-oss-20b",
+    "Gemma-4-E4B": "gemma-4-E4B-it",
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-8B": {},
+    "Llama-70B": {},
+    "gpt-oss-20B": {"swiglu_limit": 7.0, "rms_norm_eps": 1e-5, "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096, "truncate": False}},
+    # its language model alone; transformers 5.17 would give the layers' head widths by layer, vLLM 0.26 wants one key
+    "Gemma-4-E4B": {"architectures": ["Gemma4ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh",
+                    "rms_norm_eps": 1e-6, "per_layer_config": {}},
+    # a third of the layers and a quarter of the experts of the 80B
+    "Qwen3-Next-16-layers": {
+        "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "hidden_act": "silu",
+        "hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 151936, "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000000, "partial_rotary_factor": 0.25, "full_attention_interval": 4,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "num_experts": 128, "num_experts_per_tok": 10,
+        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "decoder_sparse_step": 1,
+        "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
+    "Nemotron-H-8B": {
+        "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hidden_size": 4096,
+        "intermediate_size": 21504, "num_hidden_layers": 52, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "vocab_size": 131072, "max_position_embeddings": 32768, "mamba_num_heads": 128,
+        "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "tie_word_embeddings": False,
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+    },
+    "GLM-4.5-Air-106B": {
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 10944, "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8,
+        "head_dim": 128, "vocab_size": 151552, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000, "partial_rotary_factor": 0.5, "attention_bias": True, "use_qk_norm": False,
+        "moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 
-# Two H200 without these die of an illegal memory access in the fused all-reduce (vLLM 0.26); elsewhere try without.
-TP_SAFE = ("--disable-custom-all-reduce", "--compilation-config", '{"pass_config":{"fuse_allreduce_rms":false}}')
+# A state is kept as vLLM 0.32 keeps it by default, and its kernels come without compiling one.
+_STATE = ("--enable-prefix-caching", "--mamba-cache-mode", "align", "--gdn-prefill-backend", "triton")
+# What a shape needs of vLLM 0.26 besides. FlashAttention 4, which it would take for heads of 512, is not at hand.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "Gemma-4-E4B": ("--attention-backend", "TRITON_ATTN", "--hf-overrides", '{"global_head_dim": 512}'),
+    "Qwen3-Next-16-layers": _STATE,
+    "Nemotron-H-8B": _STATE[:3],
+}
+
+# Not compiled, which takes half a minute a start; CUDA graphs for decoding alone. Two H200 without the rest die of an
+# illegal memory access in the fused all-reduce (vLLM 0.26); elsewhere try without.
+QUICK = (
+    "--compilation-config",
+    '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "pass_config": {"fuse_allreduce_rms": false}}',
+    "--disable-custom-all-reduce",
+)
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}assistant\n"
 
 
-def config_of(model: str) -> dict[str, Any]:
-    """The config.json of a shape or of a preset's model."""
-    if model in SHAPES:
-        return SHAPES[model]
-    base, other = VARIANTS.get(model, (model.rpartition("/")[2], {}))
-    known: dict[str, Any] = json.loads((CONFIGS / base / "config.json").read_text())
-    return known | {"bos_token_id": 1, "eos_token_id": 2} | other
+def config_of(shape: str) -> dict[str, Any]:
+    """The config.json of a shape."""
+    known: dict[str, Any] = {}
+    if shape in KNOWN:
+        known = json.loads((CONFIGS / KNOWN[shape] / "config.json").read_text())
+        known = known.get("text_config", known)
+    return known | IDS | SHAPES[shape]
 
 
 def four_characters() -> Iterator[str]:
@@ -85,7 +111,7 @@ def four_characters() -> Iterator[str]:
         yield from map("".join, itertools.product(*map(sorted, (pattern * 2)[offset : offset + 4])))
 
 
-def write_model(folder: Path, model: str) -> Path:
+def write_model(folder: Path, shape: str) -> Path:
     """A folder that vLLM serves with `--load-format dummy`: config.json, and a tokenizer of four characters a token.
 
     That is what lab/sim/load.py calls a token. An answer's tokens are such too, so a conversation's next turn holds
@@ -93,9 +119,9 @@ def write_model(folder: Path, model: str) -> Path:
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415 - only a GPU host has it
 
-    path = folder / model
+    path = folder / shape
     path.mkdir(parents=True, exist_ok=True)
-    config = config_of(model)
+    config = config_of(shape)
     (path / "config.json").write_text(json.dumps(config))
     size = config["vocab_size"]
     words = dict.fromkeys(["<unk>", "<s>", "</s>", "\n", "syst", "em", "user", "assi", "stan", "t", "<|python_tag|>"])
@@ -112,23 +138,6 @@ def write_model(folder: Path, model: str) -> Path:
              "eos_token": "</s>", "pad_token": "</s>", "chat_template": CHAT_TEMPLATE}  # fmt: skip
     (path / "tokenizer_config.json").write_text(json.dumps(about))
     return path
-
-
-def write_weights(path: Path) -> None:
-    """Random weights as safetensors: bitsandbytes quantizes what it loads from files."""
-    import torch  # noqa: PLC0415 - only a GPU host has it
-    from safetensors.torch import save_file  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
-
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).state_dict()
-    noise = torch.randn(2**24).to(torch.bfloat16) * 0.02
-    weights = {
-        name: noise.repeat(shape.numel() // noise.numel() + 1)[: shape.numel()].reshape(shape.shape).contiguous()
-        for name, shape in shapes.items()
-    }
-    save_file(weights, path / "partial", {"format": "pt"})
-    (path / "partial").rename(path / "model.safetensors")
 
 
 def launcher() -> Any:
@@ -154,8 +163,10 @@ def prepare() -> None:
         "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache
         "VLLM_WORKER_MULTIPROC_METHOD": "fork",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{ROOT / 'vllm'}",  # the replica's middleware
     }
+    # An engine has the path of the process that it comes from, and vLLM imports the replica's middleware by name.
+    if find_spec("begin") is None:
+        raise RuntimeError(f"PYTHONPATH has to name {ROOT / 'vllm'}: every engine would end when it has loaded")
     PROCESSES.set_forkserver_preload(PRELOAD)
 
 
@@ -166,7 +177,6 @@ def serve(arguments: list[str], gpus: str, log: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-    launcher()  # its folder has the middleware
     sys.argv[1:] = arguments
     import_module("vllm.entrypoints.cli.main").main()
 
@@ -182,8 +192,6 @@ class Engine:
     ) -> None:
         self.host, self.gpus, self.name = host, list(gpus), model.name
         self.url = f"http://{host}:{PORT}"
-        if settings.get("QUANTIZATION") != "bitsandbytes":
-            extra = (*extra, "--load-format", "dummy")
         launch = launcher()
         empty = folder / "engine.yaml"
         empty.touch()
@@ -191,7 +199,8 @@ class Engine:
         read = launch.read_settings(empty, {**settings, "MODEL": model.name}, mistakes)
         if mistakes.lines:
             raise RuntimeError("\n".join(mistakes.lines))
-        self.arguments = [*launch.serve_command(read, str(model), None), "--host", host, *extra]
+        command = launch.serve_command(read, str(model), None)
+        self.arguments = [*command, "--host", host, "--load-format", "dummy", *NEEDS.get(self.name, ()), *extra]
         self.log_path = folder / f"{self.name}-{'-'.join(map(str, gpus))}-{host}-{time.monotonic_ns()}.log"
         self.process = PROCESSES.Process(
             target=serve, args=(self.arguments, ",".join(map(str, gpus)), str(self.log_path))
@@ -199,7 +208,7 @@ class Engine:
         self.process.start()
         self.started = time.monotonic()
 
-    def wait(self, seconds: float = 240) -> Self:
+    def wait(self, seconds: float) -> Self:
         """Waits until it answers; RuntimeError with the end of its log where it ends before."""
 
         def up() -> bool:
@@ -215,24 +224,26 @@ class Engine:
         return self
 
     def failure(self) -> str:
-        """The last errors in its log."""
-        lines = [line for line in self.log().splitlines() if "Error" in line]
-        return " | ".join(lines[-3:])[-600:]
+        """The first errors in its log: what follows comes of them."""
+        lines = [line for line in self.log().splitlines() if re.search(r"\b\w*(Error|Exception)\b: ", line)]
+        return " | ".join(dict.fromkeys(lines[:3]))[:600] or self.log()[-300:]
 
     def log(self) -> str:
         """All that it wrote."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def kill(self) -> None:
-        """SIGKILL to the server and its engine processes."""
+        """SIGKILL to the server and its engine processes; returns at once."""
+        # one that has just begun leads no group yet
+        self.process.kill()
         with contextlib.suppress(ProcessLookupError):
             assert self.process.pid
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.join()
 
     def stop(self) -> None:
         """Ends it and waits until its GPUs are free again."""
         self.kill()
+        self.process.join()
         until(lambda: all(used < GIB for used in used_memory(self.gpus)), f"GPUs {self.gpus} are free again", 30)
 
     def facts(self) -> dict[str, Any]:

@@ -1,167 +1,182 @@
-"""The report on a run: what was measured, beside what the planner predicts now."""
+"""The report on the runs: what was measured, beside what the planner predicts now."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from lab.bench.workloads import Cell
-from lab.gpu.engines import MAX_LENGTH, SHAPES
-from lab.gpu.measure import CLIENTS, GATEWAY_SHAPE, LAYOUTS, QUANTIZED_SHAPE, WORKLOAD_SECONDS
+from lab.gpu import plans
+from lab.gpu.engines import MAX_LENGTH
+from lab.gpu.measure import (
+    FAMILIES,
+    LAYOUT_SHAPES,
+    ROUTE_SHAPE,
+    TRACE_RATE,
+    TRACE_SECONDS,
+    TRACE_SIZES,
+)
+from lab.gpu.plans import GOALS, LIKELIEST, Layout
 from lab.gpu.run import PER_GPU
 from lab.report import DOCS, table
-from planner import choose, memory, speed
-from planner.choose import Wish
-from planner.config import read_model
+from planner import speed
 from planner.machine import GIB, Machine
-from planner.memory import Settings
-from planner.model import Model
+from planner.memory import Account
 
 REPORT = DOCS / "gpu.md"
+CLOSE = 0.08
 
-PLANNER_NOTE = """\
-Predictions are those of the planner as it is now; its constants were fitted on the 1.5B and 8B shapes in an earlier
-run, 32B is the test of the fit. `used` is what the driver says of the fullest GPU. Speeds are those of {prompt} tokens
-in and {answer} out: tokens/s with {most} requests at once on both GPUs, ms of one such request alone.
+INTRO = f"""# On real GPUs
+
+Written by `python -m lab.gpu`, one call a machine, from the `gpus-*.json` beside this file. Models are shapes with
+random weights, so speeds are real and answers are not. Predictions are those of the planner as it is now, for requests
+of up to {MAX_LENGTH:,} tokens; `off` is by how much they are off what was reported, with (!) above {CLOSE:.0%}.
 """
-
-
-def planner_model(shape: str) -> Model:
-    """A shape as the planner reads it."""
-    return read_model(SHAPES[shape], shape)
+FAMILIES_NOTE = """Each on a GPU of its own, started as the launcher starts it, with nothing compiled before. States are
+kept as vLLM 0.32 keeps them by default (`--mamba-cache-mode align`).
+"""
+LAYOUTS_NOTE = f"""Memory is that of the fullest GPU, `used` what the driver says of it. One replica of a layout was
+measured and its speed multiplied by their number. Throughput: {PER_GPU} requests at once a GPU, each a quarter of the
+reference request ({speed.PROMPT} tokens in, {speed.ANSWER} out). Latency: one reference request alone. Nothing was
+compiled, to save time.
+"""
+ROUTE_NOTE = f"""{PER_GPU} clients a replica send the reference request ({speed.PROMPT} tokens in, {speed.ANSWER} out)
+to one replica and to the gateway, in turn.
+"""
+TRACE_NOTE = """**The trace of `make bench`**: {rate:.0f} requests/s for {seconds:.0f} s, of which the first third warms
+up; its lengths × {share:g}. The same requests for each, with empty caches.
+"""
 
 
 def off(predicted: float, measured: float) -> str:
     """By how much a prediction is off, in percent of what was measured."""
-    return f"{100 * (predicted / measured - 1):+.1f} %"
+    share = predicted / measured - 1
+    return f"{100 * share:+.1f} %" + (" (!)" if abs(share) > CLOSE else "")
 
 
-def report_shapes(results: dict[str, Any], machine: Machine) -> str:
-    """Predicted against measured, and the plan that the planner would have chosen against the best measured."""
-    rows, ranks = [], []
-    fresh = machine.model_copy(
-        update={"gpus": tuple(gpu.model_copy(update={"free": gpu.total}) for gpu in machine.gpus)}
-    )
-    for shape in SHAPES:
-        layouts, model, gpu = results["shapes"].get(shape, {}), planner_model(shape), fresh.gpus[0]
-        for one in LAYOUTS.values():
-            if not (said := layouts.get(one.name, {}).get("memory")):
-                continue
-            account = memory.account(model, gpu, one.tp, one.pp, MAX_LENGTH, Settings.default(gpu))
-            rows.append([
-                f"{shape}, {one.name}", f"{account.kv_tokens:,}", f"{said['kv_tokens']:,.0f}",
-                off(account.kv_tokens, said["kv_tokens"]), f"{account.weights / GIB:.2f}", f"{said['weights']:.2f}",
-                f"{account.used / GIB:.1f}", f"{max(said['used']):.1f}", off(account.used / GIB, max(said["used"])),
-                f"{said['init_s']:.0f}, {said['compile_s']:.0f}" if "init_s" in said else "",
-            ])  # fmt: skip
-        for goal in ("throughput", "latency"):
-            plan = choose.choose(fresh, model, Wish(goal=goal, context=MAX_LENGTH, quantization="none"))
-            measured = {
-                one.name: found["full"]["tokens_per_s"] if goal == "throughput"
-                else found["alone"]["ttft_ms"] + speed.ANSWER * found["alone"]["tpot_ms"]
-                for one in LAYOUTS.values() if "full" in (found := layouts.get(one.name, {}))
-            }  # fmt: skip
-            if len(measured) < 2:
-                continue
-            best = (max if goal == "throughput" else min)(measured, key=lambda layout: measured[layout])
-            unit = "tokens/s" if goal == "throughput" else "ms"
-            others = ", ".join(f"{layout}: {value:,.0f} {unit}" for layout, value in measured.items())
-            ranks.append([shape, goal, plan.layout, best, "yes" if plan.layout == best else "no", others])
-    head = ["", "KV tokens predicted", "reported", "off", "weights GiB predicted", "reported", "used GiB predicted",
-            "measured", "off", "s to start, of it compiling"]  # fmt: skip
-    text = table(head, rows) + "\n"
-    return text + table(["shape", "goal", "planned", "measured best", "the same", "measured"], ranks)
+def compared(predicted: float, measured: float, digits: int = 2) -> list[str]:
+    """Three columns: predicted, measured, and by how much the first is off."""
+    return [f"{predicted:,.{digits}f}", f"{measured:,.{digits}f}", off(predicted, measured)]
+
+
+def memory_row(name: str, account: Account, said: Mapping[str, Any]) -> list[str]:
+    """What an engine said of its memory beside its account."""
+    return [
+        name,
+        *compared(account.weights / GIB, said["weights"]),
+        *compared(account.kv / GIB, said["kv"]),
+        *compared(account.kv_tokens, said["kv_tokens"], 0),
+        *compared(account.used / GIB, max(said["used"]), 1),
+        f"{said['init_s']:.0f}" if "init_s" in said else "",
+    ]
+
+
+MEMORY = ["", "weights GiB", "reported", "off", "KV GiB", "reported", "off", "KV tokens", "reported", "off",
+          "used GiB", "measured", "off", "s to start the engine"]  # fmt: skip
+
+
+def families(found: Mapping[str, Any], machine: Machine) -> str:
+    """The account of each family against what vLLM reported."""
+    rows = [memory_row(shape, plans.account(machine, shape), found[shape]) for shape in FAMILIES if shape in found]
+    return f"### Families of models\n\n{FAMILIES_NOTE}\n{table(MEMORY, rows)}\n"
+
+
+CELL = ["", "prefix hits", "TTFT p50 ms", "p90", "p99", "tokens/s", "requests", "lost", "busiest / mean"]
 
 
 def cell_row(name: str, cell: Cell) -> list[str]:
-    """A system's row in a workload's table."""
-    return [name, f"{100 * cell.hit_rate:.1f} %", f"{1000 * cell.ttft_p50:.0f}", f"{1000 * cell.ttft_p90:.0f}",
-            f"{1000 * cell.ttft_p99:.0f}", f"{cell.tokens_per_s:,.0f}", f"{cell.requests}", f"{cell.lost}"]  # fmt: skip
+    """A system's row."""
+    waits = [f"{1000 * wait:.0f}" for wait in (cell.ttft_p50, cell.ttft_p90, cell.ttft_p99)]
+    counts = [f"{cell.tokens_per_s:,.0f}", f"{cell.requests}", f"{cell.lost}", f"{cell.spread:.2f}"]
+    return [name, f"{cell.hit_rate:.1%}", *waits, *counts]
 
 
-CELL = ["", "prefix hits", "TTFT p50 ms", "p90", "p99", "tokens/s", "requests", "lost"]
-
-
-def report_gateway(found: dict[str, Any]) -> str:
-    """The tables of the gateway's part."""
-    text = ""
-    if rows := found.get("throughput"):
-        text += f"### Two replicas behind the gateway, {PER_GPU} clients a replica\n\n" + table(
-            CELL, [cell_row(name, Cell(**one)) for name, one in rows.items()]
-        )
-        direct, through = ([one["tokens_per_s"] for name, one in rows.items() if part in name]
-                           for part in ("one direct", "gateway"))  # fmt: skip
-        text += f"\nTwo behind the gateway give {sum(through) / sum(direct):.2f} × one direct.\n\n"
-    if rows := found.get("alone"):
-        text += "### One request at a time\n\n" + table(
-            ["", "TTFT p50 ms", "added (median of neighbours) ms", "ms a token"],
-            [[name, f"{one['ttft_ms']:.2f}", f"{one['added_ms']:+.2f}", f"{one['tpot_ms']:.3f}"]
-             for name, one in rows.items()],
-        ) + "\n"  # fmt: skip
-    if rows := found.get("workloads"):
-        text += f"### Workloads of `make bench`, {CLIENTS} clients, {WORKLOAD_SECONDS:.0f} s each after a warm-up\n\n"
-        text += "![TTFT p90, ms](gpu-ttft.svg)\n\n![tokens/s](gpu-tokens.svg)\n\n"
-        for workload, systems in rows.items():
-            text += f"**{workload}**\n\n"
-            text += table(CELL, [cell_row(name, Cell(**one)) for name, one in systems.items()]) + "\n"
-    if one := found.get("kill"):
-        text += "### A replica killed under load\n\n"
-        text += table(["", ""], [[key, str(value)] for key, value in one.items()]) + "\n"
+def route(found: Mapping[str, Any], gpus: int) -> str:
+    """The gateway's tables."""
+    text = f"### The route, {ROUTE_SHAPE} on each GPU\n\n"
+    if cells := found.get("throughput"):
+        rows, cores = [], []
+        rates: dict[bool, list[float]] = {True: [], False: []}
+        for name, said in cells.items():
+            behind = "gateway" in name
+            one = Cell(**{key: value for key, value in said.items() if key != "cores"})
+            rows.append([*cell_row(name, one)[:-1], f"{said['cores']:.2f}" if behind else ""])
+            rates[behind].append(one.tokens_per_s)
+            cores += [said["cores"]] if behind else []
+        text += ROUTE_NOTE + "\n" + table([*CELL[:-1], "cores of the gateway"], rows)
+        if rates[True] and rates[False]:
+            times = sum(rates[True]) / len(rates[True]) / (sum(rates[False]) / len(rates[False]))
+            text += f"\n{gpus} behind the gateway give {times:.2f} × one direct, {times / gpus:.3f} × their number; "
+            text += f"the gateway takes {sum(cores) / len(cores):.2f} cores.\n"
+        text += "\n"
+    if systems := found.get("trace"):
+        text += TRACE_NOTE.format(rate=TRACE_RATE * gpus, seconds=TRACE_SECONDS, share=TRACE_SIZES.tokens) + "\n"
+        text += table(CELL, [cell_row(name, Cell(**one)) for name, one in systems.items()]) + "\n"
+    if fault := found.get("fault"):
+        text += "**Replicas killed under load**, through the gateway\n\n"
+        text += table(["", ""], [[key, str(value)] for key, value in fault.items()]) + "\n"
     return text
 
 
-def report_presets(found: dict[str, Any]) -> str:
-    """What each preset answered."""
-    rows = []
-    for name, one in found.items():
-        answered = f"a vector of {one['vector']}" if "vector" in one else "a chat" if one["chat"] else "no"
-        drafted = f"{one['drafted']:.0f}" if one.get("drafted") else ""
-        rows.append([name, answered, f"{one.get('kv_tokens', 0):,.0f}", drafted])
-    return table(["", "answered", "KV tokens in 10 GiB", "tokens drafted"], rows)
+def layouts(found: Mapping[str, Any], machine: Machine) -> str:
+    """Each layout's account, and the plans against what measured best."""
+    rows, ranks = [], []
+    for shape in LAYOUT_SHAPES:
+        measured = found.get(shape, {})
+        for name, said in measured.items():
+            sizes = said["layout"]["tp"], said["layout"]["pp"]
+            if "memory" in said:
+                rows.append(memory_row(f"{shape}, {name}", plans.account(machine, shape, *sizes), said["memory"]))
+        for goal in GOALS:
+            likeliest = plans.listed(machine, shape, goal)[:LIKELIEST]
+            figures = {one.name: value for one in likeliest if (value := figure(one, goal, measured.get(one.name, {})))}
+            missing = [one.name for one in likeliest if one.name not in figures]
+            unit = "tokens/s" if goal == "throughput" else "ms"
+            said = [f"{name}: {value:,.0f} {unit}" for name, value in figures.items()]
+            best = (max if goal == "throughput" else min)(figures, key=lambda name: figures[name], default="")
+            plan = likeliest[0].name
+            same = "" if missing else "yes" if plan == best else f"no, {lost(figures[plan], figures[best])} worse"
+            ranks.append([shape, goal, plan, best if not missing else "", same,
+                          ", ".join([*said, *(f"{name}: not measured" for name in missing)])])  # fmt: skip
+    text = f"### Layouts\n\n{LAYOUTS_NOTE}\n{table(MEMORY, rows)}\n"
+    return text + table(["shape", "goal", "planned", "measured best", "the same", "the likeliest"], ranks) + "\n"
 
 
-def write(found: dict[str, Any]) -> None:
-    """Writes docs/benchmarks/gpu.md with its charts, and gpu.json, from a run's results."""
-    from lab.bench.pictures import draw  # noqa: PLC0415 - a GPU host has no matplotlib
+def figure(layout: Layout, goal: str, said: Mapping[str, Any]) -> float:
+    """A layout's measured figure for a goal: tokens/s of all its replicas, or milliseconds of a request; 0 without."""
+    if goal == "throughput":
+        return layout.replicas * float(said.get("full", {}).get("tokens_per_s", 0))
+    alone = said.get("alone")
+    return alone["ttft_ms"] + speed.ANSWER * alone["tpot_ms"] if alone else 0.0
 
+
+def lost(plan: float, best: float) -> str:
+    """By how much the plan's figure is worse."""
+    return f"{100 * (1 - min(plan, best) / max(plan, best)):.0f} %"
+
+
+def section(found: Mapping[str, Any]) -> str:
+    """One machine's part of the report."""
     machine = Machine.model_validate(found["machine"])
-    versions = found["versions"]
-    gpus = f"{len(machine.gpus)} × {machine.gpus[0].name}"
-    parts = ", ".join(f"{name} at {one['when']} in {one['seconds']} s" for name, one in found["parts"].items())
-    seconds = sum(one["seconds"] for one in found["parts"].values())
-    link = f"{machine.links[0].kind}, {machine.links[0].gb_s:g} GB/s one way"
-    text = f"""# On real GPUs
-
-Written by `python -m lab.gpu report` from [gpu.json](gpu.json): shapes with random weights, so speeds are real and
-answers are not. Replicas start as the launcher starts them.
-
-- machine: {gpus} ({link}), {machine.cpu_cores} cores, driver {machine.driver}
-- versions: {", ".join(f"{name} {value}" for name, value in versions.items())}
-- parts (UTC): {parts}; together {seconds / 60:.0f} minutes
-
-"""
-    if "shapes" in found:
-        note = PLANNER_NOTE.format(prompt=speed.PROMPT, answer=speed.ANSWER, most=2 * PER_GPU)
-        text += f"## The planner\n\n{note}\n{report_shapes(found, machine)}\n"
-    if "gateway" in found:
-        text += f"## The gateway, {GATEWAY_SHAPE} shape\n\n"
-        text += report_gateway(found["gateway"])
-    if rows := found.get("quantized"):
-        text += f"## 4-bit weights, {QUANTIZED_SHAPE} shape on one GPU\n\n" + table(
-            ["", "weights GiB", "KV tokens", "tokens/s alone", "TTFT alone ms", "tokens/s, 64 at once"],
-            [
-                [name, f"{one['memory']['weights']:.2f}", f"{one['memory']['kv_tokens']:,.0f}",
-                 f"{1000 / one['alone']['tpot_ms']:.0f}", f"{one['alone']['ttft_ms']:.1f}",
-                 f"{one['full']['tokens_per_s']:,.0f}"]
-                for name, one in rows.items() if "full" in one
-            ],
-        ) + "\n"  # fmt: skip
-    if rows := found.get("presets"):
-        text += (
-            "## Presets\n\nAll at the same time, each with 10 GiB of KV cache, started by the launcher from its file; "
-        )
-        text += "the models have the right shape and format.\n\n" + report_presets(rows) + "\n"
+    link = f", {machine.links[0].kind}, {machine.links[0].gb_s:g} GB/s one way" if machine.links else ""
+    seconds = found.get("seconds", {})
+    text = f"## {len(machine.gpus)} × {machine.gpus[0].name}\n\n"
+    text += f"- machine: {machine.cpu_cores} cores, driver {machine.driver}{link}\n"
+    text += f"- versions: {', '.join(f'{name} {value}' for name, value in found.get('versions', {}).items())}\n"
+    parts = ", ".join(f"{name} {value} s" for name, value in seconds.items())
+    text += f"- date: {found['date']} UTC; {parts}\n\n"
+    if "families" in found:
+        text += families(found["families"], machine)
+    if "route" in found:
+        text += route(found["route"], len(machine.gpus))
+    if "layouts" in found:
+        text += layouts(found["layouts"], machine)
     if failures := found.get("failures"):
-        text += "## What is missing\n\n" + "".join(f"- {name}: {why}\n" for name, why in failures.items())
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(text.rstrip() + "\n")
-    (REPORT.parent / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(REPORT.name)
+        text += "### What is missing\n\n" + "".join(f"- {name}: {why}\n" for name, why in failures.items()) + "\n"
+    return text
+
+
+def write() -> None:
+    """Writes docs/benchmarks/gpu.md from the results beside it, those of the smallest machine first."""
+    found = [json.loads(path.read_text()) for path in DOCS.glob("gpus-*.json")]
+    found.sort(key=lambda one: len(one["machine"]["gpus"]))
+    REPORT.write_text("\n".join([INTRO, *map(section, found)]).rstrip() + "\n")

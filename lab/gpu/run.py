@@ -1,31 +1,33 @@
-"""One run on a host with GPUs: its folder and results, its replicas, and the processes that send load."""
+"""One run on a host with GPUs: its time and results, its replicas, and the processes that send load."""
 
 import asyncio
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import random
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from lab.bench import workloads
 from lab.bench.peers import Target
-from lab.bench.workloads import Client, Sizes, Workload, user
+from lab.bench.workloads import Cell, Client, Sizes, Turn, Workload, user
 from lab.gpu import engines
-from lab.gpu.engines import MAX_LENGTH, PORT, SHAPES, Engine
+from lab.gpu.engines import MAX_LENGTH, PORT, Engine
 from lab.sim.dns import Dns
 from lab.sim.load import Outcome, SteadyLoad, session, stream
 from planner import speed
+from planner.machine import Machine
 from stack.gateway import fleet_line
 
-PROCESSES = 12  # that send the load: reading every token's event costs more than one core
+SENDERS = 6  # processes a GPU that send the load: reading every token's event costs more than one core
 PER_GPU = speed.CONCURRENT
 START = time.monotonic()
 
@@ -35,24 +37,21 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - START:6.1f}] {text}", flush=True)
 
 
-PLAIN = Sizes()
-
-
 def reference(rng: random.Random, _: random.Random, sizes: Sizes) -> Client:
     """The request that plans are compared by."""
     while True:
         yield [user(sizes.prompt(rng, speed.PROMPT))], sizes.answer(rng, speed.ANSWER)
 
 
-# What the workloads are here: longer, as these replicas are faster. The documents of the KV pressure make 250k tokens.
-SIZES = Sizes(tokens=2.5, answers=1.5)
-KV_GB = 26  # 212,992 tokens of the 8B shape: less than the documents, and more than half of them
-
-
-def drive(urls: Sequence[str], model: str, workload: Workload, seed: int, clients: range, seconds: float,
+def drive(urls: Sequence[str], model: str, workload: Workload, seed: int, clients: Iterable[int], seconds: float,
           sizes: Sizes) -> list[Outcome]:  # fmt: skip
     """A workload from the clients of these numbers, in a process of its own; the requests that ended."""
     return asyncio.run(workloads.drive(urls, model, workload, seed, clients, seconds, sizes))
+
+
+def replay(urls: Sequence[str], model: str, turns: Sequence[Turn], start: float) -> list[Outcome]:
+    """Some conversations of a trace, in a process of its own."""
+    return asyncio.run(workloads.replay(urls, model, turns, start))
 
 
 def steady(url: str, model: str, clients: int, seed: int, seconds: float) -> list[Outcome]:
@@ -66,24 +65,28 @@ def steady(url: str, model: str, clients: int, seed: int, seconds: float) -> lis
     return asyncio.run(load())
 
 
-async def in_turn(urls: Sequence[str], model: str, count: int, answer: int) -> list[list[Outcome]]:
-    """One request at a time, to each url in turn, over connections that stay open; the first of each is left out."""
-    found: list[list[Outcome]] = [[] for _ in urls]
+async def alone(url: str, model: str, count: int, answer: int) -> dict[str, float]:
+    """`count` requests of the reference size, one after the other, and one ahead of them that does not count: the
+    milliseconds to the first token, and from one to the next."""
     asks = reference(random.Random(), random.Random(), Sizes())
-    async with contextlib.AsyncExitStack() as stack:
-        sessions = [await stack.enter_async_context(session()) for _ in urls]
+    outcomes = []
+    async with session() as connection:
         for _ in range(count + 1):
-            for one, url, outcomes in zip(sessions, urls, found, strict=True):
-                messages, _tokens = next(asks)
-                body = {"model": model, "messages": messages, "max_tokens": answer, "ignore_eos": True}
-                outcomes.append(await stream(one, url, body, 60))
-    return [outcomes[1:] for outcomes in found]
+            messages, _tokens = next(asks)
+            body = {"model": model, "messages": messages, "max_tokens": answer, "ignore_eos": True}
+            outcomes.append(await stream(connection, url, body, 60))
+    met = outcomes[1:]
+    gaps = [(one.last - one.first) / (one.tokens - 1) for one in met if one.first and one.last and one.tokens > 1]
+    return {"ttft_ms": 1000 * median(one.ttft for one in met), "tpot_ms": 1000 * median(gaps)}
 
 
-def alone(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Milliseconds of requests that were alone: to the first token, and from one to the next."""
-    gaps = [(one.last - one.first) / (one.tokens - 1) for one in outcomes if one.first and one.last and one.tokens > 1]
-    return {"ttft_ms": 1000 * median(one.ttft for one in outcomes), "tpot_ms": 1000 * median(gaps)}
+def cpu_seconds(processes: Iterable[int]) -> float:
+    """What these processes have computed so far."""
+    ticks = 0
+    for pid in processes:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Fleet:
@@ -104,39 +107,61 @@ class Fleet:
         return Target(self.urls, self.model, cpus, self)
 
 
-class Run:
-    """One run: its folder, the results so far and the processes that send load."""
+@dataclass
+class Load:
+    """Where clients ask, the engines that answer them, and how many clients there are."""
 
-    def __init__(self, out: Path, work: Path) -> None:
-        self.work = work
+    urls: Sequence[str]
+    replicas: Sequence[Engine]
+    clients: int
+
+
+class Run:
+    """One run of at most `seconds`: its folder, the results so far and the processes that send load."""
+
+    def __init__(self, machine: Machine, out: Path, work: Path, seconds: float) -> None:
+        self.machine, self.work, self.end = machine, work, START + seconds
+        self.gpus = [gpu.index for gpu in machine.gpus]
         work.mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "gpu.json"
-        self.results: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.results: dict[str, Any] = {}
         engines.prepare()
-        self.pool = ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn"))
-        for _ in range(PROCESSES):
+        self.senders = SENDERS * len(self.gpus)
+        self.pool = ProcessPoolExecutor(self.senders, mp_context=multiprocessing.get_context("spawn"))
+        self.models = {shape: self.pool.submit(engines.write_model, work / "models", shape) for shape in engines.SHAPES}
+        for _ in range(self.senders):
             self.pool.submit(time.sleep, 1)  # so that each process is there before anything is timed
         self.seed = random.randrange(10**9)
         net = f"127.{random.randint(1, 254)}.{random.randint(0, 254)}"
         self.hosts = (f"{net}.{number}" for number in range(10, 250))
         self.gateway_host = f"{net}.1"
         self.dns = Dns(self.gateway_host)
+        self.started: list[Engine] = []
 
-    def engine(self, model: str, gpus: Sequence[int], *extra: str, **settings: str) -> Engine:
-        """Starts a model on these GPUs; `settings` are the launcher's, `extra` vLLM's arguments."""
-        path = self.work / "models" / model
-        if not (path / "tokenizer_config.json").exists():
-            engines.write_model(self.work / "models", model)
-        if model in SHAPES:
-            settings["MAX_MODEL_LEN"] = str(MAX_LENGTH)
-        return Engine(next(self.hosts), gpus, path, self.work, settings, *extra)
+    def left(self) -> float:
+        """Seconds until it has to be over."""
+        return self.end - time.monotonic()
 
-    def ready(self, *every: Engine) -> None:
-        """Returns when all of them answer."""
-        for engine in every:
-            engine.wait()
-            say(f"{engine.name} on GPUs {engine.gpus} ready {time.monotonic() - engine.started:.0f} s after its start")
+    def engine(self, shape: str, gpus: Sequence[int], *extra: str, **settings: str) -> Engine:
+        """Starts a shape on these GPUs; `settings` are the launcher's, `extra` vLLM's arguments."""
+        settings["MAX_MODEL_LEN"] = str(MAX_LENGTH)
+        engine = Engine(next(self.hosts), gpus, self.models[shape].result(), self.work, settings, *extra)
+        self.started.append(engine)
+        return engine
+
+    def ready(self, engine: Engine, within_s: float) -> None:
+        """Returns when it answers; TimeoutError or RuntimeError where it does not."""
+        engine.wait(max(1.0, min(within_s, self.left())))
+        say(f"{engine.name} on GPUs {engine.gpus} ready {time.monotonic() - engine.started:.0f} s after its start")
+
+    def stop(self) -> None:
+        """Ends all engines that run."""
+        for engine in self.started:
+            engine.kill()
+        for engine in self.started:
+            engine.stop()
+        self.started.clear()
 
     def keep(self, *path: str, value: Any) -> None:
         """Puts a result where it belongs and writes all of them."""
@@ -144,34 +169,73 @@ class Run:
         for key in path[:-1]:
             at = at.setdefault(key, {})
         at[path[-1]] = value
-        self.path.write_text(json.dumps(self.results, indent=1) + "\n")
-        say(f"{' '.join(path)}: {json.dumps(value)[:400]}")
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.results, indent=1) + "\n")
+        partial.rename(self.path)
+        say(f"{' '.join(path)}: {json.dumps(value)[:300]}")
 
-    def part(self, name: str, step: Callable[[], None]) -> None:
-        """One part of the run; the others go on when it fails."""
+    def part(self, name: str, needs_s: float, step: Callable[[], None]) -> None:
+        """One part of the run. It is left out where less time is left than it needs; others go on when it fails."""
+        if self.left() < needs_s:
+            self.keep("failures", name, value="left out: the time was over")
+            return
         try:
             step()
         except Exception as error:  # noqa: BLE001 - the run reports it and goes on
             traceback.print_exc()
             self.keep("failures", name, value=f"{type(error).__name__}: {error}"[:800])
 
-    def load(self, urls: Sequence[str], replicas: Sequence[Engine], clients: int, seconds: float,
-             workload: Workload = reference, sizes: Sizes = PLAIN) -> dict[str, Any]:  # fmt: skip
-        """A workload for `seconds`, after half of that to warm up; clients take the urls in turn."""
-        turned = [[*urls[n % len(urls) :], *urls[: n % len(urls)]] for n in range(PROCESSES)]
-        driving: list[Future[list[Outcome]]] = [
-            self.pool.submit(drive, turned[n], replicas[0].name, workload, self.seed, range(n, clients, PROCESSES),
-                             1.5 * seconds, sizes)
-            for n in range(PROCESSES)
-        ]  # fmt: skip
-        time.sleep(seconds / 2)
-        metrics = [engine.url for engine in replicas]
-        before = workloads.counters(metrics)
-        time.sleep(max(0.0, before.at + seconds - 0.1 - time.monotonic()))
-        after = workloads.counters(metrics)
-        outcomes = [outcome for one in driving for outcome in one.result()]
-        return asdict(workloads.cell(outcomes, before, after))
-
     def fresh(self) -> None:
         """New prompts: those that were sent before are in the caches."""
         self.seed += 1
+
+    def loads(self, targets: Sequence[Load], seconds: float, sizes: Sizes) -> list[Cell]:
+        """Requests of the reference size, scaled, to all targets at the same time for `seconds`, after half of that to
+        warm up; the clients of a target take its urls in turn."""
+        senders = self.senders // len(targets)
+        driving: list[list[Future[list[Outcome]]]] = [
+            [
+                self.pool.submit(drive, turned(one.urls, n), one.replicas[0].name, reference, self.seed,
+                                 range(n, one.clients, senders), 1.5 * seconds, sizes)
+                for n in range(senders)
+            ]
+            for one in targets
+        ]  # fmt: skip
+        time.sleep(seconds / 2)
+        metrics = [[engine.url for engine in one.replicas] for one in targets]
+        before = [workloads.counters(urls) for urls in metrics]
+        time.sleep(max(0.0, before[0].at + seconds - 0.1 - time.monotonic()))
+        after = [workloads.counters(urls) for urls in metrics]
+        outcomes = [[outcome for one in jobs for outcome in one.result()] for jobs in driving]
+        return [workloads.cell(*one) for one in zip(outcomes, before, after, strict=True)]
+
+    def trace(self, url: str, replicas: Sequence[Engine], turns: Sequence[Turn]) -> Cell:
+        """A trace to one url, with empty caches; what is due in its first third warms up."""
+        for engine in replicas:
+            engine.forget()
+        start = time.monotonic() + 1
+        parts = [[turn for turn in turns if turn.talk % self.senders == n] for n in range(self.senders)]
+        jobs = [self.pool.submit(replay, [url], replicas[0].name, part, start) for part in parts if part]
+        metrics = [engine.url for engine in replicas]
+        time.sleep(start + turns[-1].due / 3 - time.monotonic())
+        before = workloads.counters(metrics)
+        outcomes = [outcome for job in jobs for outcome in job.result()]
+        return workloads.cell(outcomes, before, workloads.counters(metrics))
+
+    def steady(self, url: str, model: str, clients: int, seconds: float) -> list[Future[list[Outcome]]]:
+        """Starts `clients` clients that ask until `seconds` are over, each request brought to its end."""
+        share = math.ceil(clients / self.senders)
+        return [self.pool.submit(steady, url, model, share, self.seed + n, seconds) for n in range(self.senders)]
+
+    def close(self) -> None:
+        """Ends what runs."""
+        with contextlib.suppress(TimeoutError):
+            self.stop()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.dns.close()
+
+
+def turned(urls: Sequence[str], by: int) -> list[str]:
+    """The urls, beginning with another one."""
+    at = by % len(urls)
+    return [*urls[at:], *urls[:at]]

@@ -54,6 +54,7 @@ class Nginx:
         self.binary = os.environ.get("NGINX")
         # As Nginx itself sees them.
         self.conf_seen = str(self.conf) if self.binary else "/etc/nginx"
+        self.state_seen = f"{self.folder}/state" if self.binary else "/var/lib/fleet"
         self.tmp_seen = f"{self.folder}/tmp" if self.binary else "/tmp"  # noqa: S108
         self.env = {name: value.replace("{conf}", self.conf_seen) for name, value in (env or {}).items()}
         self._cpus = cpus
@@ -65,9 +66,14 @@ class Nginx:
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        (self.folder / "tmp").mkdir()
-        (self.folder / "tmp").chmod(0o777)
+        for name in ("tmp", "state"):
+            (self.folder / name).mkdir()
+            (self.folder / name).chmod(0o777)
         self.configure()
+        self._start()
+        return self
+
+    def _start(self) -> None:
         # Nginx itself takes a variable NGINX for sockets to inherit.
         env = {name: value for name, value in {**os.environ, **self.env}.items() if name != "NGINX"}
         with self._log.open("ab") as log:
@@ -84,22 +90,28 @@ class Nginx:
         except BaseException:
             self.__exit__()
             raise
-        return self
+
+    def restart(self) -> None:
+        """Ends Nginx as Compose does, and starts it again; what it keeps in files stays."""
+        assert self._process
+        os.kill(self.master(), signal.SIGQUIT)
+        self._process.wait(20)
+        self._start()
 
     def __exit__(self, *_: object) -> None:
         self._stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _command(self) -> list[str]:
-        args = ["-p", self.conf_seen, "-c", f"{self.conf_seen}/nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+        start = [f"{self.conf_seen}/start.sh", self.binary or "nginx", self.conf_seen]
         if self.binary:
-            return [*(["taskset", "-c", self._cpus] if self._cpus else []), self.binary, *args]
+            return [*(["taskset", "-c", self._cpus] if self._cpus else []), "sh", *start]
         options = f"--rm --name {self.folder.name} --network host --user 101:101 --read-only --tmpfs /tmp:mode=1777"
-        mount = f"{self.conf}:/etc/nginx:ro"
+        mounts = ["--volume", f"{self.conf}:/etc/nginx:ro", "--volume", f"{self.folder}/state:{self.state_seen}"]
         pin = ["--cpuset-cpus", self._cpus] if self._cpus else []
         env = [item for name, value in self.env.items() for item in ("--env", f"{name}={value}")]
-        start = ["docker", "run", *options.split(), "--pull", "never", *pin]
-        return [*start, "--volume", mount, *env, "--entrypoint", "nginx", image(), *args]
+        docker = ["docker", "run", *options.split(), "--pull", "never", *pin]
+        return [*docker, *mounts, *env, "--entrypoint", "sh", image(), *start]
 
     def _stop(self) -> None:
         assert self._process
@@ -147,7 +159,7 @@ class Gateway(Nginx):
     """Real Nginx on the project's configuration, on the fleet's addresses.
 
     `upstreams` is the fleet file, all replicas by default; `env` the gateway's environment; `files` lie beside its
-    configuration, whose folder is `{conf}` in `env`.
+    configuration, whose folder is `{conf}` in `env`; `key` is what `status` and its like show where keys are asked for.
     """
 
     def __init__(
@@ -157,14 +169,17 @@ class Gateway(Nginx):
         env: Mapping[str, str] | None = None,
         files: Mapping[str, bytes] | None = None,
         cpus: str | None = None,
+        key: str = "",
     ) -> None:
         self.host = fleet.gateway_host
-        super().__init__(f"http://{self.host}:8080", {"BIND_ADDRESS": "127.0.0.1", **(env or {})}, cpus)
+        given = {"BIND_ADDRESS": "127.0.0.1", "SECRETS_FOLDER": "{conf}/secrets", **(env or {})}
+        super().__init__(f"http://{self.host}:8080", given, cpus)
         self.metrics_url = f"http://{self.host}:9113"
         self.admin_url = f"http://{self.host}:8081"
         self._dns = fleet.dns.address
         self._upstreams = fleet.upstreams() if upstreams is None else upstreams
         self._files = dict(files or {})
+        self.key = key
 
     def configure(self) -> None:
         """Writes the project's configuration with this gateway's addresses and fleet file."""
@@ -173,13 +188,18 @@ class Gateway(Nginx):
         (self.conf / "fleet").mkdir()
         self.write_fleet(self._upstreams)
         for name, content in self._files.items():
+            (self.conf / name).parent.mkdir(exist_ok=True)
             (self.conf / name).write_bytes(content)
         swaps = [
             (r"listen 80\b", f"listen {self.host}:8080"),
+            (r"listen 443\b", f"listen {self.host}:8443"),
+            (r"listen 8080\b", f"listen {self.host}:8079"),
             (r"listen 9113\b", f"listen {self.host}:9113"),
             (r"listen 127\.0\.0\.1:8081\b", f"listen {self.host}:8081"),
             (r"resolver 127\.0\.0\.11\b", f"resolver {self._dns}"),
+            (r"/etc/fleet/tls\b", f"{self.conf_seen}/tls"),
             (r"/tmp\b", self.tmp_seen),  # noqa: S108
+            (r"/var/lib/fleet\b", self.state_seen),
             (r"/var/cache/bodies\b", f"{self.tmp_seen}/bodies"),
         ]
         if modules := os.environ.get("NGINX_MODULES"):
@@ -199,6 +219,13 @@ class Gateway(Nginx):
         """Replaces the fleet file; `reload()` makes it count."""
         (self.conf / "fleet" / "default.conf").write_text(upstreams)
 
+    def write_secret(self, name: str, text: str) -> None:
+        """Replaces a file of `secrets/` as `make key` does, by renaming; the gateway sees it within a second."""
+        (self.conf / "secrets").mkdir(exist_ok=True)
+        new = self.conf / "secrets" / f".{name}.new"
+        new.write_text(text)
+        new.rename(self.conf / "secrets" / name)
+
     def reload(self) -> None:
         """Reads the configuration anew; returns when new workers are there and no old one takes a request any more."""
         before = set(self.workers())
@@ -217,8 +244,11 @@ class Gateway(Nginx):
 
     def status(self) -> dict[str, Any]:
         """GET /status.json."""
-        status: dict[str, Any] = json.loads(get(self.url + "/status.json"))
+        status: dict[str, Any] = json.loads(get(self.url + "/status.json", headers=self._headers()))
         return status
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def states(self) -> dict[str, str]:
         """Each replica's state by name."""

@@ -2,12 +2,16 @@
 
     python -m lab.sim.replica --host 127.0.0.1 --port 8000 --model sim
 
-It answers /health, /v1/models, /v1/chat/completions, /v1/completions (streamed and whole), /tokenize, /metrics with
-vLLM's own metric names, and on `/_sim` its own control: GET gives what it saw, POST a JSON object sets faults:
+It answers /health, /v1/models, what generates in the dialects of `dialects.py` (streamed and whole), /tokenize,
+/metrics with vLLM's own metric names, and on `/_sim` its own control: GET gives what it saw, POST a JSON object sets
+faults:
 
     {"fault": null | "hang" | "reset" | "garbage" | "status" | "cut" | "crash",
      "status": 503,        the answer of fault `status`
+     "refusal": "",        what its 503 says beside: "draining" (vllm/drain.py)
+     "comment": false,     streams begin with a comment, as STREAM_KEEPALIVE_SECONDS makes them
      "after_tokens": 5,    how far a stream gets under fault `cut`
+     "wide": 0,            bytes of each token's text in a stream, if not its own
      "slow": 1.0,          factor on every time
      "health": 200,        the answer of /health
      "models": null,       the body of /v1/models, if it is not the list of its models
@@ -33,6 +37,7 @@ from typing import Any, cast
 
 import uvloop
 
+from lab.sim.dialects import DIALECTS, Dialect
 from lab.sim.engine import BLOCK, TOKEN_BYTES, Engine, QueueFullError, Request, Shape
 
 WORDS = b"the and for are but not you all any can had her was one our out day get has him his how man new now".split()
@@ -48,6 +53,8 @@ REASONS = {
     405: "Method Not Allowed",
     429: "Too Many Requests",
 }
+# Where a request has its prompt, if not in `messages`.
+FIELDS = {"/v1/completions": "prompt", "/v1/responses": "input"}
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -57,6 +64,9 @@ class Faults:
 
     fault: str | None = None
     status: int = 503
+    refusal: str = ""
+    comment: bool = False
+    wide: int = 0
     after_tokens: int = 5
     slow: float = 1.0
     health: int = 200
@@ -94,8 +104,10 @@ class Replica:
     """All state of one simulated replica."""
 
     def __init__(self, model: str, shape: Shape, instant: bool, adapters: int = 0) -> None:
-        self.model = model
-        self.names = [model, *(f"{model}-adapter-{n}" for n in range(adapters))]
+        # As SERVED_MODEL_NAME: several names of one model have commas between.
+        self.aliases = model.split(",")
+        self.model = self.aliases[0]
+        self.names = [*self.aliases, *(f"{self.model}-adapter-{n}" for n in range(adapters))]
         self.shape = shape
         self.instant = instant
         self.engine = Engine(shape)
@@ -161,7 +173,7 @@ class Replica:
             "max_model_len": self.shape.max_model_len,
         }
         adapter = {**card, "parent": self.model, "max_model_len": None}
-        cards = [{"id": name, **(adapter if name != self.model else card)} for name in self.names]
+        cards = [{"id": name, **(card if name in self.aliases else adapter)} for name in self.names]
         return {"object": "list", "data": cards}
 
 
@@ -180,16 +192,16 @@ def text_of(content: object) -> str:
     return content if isinstance(content, str) else ""
 
 
-def prompt_of(body: object, chat: bool) -> bytes:
+def prompt_of(body: object, field: str) -> bytes:
     """The prompt's text; a conversation's next turn begins with all of this one and its answer."""
     if not isinstance(body, dict):
         raise TypeError("the body must be a JSON object")
-    if not chat:
-        prompt = body.get("prompt", "")
+    if field != "messages" and not (field == "input" and isinstance(body.get(field), list)):
+        prompt = body.get(field, "")
         return (prompt if isinstance(prompt, str) else json.dumps(prompt)).encode()
-    messages = body.get("messages")
+    messages = body.get(field)
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise TypeError("messages: a list of objects is required")
+        raise TypeError(f"{field}: a list of objects is required")
     turns = "".join(f"<|{message.get('role')}|>{text_of(message.get('content'))}" for message in messages)
     return f"{turns}<|assistant|>".encode()
 
@@ -261,7 +273,7 @@ class Connection(asyncio.Protocol):
 
     def _handle(self, method: str, path: str, head: bytes, body: bytes) -> None:
         replica = self.replica
-        generates = path in ("/v1/chat/completions", "/v1/completions")
+        generates = path in DIALECTS
         # A gateway names each request that it passes on; what it asks for itself has no id.
         if generates or b"\r\nx-request-id:" in head.lower():
             replica.seen.append((head, body))
@@ -305,7 +317,7 @@ class Connection(asyncio.Protocol):
     def _tokenize(self, body: bytes) -> None:
         try:
             wanted = json.loads(body)
-            prompt = prompt_of(wanted, "messages" in wanted)
+            prompt = prompt_of(wanted, "messages" if "messages" in wanted else "prompt")
         except (ValueError, TypeError, RecursionError) as why:
             self._send_json(*error(400, str(why)))
             return
@@ -326,26 +338,29 @@ class Connection(asyncio.Protocol):
         if faults.fault == "status":
             status, body_of = error(faults.status, "simulated fault")
             # As vllm/begin.py says of an engine that failed.
-            self._send(status, json.dumps(body_of).encode(), failure="simulated fault" if status >= 500 else "")
+            failure = "x-failure: simulated fault\r\n" if status >= 500 else ""
+            refusal = f"x-refusal: {faults.refusal}\r\n" if faults.refusal else ""
+            self._send(status, json.dumps(body_of).encode(), more=failure + refusal)
             return
         if method != "POST":
             self._send_json(405, {"detail": "Method Not Allowed"})
             return
-        chat = path == "/v1/chat/completions"
+        dialect = DIALECTS[path](replica.model, uuid.uuid4().hex)
         if replica.instant:
             stream = b'"stream":true' in body or b'"stream": true' in body
-            self._write_instant(chat, stream)
+            self._write_instant(dialect, stream)
             return
         try:
             wanted = json.loads(body)
-            prompt = prompt_of(wanted, chat)
+            prompt = prompt_of(wanted, FIELDS.get(path, "messages"))
         except (ValueError, TypeError, RecursionError) as why:
             self._send_json(*error(400, str(why)))
             return
         if wanted.get("model", replica.model) not in replica.names:
             self._send_json(*error(404, f"The model `{wanted['model']}` does not exist."))
             return
-        max_tokens = wanted.get("max_completion_tokens") or wanted.get("max_tokens") or 64
+        limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+        max_tokens = next((wanted[name] for name in limits if wanted.get(name)), 64)
         if not isinstance(max_tokens, int) or max_tokens < 1:
             self._send_json(*error(400, "max_tokens must be at least 1"))
             return
@@ -363,7 +378,7 @@ class Connection(asyncio.Protocol):
         self.request = request
         usage = bool((wanted.get("stream_options") or {}).get("include_usage"))
         self.task = asyncio.create_task(
-            self._stream(request, chat, usage) if wanted.get("stream") else self._whole(request, chat)
+            self._stream(request, dialect, usage) if wanted.get("stream") else self._whole(request, dialect)
         )
         self.task.add_done_callback(self._done)
 
@@ -390,40 +405,40 @@ class Connection(asyncio.Protocol):
         self.request = None
         return True
 
-    async def _whole(self, request: Request, chat: bool) -> None:
+    async def _whole(self, request: Request, dialect: Dialect) -> None:
         if await self._follow(request, lambda _: None):
-            self._send_json(200, whole(self.replica.model, chat, request.answer.decode(), usage_of(request)))
+            self._send_json(200, dialect.whole(request.answer.decode(), usage_of(request)))
 
-    async def _stream(self, request: Request, chat: bool, usage: bool) -> None:
-        ident = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        kind = "chat.completion.chunk" if chat else "text_completion"
-        start = f'data: {{"id":"{ident}","object":"{kind}","created":{int(time.time())},"model":"{self.replica.model}",'
+    async def _stream(self, request: Request, dialect: Dialect, usage: bool) -> None:
         write = self.transport.write
 
-        def event(rest: str) -> None:
-            data = f"{start}{rest}}}\n\n".encode()
-            write(b"%x\r\n%b\r\n" % (len(data), data))
+        def chunk(events: str) -> None:
+            if events:
+                data = events.encode()
+                write(b"%x\r\n%b\r\n" % (len(data), data))
+
+        commented = self.replica.faults.comment
+        if commented:
+            write(STREAM_HEAD)
+            chunk(": wait\n\n")
 
         def token(index: int) -> None:
             if index == 0:
-                write(STREAM_HEAD)
-                if chat:
-                    event(
-                        '"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-                    )
+                if not commented:
+                    write(STREAM_HEAD)
+                chunk(dialect.begin())
             text = request.answer[index * TOKEN_BYTES : (index + 1) * TOKEN_BYTES].decode()
-            finish = '"length"' if index == request.max_tokens - 1 else "null"
-            piece = f'"delta":{{"content":"{text}"}}' if chat else f'"text":"{text}"'
-            event(f'"choices":[{{"index":0,{piece},"logprobs":null,"finish_reason":{finish}}}]')
+            if wide := self.replica.faults.wide:
+                text = "x" * wide
+            chunk(dialect.token(text, index == request.max_tokens - 1))
 
         if await self._follow(request, token):
-            if usage:
-                event(f'"choices":[],"usage":{json.dumps(usage_of(request))}')
-            write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+            chunk(dialect.end(request.answer.decode(), usage_of(request), usage))
+            write(b"0\r\n\r\n")
 
-    def _write_instant(self, chat: bool, stream: bool) -> None:
+    def _write_instant(self, dialect: Dialect, stream: bool) -> None:
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        answer = whole(self.replica.model, chat, " the", usage)
+        answer = dialect.whole(" the", usage)
         if stream:
             self._send(200, b"data: " + json.dumps(answer).encode() + b"\n\ndata: [DONE]\n\n", "text/event-stream")
         else:
@@ -432,10 +447,9 @@ class Connection(asyncio.Protocol):
     def _send_json(self, status: int, data: object) -> None:
         self._send(status, json.dumps(data, separators=(",", ":")).encode())
 
-    def _send(self, status: int, body: bytes, kind: str = "application/json", failure: str = "") -> None:
+    def _send(self, status: int, body: bytes, kind: str = "application/json", more: str = "") -> None:
         reason = REASONS.get(status, "Error")
-        said = f"x-failure: {failure}\r\n" if failure else ""
-        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: {kind}\r\n{said}content-length: {len(body)}\r\n\r\n"
+        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: {kind}\r\n{more}content-length: {len(body)}\r\n\r\n"
         self.transport.write(head.encode() + body)
 
 
@@ -447,22 +461,6 @@ def usage_of(request: Request) -> dict[str, Any]:
         "total_tokens": request.prompt_tokens + request.made,
         "prompt_tokens_details": {"cached_tokens": request.cached_tokens},
     }
-
-
-def whole(model: str, chat: bool, text: str, usage: dict[str, Any]) -> dict[str, Any]:
-    """An answer that is not streamed."""
-    ident = uuid.uuid4().hex
-    head = {"created": int(time.time()), "model": model, "usage": usage}
-    if chat:
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "logprobs": None,
-            "finish_reason": "length",
-        }
-        return {"id": f"chatcmpl-{ident}", "object": "chat.completion", "choices": [choice], **head}
-    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}
-    return {"id": f"cmpl-{ident}", "object": "text_completion", "choices": [choice], **head}
 
 
 def dechunk(buffer: bytearray, at: int) -> tuple[bytes, int] | None:

@@ -23,15 +23,23 @@ const ANTHROPIC = {
     429: 'rate_limit_error',
 };
 
+// Whether this API was asked. What Nginx refused before it had read the whole head has come to /error, where the request's
+// first line may still tell.
+function asks(r, api) {
+    const path = r.uri === '/error' ? (r.variables.request || '').replace(/^\S* (https?:\/\/[^/]*)?/i, '') : r.uri;
+    return path.startsWith(api);
+}
+
 // The body of an error, which names the request id. `param` is the field at fault, or null.
 function error(r, status, code, message, param) {
     const id = r.variables.id;
-    const text = `${message} (request id ${id})`;
-    if (r.uri.startsWith('/v1/messages')) {
+    // What a client sent by mistake is not shown again.
+    const text = `${message} (request id ${id})`.replace(/sk-fleet-[\w-]+/g, 'sk-fleet-…');
+    if (asks(r, '/v1/messages')) {
         const type = ANTHROPIC[status] || (status < 500 ? 'invalid_request_error' : 'api_error');
         return JSON.stringify({ type: 'error', error: { type, message: text }, request_id: id });
     }
-    const type = status < 500 ? (status === 429 ? 'rate_limit_error' : 'invalid_request_error') : 'server_error';
+    const type = code === 'insufficient_quota' ? code : status < 500 ? (status === 429 ? 'rate_limit_error' : 'invalid_request_error') : 'server_error';
     return JSON.stringify({ error: { message: text, type, param: param || null, code } });
 }
 
@@ -39,10 +47,10 @@ function error(r, status, code, message, param) {
 function lost(r) {
     const why = `The replica ${r.variables.replica} was lost while it answered.`;
     const body = error(r, 502, 'stream_lost', why);
-    if (r.uri.startsWith('/v1/messages')) {
+    if (asks(r, '/v1/messages')) {
         return `event: error\ndata: ${body}\n\n`;
     }
-    if (r.uri.startsWith('/v1/responses')) {
+    if (asks(r, '/v1/responses')) {
         // Codex ends at the first, OpenAI's own clients at the second.
         const said = JSON.parse(body).error;
         const response = {

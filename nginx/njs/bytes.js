@@ -93,7 +93,7 @@ function turns() {
         over: () => Date.now() - began >= SLICE,
         // Without a millisecond the timer would fire before they have their turn.
         others: async () => {
-            const wait = (fleet.inFlight('body:walks') - 1) * SLICE * (0.5 + Math.random());
+            const wait = (fleet.number('body:walks') - 1) * SLICE * (0.5 + Math.random());
             await new Promise((resolve) => setTimeout(resolve, 1 + wait));
             began = Date.now();
         },

@@ -2,7 +2,7 @@
 //
 // health.js keeps a record of each replica in the shared dictionary `fleet`; `publish` makes of all records one table that
 // every request reads. What grows with the number of models lies apart, so that it can't take the room of a replica's state:
-// the names in `models`, one list a replica, and their cards in `cards`. Requests in flight are counted in `load`, per replica,
+// the names in `models`, one list a replica, and their cards in `cards`. Requests in flight and what they wait for are counted in `load`, per replica,
 // and per replica and worker, so that the count of a worker that was killed can be taken back.
 
 import fs from 'fs';
@@ -13,10 +13,10 @@ const cards = ngx.shared.cards;
 const load = ngx.shared.load;
 const counters = ngx.shared.counters;
 
-const WORK_LEFT = Math.exp(-1 / 5);   // after a second: work counts for some five seconds
+const REQUEST = 2 ** 32;   // what a request in flight adds to a replica's number: the rest is characters of prompt
 
 const ALL = 1e9;   // keys; a shared dictionary gives 1,024 unless told otherwise
-const ZONES = ['fleet', 'models', 'cards', 'counters'];   // those that can be full: nothing is evicted from them
+const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys', 'limits', 'end_users', 'slots'];   // those that can be full: nothing is evicted from them
 
 const worker = ` ${process.pid}`;   // asking for it costs more than counting
 
@@ -158,9 +158,9 @@ function publish() {
 let seen = 0;
 let parsed = null;
 
-// The table; with each replica's `models`; with `models`, the indices of the replicas of each model; with `untold`, whether some
-// replica has not told its models yet; and with `lists`, what route.js made of it. It is read anew only when another one was
-// published.
+// The table; with each replica's `models`; with `models`, the indices of the replicas of each model; with `names`, the first name
+// of each model that has several; with `untold`, whether some replica has not told its models yet; and with `lists`, what route.js
+// made of it. It is read anew only when another one was published.
 function table() {
     const number = counters.get('table');
     if (number === undefined) {
@@ -170,9 +170,10 @@ function table() {
     if (number !== seen) {
         // There is none if it found no room.
         parsed = get('table') || build();
-        const { of, by, untold } = listing(parsed.replicas);
+        const { of, by, names, untold } = listing(parsed.replicas);
         parsed.replicas.forEach((replica, i) => { replica.models = of[i]; });
         parsed.models = by;
+        parsed.names = names;
         parsed.untold = untold;
         parsed.lists = Object.create(null);
         seen = number;
@@ -182,23 +183,40 @@ function table() {
 
 let listed = { key: '' };
 
-// The names of models: `of` each of these replicas, and `by` name the indices of those that serve it. They seldom change, and
-// are read anew only then.
+// The names of models: `of` each of these replicas, `by` name the indices of those that serve it, and of further `names` the
+// model's first one. They seldom change, and are read anew only then.
 function listing(replicas) {
     const key = `${counters.get('models')} ${replicas.map((replica) => replica.name)}`;
     if (key !== listed.key) {
-        listed = { key, of: [], by: Object.create(null), untold: false };
+        listed = { key, of: [], by: Object.create(null), names: Object.create(null), untold: false };
         replicas.forEach(({ name }, index) => {
             const text = models.get(name);
-            const names = JSON.parse(text || '[]');
+            const groups = JSON.parse(text || '[]');
             listed.untold = listed.untold || !text;
-            listed.of.push(names);
-            for (const model of names) {
+            listed.of.push(groups.flat());
+            for (const model of groups.flat()) {
                 (listed.by[model] = listed.by[model] || []).push(index);
+            }
+            for (const [first, ...others] of groups) {
+                others.forEach((other) => { listed.names[other] = listed.names[other] || first; });
             }
         });
     }
     return listed;
+}
+
+// The names in these cards, those of one model together: it has the same root, and is no adapter.
+function grouped(said) {
+    const groups = [];
+    const of = Object.create(null);
+    for (const { id, root, parent } of said) {
+        const key = root && !parent ? root : ` ${id}`;
+        if (!of[key]) {
+            groups.push(of[key] = []);
+        }
+        of[key].push(id);
+    }
+    return groups;
 }
 
 // Takes over what a replica says its models are: their cards. Says whether there was room for their names.
@@ -206,7 +224,7 @@ function learn(name, said) {
     for (const card of said) {
         put('cards', card.id, JSON.stringify(card));
     }
-    const names = JSON.stringify(said.map((card) => card.id));
+    const names = JSON.stringify(grouped(said));
     if (models.get(name) === names) {
         return true;
     }
@@ -217,9 +235,15 @@ function learn(name, said) {
     return kept;
 }
 
-// The card of a model.
+// The card of a model, with what clients of OpenAI's and of Anthropic's API read in one.
 function card(model) {
-    return JSON.parse(cards.get(model) || JSON.stringify({ id: model, object: 'model' }));
+    const said = JSON.parse(cards.get(model) || JSON.stringify({ id: model, object: 'model' }));
+    const base = said.parent && JSON.parse(cards.get(said.parent) || '{}');
+    // An adapter takes what its model takes.
+    const length = said.max_model_len || base && base.max_model_len || null;
+    return Object.assign({ type: 'model', display_name: model, lifecycle: 'active' }, said, {
+        created_at: new Date((said.created || 0) * 1000).toISOString(), max_model_len: length, max_input_tokens: length,
+    });
 }
 
 // The indices of the replicas that serve this model, or undefined.
@@ -253,12 +277,19 @@ function count(name, more) {
     return load.incr(name, more, 0);
 }
 
-function enter(name) {
-    count(name, 1);
+// A request goes to the replica, which has to compute so many characters of its prompt.
+function enter(name, work) {
+    count(name, REQUEST + work);
 }
 
-function leave(name) {
-    count(name, -1);
+// Its answer has begun.
+function begun(name, work) {
+    count(name, -work);
+}
+
+// It is over; `work` is what of its prompt was not computed.
+function leave(name, work) {
+    count(name, -REQUEST - work);
 }
 
 // A replica answered a request: counts its answers of 5xx in a row. Those of 4xx are the client's matter.
@@ -275,35 +306,29 @@ function failures(name) {
     return load.get(`failures:${name}`) || 0;
 }
 
-function inFlight(name) {
+// Its requests in flight times REQUEST, plus the characters of prompt that they wait for: those that the replica was sent and
+// has not computed, and had not in its cache.
+function number(name) {
     return load.get(name) || 0;
 }
 
-// How many characters of prompt a replica was sent lately that it had not in its cache: what keeps it from new prompts.
-function work(name) {
-    return load.get(`work:${name}`) || 0;
-}
-
-function addWork(name, characters) {
-    load.incr(`work:${name}`, characters, 0);
-}
-
-// Called once a second.
-function ageWork(name) {
-    load.set(`work:${name}`, work(name) * WORK_LEFT);
+function inFlight(name) {
+    return Math.floor(number(name) / REQUEST);
 }
 
 // A worker that was killed never counted its requests out.
 function forgetDeadWorkers() {
-    for (const key of load.keys(ALL)) {
-        const [name, pid] = key.split(' ');
-        if (pid && !fs.existsSync(`/proc/${pid}`)) {
-            load.incr(name, -load.pop(key), 0);
+    for (const zone of [load, ngx.shared.slots]) {
+        for (const key of zone.keys(ALL)) {
+            const [name, pid] = key.split(' ');
+            if (pid && !fs.existsSync(`/proc/${pid}`)) {
+                zone.incr(name, -zone.pop(key), 0);
+            }
         }
     }
 }
 
 export default {
-    ALL, ZONES, read, parse, get, set, put, lost, record, publish, table, serving, learn, card, clock, started, unreachable, count, enter,
-    leave, answered, failures, inFlight, work, addWork, ageWork, forgetDeadWorkers,
+    ALL, ZONES, REQUEST, read, parse, get, set, put, lost, record, publish, table, serving, grouped, learn, card, clock, started,
+    unreachable, count, enter, begun, leave, answered, failures, number, inFlight, forgetDeadWorkers,
 };

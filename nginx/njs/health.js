@@ -187,7 +187,6 @@ function measure(replica, now, old, found) {
 async function watch() {
     fleet.forgetDeadWorkers();
     const replicas = fleet.read();
-    replicas.forEach((replica) => fleet.ageWork(replica.name));
     await Promise.all(replicas.map((replica) => look(replica).catch((e) => {
         ngx.log(ngx.ERR, `looking at ${replica.name}: ${e.message}`);
         // What it was may not be so any more.

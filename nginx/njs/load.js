@@ -1,47 +1,61 @@
 // How busy each replica is, and which of some has least to do. A replica of twice the weight carries twice as much.
+//
+// What a replica has to do before it begins with a new prompt is told in characters of prompt: those that it was sent and has
+// not computed, and something for each request in flight, as making tokens takes its time too.
 
 import fleet from './fleet.js';
 
 const counters = ngx.shared.counters;
 
-// How many requests a replica may have beyond the one with fewest, or how many times the mean, whichever is more …
-const NEW = [1, 1.5];        // … and still be given a prompt that nobody has
-const SOFT = [4, 1.25];      // … before a beginning that much of its work shares is given to another replica too
-const HARD = [8, 2];         // … before all that comes goes elsewhere, here of the mean of the others: affinity overloads nobody
+const ANSWER = 1000;         // characters of prompt that take a replica about as long as its part in one answer
+const ALIKE = 3000;          // characters: no reason to prefer one replica to the other
+// How many requests a replica may have beyond the one with fewest, or how many times the mean of the others, whichever is
+// more, before all that comes goes elsewhere: affinity overloads nobody.
+const MOST = [8, 2];
 
-const ALIKE = 1.25;          // times the least work: no reason to prefer one replica to the other
-
-// How much each replica has in flight, the least and the mean.
+// What each replica has to do before a new prompt, the least of it, and Infinity for who has too much.
 function loads(list) {
+    const count = list.length;
     const busy = [];
-    let least = Infinity;
+    const todo = [];
+    let fewest = Infinity;
     let sum = 0;
-    for (let i = 0; i < list.length; i++) {
-        const one = fleet.inFlight(list[i].name) / list[i].weight;
-        busy.push(one);
+    for (let i = 0; i < count; i++) {
+        const { name, weight } = list[i];
+        const number = fleet.number(name);
+        const one = busy[i] = Math.floor(number / fleet.REQUEST) / weight;
+        todo[i] = ANSWER * one + number % fleet.REQUEST / weight;
         sum += one;
-        if (one < least) {
-            least = one;
+        if (one < fewest) {
+            fewest = one;
         }
     }
-    return { busy, least, mean: sum / list.length };
+    let least = Infinity;
+    for (let i = 0; i < count; i++) {
+        // Held against the others: of a mean with itself, one of two never has twice as much.
+        if (count > 1 && busy[i] > Math.max(fewest + MOST[0], MOST[1] * (sum - busy[i]) / (count - 1))) {
+            todo[i] = Infinity;
+        } else if (todo[i] < least) {
+            least = todo[i];
+        }
+    }
+    return { todo, least };
 }
 
-// What a replica may have in flight within this bound.
-function limit(load, bound) {
-    return Math.max(load.least + bound[0], load.mean * bound[1]);
-}
-
-// Whether the i-th replica has too much to do to be sent even what it knows. It is held against the others: of a mean with
-// itself, two replicas never have twice as much.
-function overloaded(load, i) {
-    const count = load.busy.length;
-    const others = (load.mean * count - load.busy[i]) / (count - 1);
-    return count > 1 && load.busy[i] > Math.max(load.least + HARD[0], others * HARD[1]);
-}
-
-function workOf(replica) {
-    return fleet.work(replica.name) / replica.weight;
+// Of those with this index that have about as little to do as the i-th, the next in turn. Requests that end together are
+// followed by requests that begin together: in turn they meet fewer others that begin.
+function inTurn(list, loads, alike, i) {
+    const most = loads.todo[i] + ALIKE;
+    const found = alike.filter((one) => loads.todo[one] <= most);
+    if (found.length === 1) {
+        return list[found[0]];
+    }
+    let turn = counters.incr('new', 1, 0) % found.reduce((sum, one) => sum + list[one].weight, 0);
+    let at = 0;
+    while ((turn -= list[found[at]].weight) >= 0) {
+        at++;
+    }
+    return list[found[at]];
 }
 
 // The next one in turn.
@@ -65,29 +79,4 @@ function leastBusy(list) {
     return best;
 }
 
-// For a prompt that nobody has: of those not too busy, and given about the least to compute lately, the next in turn.
-// Going by the number of requests alone would send a burst of long prompts to one, and all that follow the end of one
-// batch to where it was, to be the next batch and wait for each other: in turn they meet fewer others that begin.
-function lightest(list, load) {
-    const most = limit(load, NEW);
-    const works = [];
-    let least = Infinity;
-    for (let i = 0; i < list.length; i++) {
-        works[i] = load.busy[i] <= most ? workOf(list[i]) : Infinity;
-        least = Math.min(least, works[i]);
-    }
-    let i = list.length > 1 ? counters.incr('new', 1, 0) % list.length : 0;
-    while (works[i] > Math.max(least, least * ALIKE)) {
-        i = (i + 1) % list.length;
-    }
-    return list[i];
-}
-
-// Whether the i-th replica is the better one of two that know the prompt: they are compared as those that do not.
-function better(list, load, i, than) {
-    const most = limit(load, NEW);
-    return load.busy[i] > most || load.busy[than] > most ? load.busy[i] < load.busy[than]
-        : workOf(list[i]) < workOf(list[than]);
-}
-
-export default { SOFT, loads, limit, overloaded, next, leastBusy, lightest, better };
+export default { loads, inTurn, next, leastBusy };

@@ -7,11 +7,14 @@ import fleet from './fleet.js';
 const counters = ngx.shared.counters;
 
 const STATES = ['ready', 'loading', 'wedged', 'draining', 'unreachable'];
-const CAUSES = { retry: ['connect', 'reset', 'timeout', 'failed', 'refused'],
-    refusal: ['full', 'none_ready', 'failed', 'unknown_model', 'closed', 'bodies'] };
+const CAUSES = { retry: ['connect', 'reset', 'timeout', 'failed', 'refused', 'draining'],
+    refusal: ['full', 'none_ready', 'failed', 'unknown_model', 'closed', 'key', 'role', 'limit', 'quota', 'url', 'host', 'origin',
+        'media', 'connection', 'bodies'] };
+const FILES = ['keys.json', 'tokens.json'];
 const FIRST_BYTE = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
 const SERIES = 10000;   // of gateway_requests_total; with the longest names they take 6 MiB of the zone's 8
 const LONGEST = 256;    // characters of a model's name
+const TURN = 500;       // counters shown between two turns of the requests
 const OTHER = 'other';  // the model of what is beyond
 const DURATION = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600];
 
@@ -70,6 +73,11 @@ function cut(replica) {
     add(`cut|${replica}`, 1);
 }
 
+// A file of secrets/ was not taken.
+function broken(file) {
+    add(`broken|${file}`, 1);
+}
+
 function probed(replica, ok) {
     add(`probe|${replica}|${ok ? 'token' : 'no_token'}`, 1);
 }
@@ -98,7 +106,7 @@ function refusals() {
 // ---- the text
 
 function escape(value) {
-    return !/[\\"\n]/.test(value) ? value : String(value).replace(/\\/g, '\\\\').replace(/"/g, '\\"').replace(/\n/g, '\\n');
+    return !/[\\"\n]/.test(value) ? value : value.replaceAll('\\', '\\\\').replaceAll('"', '\\"').replaceAll('\n', '\\n');
 }
 
 function line(name, labels, value) {
@@ -123,10 +131,17 @@ function histogram(name, help, bounds, of, sums) {
     return text;
 }
 
-// Everything, as text. What is known to be countable shows from the start, at 0: rate() sees no birth.
-function text() {
+// Lets requests have their turn: without a millisecond the timer would fire before they do.
+function others() {
+    return new Promise((resolve) => setTimeout(resolve, 1));
+}
+
+// Everything, as text, which each piece goes to `send` of. What is known to be countable shows from the start, at 0: rate() sees
+// no birth.
+async function text(send) {
     const table = fleet.table();
-    const requests = [];
+    let requests = head('gateway_requests_total', 'counter', 'Requests that are over, by why the replica was chosen.');
+    let turn = 0;
     const first = {};
     const total = {};
     for (const { name } of table.replicas) {
@@ -135,24 +150,28 @@ function text() {
     }
     const plus = (to, key, value) => { to[key] = (to[key] || 0) + value; };
     for (const [key, value] of counters.items(fleet.ALL)) {
-        const [kind, replica, ...rest] = key.split('|');
-        if (kind === 'request') {
-            // There may be thousands: line() would take its time.
-            const model = rest.length === 3 ? rest[2] : rest.slice(2).join('|');
-            requests.push(`gateway_requests_total{replica="${replica}",model="${escape(model)}",status="${rest[0]}",`
-                + `reason="${rest[1]}"} ${value}\n`);
-        } else if (kind === 'buckets') {
-            if (rest[0] !== '') {
-                plus(first[replica] = first[replica] || {}, rest[0], value);
+        if (++turn % TURN === 0) {
+            send(requests);
+            requests = '';
+            await others();
+        }
+        // There may be thousands: line() would take its time, and a name may hold many bars.
+        const labels = /^request\|([^|]*)\|([^|]*)\|([^|]*)\|/.exec(key);
+        if (labels) {
+            requests += `gateway_requests_total{replica="${labels[1]}",model="${escape(key.slice(labels[0].length))}",`
+                + `status="${labels[2]}",reason="${labels[3]}"} ${value}\n`;
+        } else if (key.startsWith('buckets|')) {
+            const [, replica, began, over] = key.split('|');
+            if (began !== '') {
+                plus(first[replica] = first[replica] || {}, began, value);
             }
-            plus(total[replica] = total[replica] || {}, rest[1], value);
+            plus(total[replica] = total[replica] || {}, over, value);
         }
     }
     const sum = (kind) => (replica) => counters.get(`${kind}|${replica}`) || 0;
     const count = (...key) => counters.get(key.join('|')) || 0;
 
-    let out = head('gateway_requests_total', 'counter', 'Requests that are over, by why the replica was chosen.');
-    out += requests.sort().join('');
+    let out = requests;
     out += histogram('gateway_time_to_first_byte_seconds', 'From the request to the first byte of the answer.', FIRST_BYTE,
         first, sum('first'));
     out += histogram('gateway_request_duration_seconds', 'From the request to the end of the answer.', DURATION, total,
@@ -189,7 +208,11 @@ function text() {
     }
     out += head('gateway_body_bytes', 'gauge', 'Bytes of requests\' bodies that lie in the gateway, by where.');
     for (const place of ['memory', 'disk']) {
-        out += line('gateway_body_bytes', { place }, fleet.inFlight(`body:${place}`));
+        out += line('gateway_body_bytes', { place }, fleet.number(`body:${place}`));
+    }
+    out += head('gateway_secrets_refused_total', 'counter', 'Looks at a file of secrets/ that is wrong; the one before stays in force.');
+    for (const file of FILES) {
+        out += line('gateway_secrets_refused_total', { file }, count('broken', file));
     }
     out += head('gateway_prefix_blocks_total', 'counter', 'Cuts of prompts that the chosen replica had been sent before.');
     for (const result of ['matched', 'missed']) {
@@ -199,12 +222,17 @@ function text() {
     for (const zone of fleet.ZONES) {
         out += line('gateway_writes_lost_total', { zone }, count('lost', zone));
     }
-    return out;
+    send(out);
 }
 
-function show(r) {
+async function show(r) {
     r.headersOut['Content-Type'] = 'text/plain; version=0.0.4; charset=utf-8';
-    r.return(200, text());
+    r.status = 200;
+    r.sendHeader();
+    if (r.method !== 'HEAD') {
+        await text((piece) => r.send(piece));
+    }
+    r.finish();
 }
 
-export default { served, refused, retried, cut, probed, looked, blocks, refusals, text, show };
+export default { served, refused, broken, retried, cut, probed, looked, blocks, refusals, show };

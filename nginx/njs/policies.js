@@ -1,20 +1,19 @@
 // The policies: how a replica is chosen among those that may take a request.
 //
 // A policy is a function of `list`, the ready replicas that serve the model (one at least), `asked`, what body.js read, and
-// `share`, the canary's part of new conversations or null. It gives the replica, and the reason that log and metrics show.
+// `share`, the canary's part of new conversations or null. It gives the replica, the reason that log and metrics show, and the
+// characters of prompt that the replica has to compute.
 
-import fleet from './fleet.js';
 import load from './load.js';
 import metrics from './metrics.js';
 import prompts from './prefix.js';
 
-const popular = ngx.shared.popular;
+// What a replica would compute that another one knows counts twice: it takes time, and it takes room in one more cache.
+const AGAIN = 2;
+const MOST_WORK = 1e6;       // characters that one request counts for
 
-const HOT = 3 / 4;           // of what a busy replica gets, begins alike: worth the room in another cache
-const HOT_OF = 4;            // requests, at least, to judge by
-const ANSWER = 1000;         // characters of prompt that take a replica about as long as its part in one answer
-
-// Where the session was or the prompt's beginning is cached, unless that one is too busy.
+// Where the session was, or where the prompt is computed soonest: waiting for what a replica has to do is weighed against
+// computing what it does not know.
 function prefix(list, asked, share) {
     const prompt = prompts.cutsOf(asked.body, asked.model);
     if (asked.session) {
@@ -23,27 +22,23 @@ function prefix(list, asked, share) {
     if (!prompt) {
         return least_busy(list, asked, share);
     }
-    let loads = load.loads(list);
-    let replica = byPrefix(list, loads, prompt, share !== null);
-    if (!replica && share !== null) {
+    let replica = share === null ? null : soonest(list, load.loads(list), prompt, true);
+    if (!replica) {
         list = group(list, share);
-        loads = load.loads(list);
-        replica = byPrefix(list, loads, prompt, false);
+        replica = soonest(list, load.loads(list), prompt, false);
     }
-    const reason = replica ? 'prefix' : 'load';
-    replica = replica || load.lightest(list, loads);
-    remember(prompt, replica);
-    return [replica, reason];
+    const reason = prompt.at < 0 ? 'load' : 'prefix';
+    return [replica, reason, remember(prompt, replica)];
 }
 
 // Where least is in flight.
 function least_busy(list, asked, share) {
-    return [load.leastBusy(group(list, share)), 'load'];
+    return [load.leastBusy(group(list, share)), 'load', 0];
 }
 
 // Each as often as the others. It knows no canary.
 function round_robin(list) {
-    return [load.next(list), 'turn'];
+    return [load.next(list), 'turn', 0];
 }
 
 // Where the session was; a request without one where least is in flight.
@@ -66,59 +61,65 @@ function group(list, share) {
     return Math.random() < share ? canary : others;
 }
 
-// Counts a request to a busy replica; whether its beginning is one that many of them share. Sending it elsewhere then takes
-// load off for good, while anything else would only push other prompts out of another replica's cache.
-function hot(name, key) {
-    const round = popular.get(`round ${name}`) || 0;
-    const all = popular.incr(`${name} ${round}`, 1, 0);
-    const alike = popular.incr(`${name} ${round} ${key}`, 1, 0);
-    const yes = all >= HOT_OF && alike >= HOT * all;
-    if (yes || all >= 8 * HOT_OF) {
-        popular.set(`round ${name}`, round + 1);
-    }
-    return yes;
+// The characters of the prompt that come before its i-th cut.
+function before(prompt, i) {
+    return i < 0 ? 0 : Math.floor(prompt.cuts[i] / 4);
 }
 
-// The replica that was sent the longest beginning of this prompt, unless it has too much to do; null if there is none.
-// `own`: only whole conversations count.
-function byPrefix(list, loads, prompt, own) {
-    for (let at = prompt.cuts.length - 1; at >= 0; at--) {
+// The packed ids of the replicas that were sent the prompt up to its i-th cut.
+function holders(prompt, i) {
+    return prompt.holders[i] = prompts.holders(prompts.key(prompt, i));
+}
+
+// The replica that will have computed this prompt soonest. `own`: only one that knows its conversation, or null.
+function soonest(list, loads, prompt, own) {
+    const end = prompt.cuts.length - 1;
+    const all = before(prompt, end);
+    const every = list.map((_, i) => i);
+    let cost = Infinity;
+    let chosen = -1;
+    let knowing = every;
+    // Who knows only less than this is no better, however idle.
+    for (let at = end; at >= 0 && loads.least + AGAIN * (all - before(prompt, at)) < cost; at--) {
         if (own && !(prompt.cuts[at] & prompts.OWN)) {
+            break;
+        }
+        const packed = holders(prompt, at);
+        if (!packed) {
             continue;
         }
-        const key = prompts.key(prompt, at);
-        const packed = prompt.holders[at] = prompts.holders(key);
-        let chosen = -1;
-        for (let i = 0; packed && i < list.length; i++) {
-            if (prompts.holds(packed, list[i].id) && (chosen < 0 || load.better(list, loads, i, chosen))) {
+        const knows = every.filter((i) => prompts.holds(packed, list[i].id));
+        for (const i of knows) {
+            const one = loads.todo[i] + AGAIN * (all - before(prompt, at));
+            if (one < cost) {
+                cost = one;
                 chosen = i;
+                knowing = knows;
+                prompt.at = at;
             }
-        }
-        if (chosen >= 0 && !load.overloaded(loads, chosen)) {
-            if (!own && loads.busy[chosen] > load.limit(loads, load.SOFT) && hot(list[chosen].name, key)) {
-                return null;
-            }
-            prompt.at = at;
-            return list[chosen];
         }
     }
-    return null;
+    if (!own && loads.least + AGAIN * all < cost) {
+        chosen = loads.todo.indexOf(loads.least);
+        knowing = every;
+        prompt.at = -1;
+    }
+    return chosen < 0 ? null : load.inTurn(list, loads, knowing, chosen);
 }
 
-// The replica is sent this prompt now. What comes before the match it was sent already.
+// The replica is sent this prompt now. What comes before the match it was sent already. Gives the characters that it does not
+// know.
 function remember(prompt, replica) {
     const end = prompt.cuts.length - 1;
     const at = prompt.at;
     for (let i = Math.max(0, at); i <= end; i++) {
         // The end is set each time, so that what is in use stays.
         if (prompt.cuts[i] & prompts.KEPT && (i !== at || i === end)) {
-            const key = prompts.key(prompt, i);
-            prompts.keep(key, replica.id, prompt.holders[i] === undefined ? prompts.holders(key) : prompt.holders[i]);
+            prompts.keep(prompts.key(prompt, i), replica.id, prompt.holders[i] === undefined ? holders(prompt, i) : prompt.holders[i]);
         }
     }
     metrics.blocks(at + 1, end - at);
-    const unknown = (prompt.cuts[end] - (at < 0 ? 0 : prompt.cuts[at])) / 4;
-    fleet.addWork(replica.name, unknown + prompt.more + ANSWER);
+    return Math.min(MOST_WORK, before(prompt, end) - before(prompt, at) + prompt.more);
 }
 
 // A session stays where it was last, unless that one is too busy: one key may name all that an application asks. A new one
@@ -126,25 +127,26 @@ function remember(prompt, replica) {
 function bySession(list, asked, share, prompt) {
     const key = prompts.hash(`session ${asked.model} ${asked.session}`);
     const packed = prompts.holders(key);
-    let loads = load.loads(list);
+    const loads = load.loads(list);
     let replica = null;
     for (let rest = packed; rest && !replica; rest = Math.floor(rest / 256)) {
         const i = list.findIndex((one) => rest % 256 === one.id);
-        if (i >= 0 && !load.overloaded(loads, i)) {
+        if (i >= 0 && loads.todo[i] < Infinity) {
             replica = list[i];
         }
     }
     const reason = replica ? 'session' : 'load';
-    if (!replica) {
+    if (replica && prompt) {
+        prompt.at = prompt.cuts.length - 1;
+        while (prompt.at >= 0 && !prompts.holds(holders(prompt, prompt.at), replica.id)) {
+            prompt.at--;
+        }
+    } else if (!replica) {
         list = group(list, share);
-        loads = load.loads(list);
-        replica = prompt && byPrefix(list, loads, prompt, false) || load.lightest(list, loads);
+        replica = prompt ? soonest(list, load.loads(list), prompt, false) : load.leastBusy(list);
     }
     prompts.keep(key, replica.id, packed);
-    if (prompt) {
-        remember(prompt, replica);
-    }
-    return [replica, reason];
+    return [replica, reason, prompt ? remember(prompt, replica) : 0];
 }
 
 // By the names that ROUTE_POLICY gives them; the first is the default.

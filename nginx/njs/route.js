@@ -4,6 +4,8 @@ import answers from './answers.js';
 import body from './body.js';
 import budget from './budget.js';
 import fleet from './fleet.js';
+import keys from './keys.js';
+import limits from './limits.js';
 import load from './load.js';
 import metrics from './metrics.js';
 import policies from './policies.js';
@@ -39,41 +41,57 @@ function alike(table) {
     return !known || Object.values(table.models).some((serving) => serving.length === known);
 }
 
-// `chosen` is what the log phase needs; it is nearer there than the variables are.
-function send(r, replica, model, reason) {
+// `chosen` is what the log phase needs; it is nearer there than the variables are. `work`: the characters of its prompt that
+// the replica has to compute.
+function send(r, replica, model, reason, work) {
     const name = replica.name;
     const variables = r.variables;
     variables.replica = name;
     variables.reason = reason;
-    r.chosen = { replica: name, model, reason };
-    fleet.enter(name);
+    variables.work = work;
+    r.chosen = { replica: name, model, reason, work };
+    fleet.enter(name, work);
 }
 
 // ---- refusing
 
-function refuse(r, cause, status, code, message, param) {
+function mark(r) {
     r.variables.reason = 'refused';
     r.chosen = { replica: '', model: r.variables.model || '', reason: 'refused' };
+}
+
+// `after` how many seconds to try again; `never`: not to.
+function refuse(r, cause, status, code, message, param, after, never) {
+    mark(r);
     metrics.refused(cause);
-    if (status === 429 || status === 503) {
-        r.headersOut['Retry-After'] = status === 429 ? '1' : '5';
+    if (never) {
+        r.variables.no_retry = '1';
+    }
+    if (after || !never && (status === 429 || status === 503)) {
+        r.headersOut['Retry-After'] = String(after || (status === 429 ? 1 : 5));
     }
     answers.send(r, status, code, message, param);
 }
 
 function refuseNone(r, table) {
-    const states = table.replicas.map((replica) => `${replica.name} ${replica.state}`);
+    const tried = ` ${r.variables.tried || ''}`;
+    const states = table.replicas.map(({ name, state }) => `${name} ${tried.includes(` ${name}=draining`) ? 'draining' : state}`);
     const loading = table.replicas.filter((replica) => replica.state === 'loading').length;
     refuse(r, 'none_ready', 503, 'no_replica_ready',
         `No replica can take this request: ${loading} of ${table.replicas.length} loading (${states.join(', ')}).`);
 }
 
-function refuseModel(r, table, model) {
+// The models that a holder may use.
+function modelsFor(table, holder) {
+    return Object.keys(table.models).filter((model) => keys.may(holder, model));
+}
+
+function refuseModel(r, table, model, holder) {
     if (table.untold) {
         refuseNone(r, table);
         return;
     }
-    const names = Object.keys(table.models);
+    const names = modelsFor(table, holder);
     refuse(r, 'unknown_model', 404, 'model_not_found',
         `The model '${model.slice(0, 200)}' does not exist here. There are: ${names.join(', ')}.`, 'model');
 }
@@ -87,13 +105,15 @@ async function choose(r) {
             answers.method(r, 'POST');
             return;
         }
-        if (settings.closed) {
-            refuse(r, 'closed', 401, 'no_keys', settings.closed);
+        const holder = await keys.caller(r);
+        if (holder.refused) {
+            mark(r);
+            keys.refuse(r, holder.refused);
             return;
         }
         const place = budget.take(r);
         if (place === 'memory') {
-            await pick(r);
+            await pick(r, holder);
         } else if (place === 'disk') {
             r.internalRedirect('@long');
         } else {
@@ -107,12 +127,26 @@ async function choose(r) {
 // js_content of @long: Nginx has read the body by now, and left it in its file.
 async function long(r) {
     try {
-        if (await pick(r)) {
+        // The key may have been withdrawn while the body came.
+        const holder = await keys.caller(r);
+        if (holder.refused) {
+            mark(r);
+            keys.refuse(r, holder.refused);
+        } else if (await pick(r, holder)) {
             r.internalRedirect('@chosen');
         }
     } catch (e) {
         undecided(r, e);
     }
+}
+
+// js_access of @chosen: what a redirect forgets.
+function chosen(r) {
+    r.chosen = recalled(r.variables);
+}
+
+function recalled(variables) {
+    return { replica: variables.replica, model: variables.model || '', reason: variables.reason, work: Number(variables.work) };
 }
 
 function undecided(r, e) {
@@ -121,23 +155,25 @@ function undecided(r, e) {
 }
 
 // Chooses a replica by what the body says, or refuses; says whether it chose.
-async function pick(r) {
+async function pick(r, holder) {
     const asked = await body.read(r);
-    const model = asked.model;
-    const table = fleet.table();
-    const known = fleet.serving(table, model);
     if (asked.unreadable) {
         refuse(r, 'unknown_model', 400, 'model_unreadable', `The model of this upload can't be read for certain, because of ${
             asked.unreadable}.`, 'model');
         return false;
     }
-    if (model && !known && Object.keys(table.models).length) {
-        refuseModel(r, table, model);
+    const model = asked.model;
+    const table = fleet.table();
+    const known = keys.may(holder, model) ? fleet.serving(table, model) : undefined;
+    // Under whatever name, it is one cache.
+    asked.model = table.names[model] || model;
+    if (model && !known && (holder.models !== null || Object.keys(table.models).length)) {
+        refuseModel(r, table, model, holder);
         return false;
     }
-    if (!model && !alike(table)) {
+    if (!model && (holder.models !== null || !alike(table))) {
         refuse(r, 'unknown_model', 400, 'model_required', `No model could be read from this request. Name one of: ${
-            Object.keys(table.models).join(', ')}.`, 'model');
+            modelsFor(table, holder).join(', ')}.`, 'model');
         return false;
     }
     // Most requests find the same replicas: those of a model are listed once for each table.
@@ -150,11 +186,16 @@ async function pick(r) {
     if (known) {
         r.variables.model = model;
     }
+    const { refused } = limits.admit(r, holder, asked, name);
+    if (refused) {
+        refuse(r, refused.cause, refused.status, refused.code, refused.message, refused.param, refused.after, refused.never);
+        return false;
+    }
     if (list[0].state === 'ready') {
-        const [replica, reason] = policy(list, asked, table.canary);
-        send(r, replica, name, reason);
+        const [replica, reason, work] = policy(list, asked, table.canary);
+        send(r, replica, name, reason, work);
     } else {
-        send(r, load.leastBusy(list), name, 'fallback');
+        send(r, load.leastBusy(list), name, 'fallback', 0);
     }
     return true;
 }
@@ -164,11 +205,12 @@ function last(value) {
     return value === undefined ? '-' : value.slice(value.lastIndexOf(' ') + 1);
 }
 
-// Why the last try failed: the replica is full, its engine failed, no connection, a timeout, or a connection that broke.
+// Why the last try failed: the replica is full, or being stopped, or its engine failed, no connection, a timeout, or a
+// connection that broke.
 function cause(r) {
     const status = last(r.variables.upstream_status);
     if (last(r.variables.upstream_header_time) !== '-') {
-        return status === '503' ? 'refused' : 'failed';
+        return status !== '503' ? 'failed' : r.variables.upstream_http_x_refusal === 'draining' ? 'draining' : 'refused';
     }
     if (last(r.variables.upstream_connect_time) === '-') {
         return 'connect';
@@ -180,7 +222,8 @@ function cause(r) {
 function again(r) {
     const failed = r.variables.replica;
     const why = cause(r);
-    fleet.leave(failed);
+    const work = Number(r.variables.work);
+    fleet.leave(failed, work);
     r.variables.replica = '';
     metrics.retried(failed, why);
     if (why === 'connect') {
@@ -197,7 +240,7 @@ function again(r) {
     const model = r.variables.model || '';
     const list = candidates(table, fleet.serving(table, model), names);
     if (list.length && broken.length < DELIVERED && names.length < TRIES) {
-        send(r, load.leastBusy(list), model, 'retry');
+        send(r, load.leastBusy(list), model, 'retry', work);
     } else if (broken.length) {
         const words = r.variables.upstream_http_x_failure;
         refuse(r, 'failed', 502, 'replica_failed', `This request failed on ${broken.join(' and on ').replace(/=/g, ': ')}`
@@ -219,45 +262,58 @@ function retry(r) {
     }
 }
 
-// $done, in the log phase: counts the request out, however it ended. Always logs.
+// $done, in the log phase: counts the request out, however it ended. Never logs.
 function done(r) {
     const variables = r.variables;
     budget.over(r);
     let chosen = r.chosen;
     // An error page in place of a replica's own answer (408, 413) has lost it; the variables stay.
     if (!chosen && variables.replica) {
-        chosen = { replica: variables.replica, model: variables.model || '', reason: variables.reason };
+        chosen = recalled(variables);
     }
     if (chosen) {
         let firstByte = NaN;
         if (chosen.replica) {
-            fleet.leave(chosen.replica);
+            fleet.leave(chosen.replica, chosen.work);
             fleet.answered(chosen.replica, r.status);
             firstByte = Number(last(variables.upstream_header_time));
         }
+        if (variables.taken) {
+            // What came to nothing counts to no limit; a client that hung up is no refusal.
+            const refused = !chosen.replica || r.status >= 400 && r.status !== 499;
+            limits.settle(variables.taken, r.used, refused, firstByte >= 0, Number(variables.request_time));
+        }
         metrics.served(chosen.replica, chosen.model, r.status, chosen.reason, firstByte, Number(variables.request_time));
     }
-    return '1';
+    return '';
 }
 
-// GET /v1/models and /v1/models/NAME: those of all replicas.
-function models(r) {
+// GET /v1/models and /v1/models/NAME: those of all replicas that the caller may use.
+async function models(r) {
     if (r.method !== 'GET' && r.method !== 'HEAD') {
         answers.method(r, 'GET');
         return;
     }
+    const holder = await keys.caller(r);
+    if (holder.refused) {
+        keys.refuse(r, holder.refused);
+        return;
+    }
     const table = fleet.table();
-    const names = Object.keys(table.models);
+    const names = modelsFor(table, holder);
     const wanted = r.uri.slice('/v1/models/'.length);
-    if (!wanted && names.length) {
-        answers.json(r, { object: 'list', data: names.map(fleet.card) });
+    if (!wanted && (names.length || holder.models !== null)) {
+        // All at once, however few a page of Anthropic's API should have.
+        answers.json(r, {
+            object: 'list', data: names.map(fleet.card), has_more: false, first_id: names[0], last_id: names[names.length - 1],
+        });
     } else if (!wanted) {
         refuseNone(r, table);
-    } else if (fleet.serving(table, wanted)) {
+    } else if (names.includes(wanted)) {
         answers.json(r, fleet.card(wanted));
     } else {
-        refuseModel(r, table, wanted);
+        refuseModel(r, table, wanted, holder);
     }
 }
 
-export default { choose, long, retry, done, models };
+export default { choose, long, chosen, retry, done, models };

@@ -4,29 +4,50 @@ import policies from './policies.js';
 
 const names = Object.keys(policies);
 const policy = process.env.ROUTE_POLICY || names[0];
-// The entries of a setting with commas between.
-function list(name) {
-    return (process.env[name] || '').split(',').map((entry) => entry.trim().toLowerCase()).filter((entry) => entry);
+const complaints = names.includes(policy) ? [] : [`ROUTE_POLICY=${policy} is none of ${names.join(', ')}; ${names[0]} is used`];
+
+// The entries of a setting with commas between. One that can never match is named, and left out.
+function list(name, shape, what) {
+    const entries = (process.env[name] || '').split(',').map((entry) => entry.trim().toLowerCase()).filter((entry) => entry);
+    const wrong = entries.filter((entry) => !shape.test(entry));
+    if (wrong.length) {
+        complaints.push(`${name}: ${wrong.join(', ')} is no ${what}, and is not used`);
+    }
+    return entries.filter((entry) => shape.test(entry));
 }
 
 // MiB of disk for bodies; one of the largest must fit.
 const bodies = process.env.GATEWAY_BODIES_MB || '1024';
 const fits = /^\d{1,9}$/.test(bodies) && bodies >= 64;
+if (!fits) {
+    complaints.push(`GATEWAY_BODIES_MB=${bodies} is no number of MiB from 64 on; 1024 is used`);
+}
+
+// scripts/stack/settings.py has the same.
+const NAME = '([a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\\[[0-9a-f:.]+\\])';
+const HOST = new RegExp(`^${NAME}$`);
+const ORIGIN = new RegExp(`^(http://${NAME}(:(?!80$)\\d+)?|https://${NAME}(:(?!443$)\\d+)?)$`);
 
 // an IPv6 address in brackets, as Compose wants it
 const address = process.env.BIND_ADDRESS || '127.0.0.1';
+const loopback = /^(127\.|\[::1\]$|localhost$)/.test(address);
 
 export default {
     policy: names.includes(policy) ? policy : names[0],
-    // Why no request is let in, or ''.
-    closed: /^(127\.|\[::1\]$|localhost$)/.test(address) || process.env.GATEWAY_AUTH === 'off' ? ''
-        : `This gateway listens on ${address} and has no keys. Set GATEWAY_AUTH=off to let everyone in, or BIND_ADDRESS=127.0.0.1.`,
+    // Who needs a key: nobody (`off`), everyone once there are keys (`loopback`), everyone (`all`).
+    auth: process.env.GATEWAY_AUTH === 'off' ? 'off' : loopback ? 'loopback' : 'all',
+    // Why no request is let in while there are no keys.
+    closed: `This gateway listens on ${address} and has no keys. Make one with \`make key\`; or set GATEWAY_AUTH=off to let `
+        + 'everyone in, or BIND_ADDRESS=127.0.0.1.',
+    // The folder of keys.json and tokens.json.
+    secrets: `${process.env.SECRETS_FOLDER || '/etc/fleet/secrets'}/`,
+    // Where clients reach HTTPS.
+    httpsPort: process.env.HTTPS_PORT || '443',
     // Names, beside the local ones, that the gateway answers to.
-    hosts: list('GATEWAY_HOSTS'),
+    hosts: list('GATEWAY_HOSTS', HOST, 'name without scheme and port').concat(list('HTTPS_DOMAIN', HOST, 'name')),
     // Origins, as browsers write them, whose pages may use the gateway.
-    origins: list('CORS_ORIGINS'),
+    origins: list('CORS_ORIGINS', ORIGIN, 'origin as browsers write it'),
     // Bytes on disk that bodies may take.
     bodies: (fits ? Number(bodies) : 1024) * 1024 * 1024,
-    complaint: !names.includes(policy) ? `ROUTE_POLICY=${policy} is none of ${names.join(', ')}; ${names[0]} is used`
-        : fits ? '' : `GATEWAY_BODIES_MB=${bodies} is no number of MiB from 64 on; 1024 is used`,
+    complaint: complaints.join('; '),
 };

@@ -6,6 +6,7 @@
 
 import answers from './answers.js';
 import budget from './budget.js';
+import fleet from './fleet.js';
 import metrics from './metrics.js';
 
 const NEWLINE = 10;
@@ -30,9 +31,15 @@ function end(bytes) {
     return 0;
 }
 
-// js_header_filter. Nginx' own page about a body that it could not read is the only 400 that neither a replica nor njs gave.
+// js_header_filter. A stream's header comes with its first token, so the replica has computed the prompt. Nginx' own page about
+// a body that it could not read is the only 400 that neither a replica nor njs gave.
 function begin(r) {
     budget.begun(r);
+    const chosen = r.chosen;
+    if (chosen && chosen.work) {
+        fleet.begun(chosen.replica, chosen.work);
+        chosen.work = 0;
+    }
     if (r.status === 400 && r.variables.upstream_status === undefined && !r.answered) {
         r.unread = true;
         r.headersOut['Content-Type'] = 'application/json';

@@ -12,6 +12,16 @@ const REFUSALS = {
   none_ready: 'as no replica was ready',
   unknown_model: 'for an unknown model',
   closed: 'as there are no keys',
+  failed: 'after two replicas failed',
+  host: 'for a name that is not ours',
+  origin: 'from a foreign page',
+  media: 'for a body that is no JSON',
+  connection: 'for a header of the connection',
+  key: 'for want of a valid key',
+  role: 'as the key was not an admin\'s',
+  limit: 'over a limit',
+  quota: 'as a quota was spent',
+  url: 'for a key in the address',
 };
 
 const byId = (id) => document.getElementById(id);
@@ -237,8 +247,31 @@ function render(status) {
     : 'No request refused since the gateway started.';
 }
 
+const KEY = 'fleet-key';
+
+function signIn(sentence) {
+  byId('sign-in').hidden = false;
+  announce({level: 'unknown', word: 'Sign in', sentence});
+}
+
+byId('sign-in').addEventListener('submit', (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(KEY, byId('key').value.trim());
+  byId('key').value = '';
+  poll();
+});
+
+// The status; null where a key is asked for.
 async function ask() {
-  const reply = await fetch('/status.json', {cache: 'no-store', signal: AbortSignal.timeout(4000)});
+  const key = sessionStorage.getItem(KEY);
+  const headers = key ? {Authorization: `Bearer ${key}`} : {};
+  const reply = await fetch('/status.json', {headers, cache: 'no-store', signal: AbortSignal.timeout(4000)});
+  if (reply.status === 401 || reply.status === 403) {
+    sessionStorage.removeItem(KEY);
+    signIn(!key ? 'This gateway asks for a key.' : reply.status === 403 ? 'That key is not an admin\'s.' : 'That key is not taken here.');
+    return null;
+  }
+  byId('sign-in').hidden = true;
   if (!reply.ok) throw new Error(`status ${reply.status}`);
   return reply.json();
 }
@@ -246,9 +279,11 @@ async function ask() {
 let lastAnswer = Date.now();
 
 async function poll() {
-  const status = await ask().catch(() => null);
-  setTimeout(poll, POLL_MS);
+  const status = await ask().catch(() => undefined);
   document.body.classList.toggle('stale', !status);
+  // Until somebody has signed in there is nothing to ask for.
+  if (status === null) return;
+  setTimeout(poll, POLL_MS);
   if (status) {
     lastAnswer = Date.now();
     render(status);

@@ -51,11 +51,12 @@ def memory(service: Service) -> int:
     """The memory of this host that a replica needs at least, in bytes: on GPUs its cache and its weights lie there."""
     if service.on_gpus:
         return checks.MEMORY_OF_VLLM
-    cache = 0.0
-    with suppress(ValueError):
-        cache = float(setting(service, "kv_cache_gb") or 0)
+    cache = 0
+    # what is no size the launcher refuses
+    with suppress(ValueError, TypeError, OverflowError):
+        cache = int(float(setting(service, "kv_cache_gb") or 0) * checks.GIB)
     files = (file for name in of_replica(service) for file in folder_of(name).rglob("*.safetensors"))
-    return checks.MEMORY_OF_VLLM + int(cache * checks.GIB) + sum(file.stat().st_size for file in files)
+    return checks.MEMORY_OF_VLLM + cache + sum(file.stat().st_size for file in files)
 
 
 def of_fleet(config: Config) -> list[str]:

@@ -29,6 +29,9 @@ NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 CPU_PROCESS, CPU_WORKER = round(2.6 * GIB), round(1.6 * GIB)
 CPU_SHARE = 0.9  # of the free memory
 CPU_KV_STEP = GIB // 4
+# Beyond it vLLM is not left to find the length: while it looks, it holds room for a request of the model's own limit in
+# each of its slots (`RequestState` in vllm/v1/worker/gpu/states.py), 4 bytes a token of the host's memory.
+LONGEST_TO_FIND = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,18 @@ class Plan:
     def max_length(self) -> int:
         """The longest request that every replica takes."""
         return min(replica.longest for replica in self.replicas)
+
+    @property
+    def finds_length(self) -> bool:
+        """Whether vLLM finds the longest request itself (`--max-model-len auto`): the model's own limit, or what fits.
+
+        It is told `max_length` where a user or the CPU's speed set it, and where what it finds would not do: several
+        replicas would take requests of different lengths, a step has to take a whole prompt, longrope's would be short.
+        """
+        if not self.replicas[0].gpus or self.wish.context or self.model.whole_prompts or self.model.longrope:
+            return False
+        alone = len(self.replicas) == 1 and self.model.max_length <= LONGEST_TO_FIND
+        return alone or self.max_length == self.model.max_length
 
     @property
     def tokens_per_s(self) -> float:
@@ -201,9 +216,10 @@ def _check_split(machine: Machine, model: Model, wish: Wish) -> None:
     if tp * pp > 1 and machine.gpus:
         if all(gpu.mig for gpu in machine.gpus):
             raise Problem(f"{asked}: a MIG slice works alone", "leave it out, or turn MIG off")
-        most = max(len(gpus) for gpus in _classes(machine) if not gpus[0].mig)
+        most = max(_most(machine, gpus) for gpus in _classes(machine) if not gpus[0].mig)
         if tp * pp > most:
-            raise Problem(f"{asked} needs {tp * pp} GPUs of one kind, there are {most}", f"use {most} at most")
+            where = " in one host" if len(machine.by_host(machine.gpus)) > 1 else ""
+            raise Problem(f"{asked} needs {tp * pp} GPUs of one kind{where}, there are {most}", f"use {most} at most")
 
 
 def _one_stage(model: Model) -> str:
@@ -290,6 +306,8 @@ def _groups(machine: Machine, gpus: list[Gpu], tp: int, pp: int) -> list[tuple[t
     size = tp * pp
     if size == 1:
         return [((gpu,), None) for gpu in gpus]
+    if len(hosts := machine.by_host(gpus)) > 1:
+        return [group for one in hosts for group in _groups(machine, one, tp, pp)]
     links = {(a, b): machine.link(a, b) for a, b in combinations(sorted(gpu.index for gpu in gpus), 2)}
     kinds = {(LINK_ORDER.index(link.kind), -link.gb_s): link for link in links.values()}
     paths = [kinds[kind] for kind in sorted(kinds)]  # the best first; a place in it is a path's grade
@@ -339,9 +357,14 @@ def fewest_first(machine: Machine) -> Iterator[list[int]]:
             yield from ([gpu.index for gpu in group] for group, _ in reversed(_groups(machine, gpus, count, 1)))
 
 
-def _layouts(gpus: list[Gpu], model: Model, wish: Wish) -> Iterator[tuple[int, int]]:
+def _most(machine: Machine, gpus: list[Gpu]) -> int:
+    """How many of a class of GPUs can share a replica: those of one host."""
+    return 1 if gpus[0].mig else max(len(one) for one in machine.by_host(gpus))
+
+
+def _layouts(machine: Machine, gpus: list[Gpu], model: Model, wish: Wish) -> Iterator[tuple[int, int]]:
     """(tp, pp) that the model and the number of GPUs allow."""
-    most = 1 if gpus[0].mig else len(gpus)
+    most = _most(machine, gpus)
     for tp in model.tp_sizes(most):
         for pp in range(1, min(most // tp, model.layers) + 1):
             if wish.tp in (None, tp) and wish.pp in (None, pp) and not (pp > 1 and _one_stage(model)):
@@ -354,7 +377,7 @@ def _options(machine: Machine, gpus: list[Gpu], variant: _Variant, wish: Wish) -
     model = variant.model
     needed = wish.context or min(model.max_length, SHORTEST)
     options = []
-    for (tp, pp), settings in product(_layouts(gpus, model, wish), _sizes(gpus[0], variant, wish)):
+    for (tp, pp), settings in product(_layouts(machine, gpus, model, wish), _sizes(gpus[0], variant, wish)):
         able = [gpu for gpu in gpus if memory.holds(model, gpu, tp, pp, needed, settings)]
         for least in sorted({gpu.free // GIB for gpu in able}):
             replicas = []
@@ -434,7 +457,7 @@ def _what_is_missing(machine: Machine, model: Model, wish: Wish) -> DoesNotFitEr
     shortfalls = []
     for gpus in _classes(machine):
         settings = _sizes(gpus[0], _Variant(loaded), wish)[-1]
-        for tp, pp in _layouts(gpus, loaded, wish):
+        for tp, pp in _layouts(machine, gpus, loaded, wish):
             widest = sorted(gpus, key=lambda gpu: gpu.free)[-tp * pp]
             account = memory.account(loaded, widest, tp, pp, length, settings)
             layers = ceil(loaded.layers / pp)
@@ -477,12 +500,16 @@ def _changes(machine: Machine, model: Model, wish: Wish) -> Iterator[tuple[str, 
         yield "leave out --quantization none", machine, replace(wish, quantization=None)
     largest = max(machine.gpus, key=lambda gpu: gpu.total)
     if not largest.mig:
-        have = sum(gpu.size == largest.size for gpu in machine.gpus)
+        alike = [gpu for gpu in machine.gpus if gpu.size == largest.size and not gpu.mig]
+        have, several = _most(machine, alike), len(machine.by_host(machine.gpus)) > 1
         for count in (2, 3, 4, 6, 8, 16):
             if count > have:
                 clones = (largest.model_copy(update={"index": n, "free": largest.total}) for n in range(count))
-                changed = machine.model_copy(update={"gpus": tuple(clones), "links": ()})
-                yield f"{count} × {largest.name} instead of {have}", changed, wish
+                yield (
+                    f"{count} × {largest.name} {'in one host ' if several else ''}instead of {have}",
+                    machine.one_host(tuple(clones)),
+                    wish,
+                )
 
 
 def _choose_cpu(machine: Machine, model: Model, wish: Wish) -> Plan:

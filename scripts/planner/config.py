@@ -1,191 +1,51 @@
 """Reads a model from its files: config.json, and what others of them add."""
 
 import json
-import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from math import ceil, gcd
 from pathlib import Path
 from typing import Any
 
 from models.hub import fetch_config, fetch_further
+from planner.families import (
+    DEFAULTS,
+    ENCODER_DECODERS,
+    GATED_DELTA,
+    HARMLESS,
+    INDEXED,
+    INDEXED_KINDS,
+    KDA,
+    LONGROPE,
+    MAMBA2,
+    NAMES,
+    NOT_SIZED,
+    OF_A_PART,
+    OPAQUE,
+    PATTERN,
+    SCALED_ALREADY,
+    SEEING,
+    SHORT_CONV,
+    SIZES,
+    STATE_KEYS,
+    TIED,
+    TOWER_HARMLESS,
+    TOWERS,
+    UNGATED,
+    UNSERVED,
+    WHOLE_TOWERS,
+)
 from planner.model import Attention, Cached, Mlp, Model, Tower, Weights
 from planner.pooling import Further, Pooling
 from planner.quantization import MXFP4, MXFP4_METHODS, Quantization, read_quantization
 from stack.console import Problem
 
 DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
-# Models that keep a state of another kind than those that are read here, by how keys begin that only such models have.
-STATE_KEYS = ("ssm_cfg", "mamba_d_", "mamba_expand", "mamba_dt_rank", "conv_L_cache", "time_step_rank", "state_size")
-STATE_SPACE = ("mamba", "rwkv", "lfm2", "recurrent", "zamba", "jamba", "bamba", "falcon_h1")
-# What a layer does, by its name in layer_types; those with a state by how it is made.
-GATED_DELTA, MAMBA2, KDA = "linear_attention", "mamba", "kda"
-SEEING = ("full_attention", "sliding_attention", "attention", "chunked_attention", "full", "sliding")
-# Letters of hybrid_override_pattern.
-PATTERN = {"M": MAMBA2, "*": "full_attention", "-": "mlp", "E": "moe"}
-# What the language model in a larger config.json leaves to its class in transformers. A config of its own says it.
-OF_A_PART: dict[str, dict[str, Any]] = {
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-    },
-    "mistral": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    },
-}
-# What a config.json leaves to its class in transformers; those of Gemma 3 on the hub say little else.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma3_text": {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-    },
-    "gemma4": {
-        "vision_config": {
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 16,
-            "patch_size": 16,
-            "image_size": 800,  # 2,520 patches
-        },
-        "audio_config": {"hidden_size": 1024, "num_hidden_layers": 12},
-    },
-    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "sliding_window_pattern": 2},
-    "llama4_text": {
-        "vocab_size": 202048,
-        "hidden_size": 5120,
-        "intermediate_size": 8192,
-        "intermediate_size_mlp": 16384,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
-        "num_local_experts": 16,
-        "num_experts_per_tok": 1,
-    },
-}
-# Families that use the embedding as the head where their config does not say (class defaults of transformers).
-TIED = ("gemma", "cohere", "gpt2", "gpt_bigcode", "opt", "bloom", "falcon", "mpt", "starcoder2", "smollm3", "ernie4_5")
-# Families whose MLP has two matrices; all others gate theirs with a third.
-UNGATED = (
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neox",
-    "gptj",
-    "opt",
-    "phi",
-    "falcon",
-    "starcoder2",
-    "bloom",
-    "mpt",
-    "nemotron",
-    "nemotron_h",
-    "bert",
-    "roberta",
-    "xlm-roberta",
-)
-# How configs call one thing. What is not here has one name.
-NAMES = {
-    "hidden": ("hidden_size", "n_embd", "d_model"),
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "heads": ("num_attention_heads", "n_head"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num"),
-    "vocabulary": ("vocab_size", "padded_vocab_size"),
-    "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-    "experts": ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"),
-    "used_experts": (
-        "num_experts_per_tok",
-        "experts_per_token",
-        "num_experts_per_token",
-        "top_k_experts",
-        "moe_topk",
-        "moe_top_k",
-        "moe_k",
-    ),
-    "shared_experts": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
-    "shared_width": (
-        "shared_expert_intermediate_size",
-        "shared_intermediate_size",
-        "moe_shared_expert_intermediate_size",
-    ),
-    "first_dense": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
-    "sparse_step": ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step"),
-    "length": (
-        "max_position_embeddings",
-        "n_positions",
-        "max_seq_len",
-        "seq_length",
-        "max_sequence_length",
-        "max_seq_length",
-        "seq_len",
-    ),
-    "window_every": ("sliding_window_pattern", "global_attn_every_n_layers"),
-    "tower_hidden": ("embed_dim", "hidden_size"),
-    "tower_layers": ("depth", "num_hidden_layers", "num_layers"),
-    "dtype": ("torch_dtype", "dtype"),
-}
-# Kinds of RoPE scaling whose length is in the stated one already.
-SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope")
 # Methods whose groups do not keep experts from being split further.
 FINER = ("fp8", *MXFP4_METHODS)
-# Keys of a size-like kind that are without effect on what a GPU holds, or on which too much is counted without them.
-HARMLESS = {
-    "architectures",
-    "image_size",  # of a tower whose config lies in the language model's
-    "lora_rank",  # adapters that a model is published with, a hundredth of it
-    "mtp_num_hidden_layers",
-    "mtp_transformer_layers",
-    "num_beam_groups",
-    "patch_size",
-    "rope_ratio",  # of RoPE's base alone
-    "sliding_window_size",  # beside sliding_window, which is read
-    "vision_batch_size",
-    "word_embed_proj_dim",  # of OPT: hidden_size or less
-    "attention_chunk_size",  # taken to see all
-    "attn_layer_indices",
-    "eos_token_id",
-    "chunk_size",
-    "ep_size",
-    "head_dim_rope",
-    "index_topk_pattern",
-    "layer_rope_theta",
-    "max_window_layers",
-    "mlp_multipliers",
-    "model_parallel_size",
-    "moe_layers",
-    "num_mtp_layers",
-    "no_rope_layers",
-    "activation_sparsity_pattern",
-    "qk_head_dim",
-    "rotary_dim",
-    "tensor_parallel_size",
-    "type_vocab_size",
-    "unpadded_vocab_size",
-}
-SIZES = re.compile(
-    r"(_dims?|_sizes?|_heads|_layers|_groups|_ratios?|_rank|_inner|_expand|_state|_per_layer|_d_conv)$|^block_configs$"
-)
-ENCODER_DECODERS = ("whisper", "t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100")
 LFS_POINTER = b"version https://git-lfs.github.com/"
 MOST_LAYERS = 10_000
 NO_FILES: dict[str, Mapping[str, Any]] = {}
@@ -211,7 +71,7 @@ def read_model(
         read = Config(config, name, further)
         model = read.model(disk_bytes)
         unread = read.unread()
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         # any of its values may be of another type than everybody's
         raise Problem(f"{name}: config.json is not one of a language model: {error}", NOT_A_MODEL) from error
     except Problem as error:
@@ -230,10 +90,10 @@ def read_model(
 
 
 class Keys(dict[str, Any]):
-    """A part of a config.json without its nulls; it notes which keys were read."""
+    """A part of a config.json without its nulls, and so are the parts in it; it notes which keys were read."""
 
     def __init__(self, found: Mapping[str, Any]) -> None:
-        super().__init__((key, value) for key, value in found.items() if value is not None)
+        super().__init__((str(key), _keys(value)) for key, value in found.items() if value is not None)
         self.read: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -241,26 +101,43 @@ class Keys(dict[str, Any]):
         self.read.add(key)
         return super().get(key, default)
 
+    def unread(self, known: set[str], layers: int) -> Iterator[str]:
+        """Keys that may change sizes and are neither read nor known, nor HARMLESS; those of a part in this one with
+        its name before them. A list with a value for each of `layers` layers is one."""
+        for key, value in self.items():
+            parts = value if isinstance(value, list) else [value]
+            if key in OPAQUE:
+                continue
+            if any(isinstance(one, Keys) for one in parts):
+                inner = TOWER_HARMLESS if key in TOWERS else set()
+                for one in parts:
+                    if isinstance(one, Keys):
+                        yield from (f"{key}.{further}" for further in one.unread(inner, layers))
+            elif value and key not in self.read | known | HARMLESS and (SIZES.search(key) or len(parts) == layers > 1):
+                yield key
+
 
 class Config:
     """A config.json and the keys of it that are known."""
 
     def __init__(self, whole: Mapping[str, Any], name: str, further: Further = NO_FILES.get) -> None:
+        if isinstance(thinker := whole.get("thinker_config"), Mapping):  # of Qwen Omni: vLLM loads nothing else
+            whole = {key: value for key, value in whole.items() if key != "thinker_config"} | dict(thinker)
         text = whole.get("text_config") or whole.get("llm_config") or whole
         if not isinstance(text, Mapping):
             raise Problem(f"{name}: text_config in config.json is not an object", NOT_A_MODEL)
-        self.name, self.whole, self.further = (
-            name,
-            DEFAULTS.get(str(whole.get("model_type")), {}) | dict(whole),
-            further,
-        )
-        self.text = Keys(text)
+        self.name, self.further = name, further
+        self.whole = Keys(DEFAULTS.get(str(whole.get("model_type")), {}) | dict(whole))
+        self.text = self.whole if text is whole else Keys(text)
         kind = str(text.get("model_type"))
         for key, value in (DEFAULTS.get(kind) or (OF_A_PART.get(kind, {}) if text is not whole else {})).items():
             self.text.setdefault(key, value)
+        for key in ("hybrid_override_pattern", "layers_block_type"):
+            if isinstance(kinds := text.get(key), (str, list)):  # newer files of Nemotron H say no number beside it
+                self.text.setdefault("num_hidden_layers", len(kinds))
         self.kind = str(self.text.get("model_type", ""))
         self.architecture = str((whole.get("architectures") or [""])[0])
-        _refuse_recurrent(self.text, name)
+        self.refuse_unsized()
         self.hidden, self.layers, self.heads, self.vocabulary = (
             self.number(what) for what in ("hidden", "layers", "heads", "vocabulary")
         )
@@ -275,6 +152,23 @@ class Config:
         # the last so many keep nothing of their own and see what earlier ones kept
         self.sharing = min(self.number("num_kv_shared_layers", 0), self.layers - 1)
 
+    def refuse_unsized(self) -> None:
+        """Raises Problem for a family whose arithmetic is not known, or that vLLM no longer serves."""
+        if last := next((version for version, served in UNSERVED.items() if self.architecture in served.split()), None):
+            raise Problem(
+                f"{self.name}: vLLM serves no {self.architecture} any more; the last that did was {last}",
+                "take a newer model",
+            )
+        kinds = {str(one.get("model_type")) for one in (self.text, self.whole)}
+        kinds |= {kind.removesuffix("_text") for kind in kinds}
+        reason = next((why for family, why in NOT_SIZED.items() if family in kinds), None)
+        if reason is None and any(key.startswith(STATE_KEYS) for key in self.text):
+            reason = "keeps a recurrent state of another kind"
+        if reason:
+            raise Problem(
+                f"{self.name} {reason}, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml"
+            )
+
     def get(self, what: str, default: Any = None) -> Any:
         """The first value there is by any of its NAMES, of the language model before the whole one."""
         for key in NAMES.get(what, (what,)):
@@ -284,22 +178,27 @@ class Config:
 
     def number(self, what: str, default: int | None = None) -> int:
         """The first of its NAMES that has a whole number, in the language model's part. Raises Problem without one and
-        without a default."""
+        without a default, and for a list of several."""
         names = NAMES.get(what, (what,))
         found = _number(self.text, names, 0)
+        if found is None and (several := next((key for key in names if isinstance(self.text.get(key), list)), None)):
+            raise Problem(
+                f"{self.name}: config.json has several numbers for {several}, which the planner cannot spread",
+                "pin its GPUs in docker-compose.gpu.yml",
+            )
         if found is None and default is None:
             raise Problem(f"{self.name}: config.json has no {names[0]}", NOT_A_MODEL)
         return found if found is not None else default or 0
 
     def unread(self) -> tuple[str, ...]:
-        """Keys of the language model that may change sizes and were not read, once all else is read."""
-        return tuple(
-            key
-            for key, value in self.text.items()
-            if value
-            and key not in self.text.read | HARMLESS
-            and (SIZES.search(str(key)) or (isinstance(value, list) and len(value) == self.layers))
-        )
+        """Keys that may change sizes and were not read, once all else is read."""
+        # some configs have their towers beside the language model's own keys
+        known = TOWER_HARMLESS if any(tower in self.text for tower in TOWERS) else set()
+        found = list(self.text.unread(known, self.layers))
+        if self.whole is not self.text:
+            # beside the language model a key of its own says the same again
+            found += self.whole.unread(TOWER_HARMLESS | self.text.read, self.layers)
+        return tuple(dict.fromkeys(found))
 
     def model(self, disk_bytes: int | None) -> Model:
         """The whole model. Raises Problem where a number is missing or makes no sense."""
@@ -348,6 +247,8 @@ class Config:
             weights=weights,
             pooling=pooling,
             tower=self.tower(),
+            own_code=bool(self.whole.get("auto_map")),
+            longrope=any(scaling.get("rope_type", scaling.get("type")) in LONGROPE for scaling in self.ropes()),
             uneven="block_configs" in self.text,
             file_bytes=disk_bytes,
         )
@@ -372,6 +273,11 @@ class Config:
             split = heads * ((query_rank or hidden) * (nope + rope) + rank * (nope + value) + value * hidden)
             replicated = hidden * (rank + rope) + hidden * query_rank
             cached = _cached(Counter((0, value, rank + rope, windows[layer]) for layer in seeing))
+            if dim := self.number("index_head_dim", 0):
+                # one vector of 8 bits and its scale for all heads of the index
+                looking, index_heads = self.indexed_layers(), self.number("index_n_heads")
+                cached += (Cached(looking, 0, dim, row=dim + dim // 128 * 4),)
+                state_whole += looking * (query_rank * index_heads * dim + hidden * (dim + index_heads))
             split, replicated = (
                 (one * len(seeing) + more) // self.layers
                 for one, more in ((split, state_split), (replicated, state_whole))
@@ -384,7 +290,10 @@ class Config:
         bias = bool(self.text.get("attention_bias") or self.architecture.startswith("Qwen2") or encoder)
         gated = self.text.get("attn_output_gate", GATED_DELTA in self.kinds)  # by a second matrix for queries
         # layers that see all may be of another shape
-        wide, few = self.number("global_head_dim", head_dim), self.number("num_global_key_value_heads", 0)
+        apart = (self.text.get("per_layer_config") or {}).values()  # newer files of Gemma 4 say it for each of these
+        apart = [one.get("head_dim", 0) for one in apart if isinstance(one, Keys)]
+        wide = self.number("global_head_dim", 0) or max(apart, default=0) or head_dim
+        few = self.number("num_global_key_value_heads", 0)
         split, kept = 0, Counter[tuple[int, int, int, int]]()
         for layer in seeing:
             window = windows[layer]
@@ -401,19 +310,28 @@ class Config:
     def layer_kinds(self) -> list[str]:
         """What each layer does: a name of SEEING, GATED_DELTA, MAMBA2, KDA, or "mlp" and "moe" for one that is no more
         than that. Raises Problem for another."""
-        linear = self.text.get("linear_attn_config")
+        linear, seeing = self.text.get("linear_attn_config"), self.text.get("full_attn_idxs") or []
         if pattern := self.text.get("hybrid_override_pattern"):
             found = [PATTERN.get(one, str(one)) for one in pattern]
         elif linear:
-            found = [KDA if layer + 1 in linear["kda_layers"] else "full_attention" for layer in range(self.layers)]
+            kda, _ = linear.get("kda_layers") or [], linear.get("full_attn_layers")
+            found = [KDA if layer + 1 in kda else "full_attention" for layer in range(self.layers)]
         elif found := self.text.get("layer_types") or self.text.get("layers_block_type"):
-            found = [str(one) for one in found]
+            # newer files say linear attention for Mamba 2 too
+            words = {GATED_DELTA: MAMBA2} if self.number("mamba_heads", 0) else {}
+            if self.kind in INDEXED_KINDS:
+                words = {INDEXED: "full_attention"}
+            found = [words.get(str(one), str(one)) for one in found]
+        elif kinds := self.text.get("attn_type_list"):  # of MiniMax
+            found = ["full_attention" if kind == 1 else "lightning attention" for kind in kinds]
+        elif self.kind.startswith("lfm2"):
+            found = ["full_attention" if layer in seeing else SHORT_CONV for layer in range(self.layers)]
         elif self.kind.startswith(("qwen3_next", "qwen3_5")):
             every = self.number("full_attention_interval", 4)
             found = [GATED_DELTA if (layer + 1) % every else "full_attention" for layer in range(self.layers)]
         else:
             found = ["full_attention"] * self.layers
-        known = (*SEEING, GATED_DELTA, MAMBA2, KDA, "mlp", "moe")
+        known = (*SEEING, GATED_DELTA, MAMBA2, KDA, SHORT_CONV, "mlp", "moe")
         if odd := next((one for one in found if one not in known), None):
             raise Problem(f"{self.name} has layers of a kind that the planner does not know: {odd}", "pin its GPUs")
         if len(found) < self.layers:
@@ -432,24 +350,42 @@ class Config:
             state = (kernel - 1) * (2 * keys + values) * 2 + heads * key_dim * value_dim * number
             split = hidden * (2 * keys + 3 * values + 2 * heads) + kernel * (2 * keys + values)
             return (Cached(count, gcd(heads, few), 0, state=state),), count * split, 0
-        if count := self.kinds.count(MAMBA2):
-            heads, width = self.number("mamba_num_heads"), self.number("mamba_head_dim")
-            groups, size = self.number("n_groups"), self.number("ssm_state_size")
-            kernel, inner = self.number("conv_kernel", 4), heads * width
-            number = DTYPE_BYTES.get(str(self.text.get("mamba_ssm_cache_dtype", "float32")), 4)
+        # in Falcon H1 beside the attention of each layer
+        if heads := self.number("mamba_heads", 0):  # said even where no layer is one
+            groups, size, kernel = (self.number(what) for what in ("mamba_groups", "mamba_size", "mamba_kernel"))
+            inner = self.number("mamba_expand", 2) * hidden
+            inner = self.number("mamba_d_ssm", 0) or heads * self.number("mamba_width", inner // heads)  # or "auto"
+        if count := self.layers if self.kind == "falcon_h1" else self.kinds.count(MAMBA2):
+            usual = "float32" if self.kind == "nemotron_h" else "bfloat16"
+            number = DTYPE_BYTES.get(str(self.text.get("mamba_ssm_cache_dtype", usual)), 2)
             conv = inner + 2 * groups * size
-            state = (kernel - 1) * conv * 2 + heads * width * size * number
+            state = (kernel - 1) * conv * 2 + inner * size * number
             split = hidden * (2 * inner + conv + heads) + kernel * conv
-            return (Cached(count, heads, 0, state=state),), count * split, 0
+            return (Cached(count, heads, 0, state=state, states=3),), count * split, 0
+        if count := self.kinds.count(SHORT_CONV):
+            kernel, wide = self.number("conv_L_cache"), self.number("conv_dim", hidden)
+            split = 4 * hidden * wide + kernel * wide
+            return (Cached(count, self.heads, 0, state=(kernel - 1) * wide * 2),), count * split, 0
         if count := self.kinds.count(KDA):
             said = self.text["linear_attn_config"]
-            heads, width, kernel = said["num_heads"], said["head_dim"], said.get("short_conv_kernel_size", 4)
+            heads, width = (_number(said, (key,), 1) or 0 for key in ("num_heads", "head_dim"))
+            kernel = said.get("short_conv_kernel_size", 4)
             inner = heads * width
             state = (kernel - 1) * 3 * inner * 2 + heads * width * width * 4
             # queries, keys, values, output; two narrow gates
             split = 4 * hidden * inner + 2 * width * inner + hidden * heads
             return (Cached(count, heads, 0, state=state),), count * split, count * 2 * hidden * width
         return (), 0, 0
+
+    def indexed_layers(self) -> int:
+        """Layers of DeepSeek V3.2 and GLM-5 with an index of their own; others see what the one before them found
+        (vllm/models/deepseek_v32/attention.py)."""
+        every = self.number("index_topk_freq", 1)
+        for key, shared in (("index_topk_pattern", "S"), ("indexer_types", "shared")):
+            if kinds := self.text.get(key):
+                return self.layers - list(kinds[: self.layers]).count(shared)
+        offset = self.number("index_skip_topk_offset", 2)
+        return sum(not max(layer - offset + 1, 0) % every for layer in range(self.layers))
 
     def compressed(self) -> tuple[Attention, int, int]:
         """DeepSeek V4's: each layer keeps a window, most also a row for every few tokens, those with the fewest an
@@ -485,7 +421,10 @@ class Config:
         return [one] * self.layers
 
     def windows(self) -> list[int]:
-        """How far each layer sees, 0 for all of it."""
+        """How far each layer sees, 0 for all of it. A chunk of Llama 4 counts as a window."""
+        if (chunk := self.number("attention_chunk_size", 0)) and self.kind == "llama4_text":
+            turned = self.text.get("no_rope_layers") or [(layer + 1) % 4 for layer in range(self.layers)]
+            return [chunk if one else 0 for one in turned[: self.layers]]
         window = self.text.get("sliding_window")
         every = self.number("window_every", 0)
         qwen = self.kind.startswith("qwen")  # only if they say so
@@ -501,6 +440,11 @@ class Config:
         if isinstance(said, list):
             return [int(said[layer]) for layer in range(self.layers)]
         one = self.number("intermediate", 4 * self.hidden) or 4 * self.hidden
+        if self.text.get("block_auto_adjust_ff_dim") and not self.number("experts", 0):  # of LFM2
+            several = self.number("block_multiple_of", 256)
+            one = ceil(int(self.text.get("block_ffn_dim_multiplier", 1) * (2 * one // 3)) / several) * several
+        if self.kind == "granitemoehybrid" and not self.number("experts", 0):
+            one = self.number("shared_width")
         if blocks := self.text.get("block_configs"):
             return [self._block_width(block["ffn"]) for block in blocks[: self.layers]]
         if "mlp" in self.kinds or "moe" in self.kinds:
@@ -534,12 +478,18 @@ class Config:
             shared, dense = width, self.number("intermediate_size_mlp")
         if self.kind == "gemma4_text":  # a dense MLP stands beside the experts of each layer
             shared = dense
-        routed = matrices * hidden * width * experts * routing
+        narrow = self.number("moe_latent_size", 0) or hidden  # what experts see of a token, in Nemotron 3 Super
+        routed = matrices * narrow * width * experts * routing
         alone = sum(widths) if "moe" in self.kinds else dense * (layers - routing)
         rest = matrices * hidden * (shared * routing + alone)
         mlp = Mlp(width, max(used * width + shared, dense if routing < layers else 0))
-        router = hidden * experts * routing // layers
-        return mlp, Weights(words, words, (routed + rest) // layers, router, routed // layers, used / experts)
+        router = (hidden * experts + (2 * hidden * narrow if narrow < hidden else 0)) * routing // layers
+        # those without experts are the first, or spread evenly
+        kinds = self.text.get("mlp_layer_types") or ["dense"] * self.number("first_dense", 0) + ["sparse"]
+        first = len(list(takewhile(lambda kind: kind == "dense", kinds)))
+        plain = first if first == layers - routing < layers else 0
+        split, share = (routed + rest) // layers, used / experts
+        return mlp, Weights(words, words, split, router, routed // layers, share, plain)
 
     def routing_layers(self) -> int:
         """Layers that route to experts: DeepSeek starts with some dense ones, Qwen and Llama 4 may take every n-th."""
@@ -559,22 +509,31 @@ class Config:
         one of the larger towers, whose pictures may be of any size."""
         sound, heard = self.whole.get("audio_config"), 0
         # of Gemma's only the models with an embedding a layer hear
-        if isinstance(sound, Mapping) and ("gemma" not in self.kind or "hidden_size_per_layer_input" in self.text):
-            width = _number(sound, ("hidden_size", "d_model"), 1) or 1280
-            heard = 24 * width * width * (_number(sound, ("num_hidden_layers", "encoder_layers"), 1) or 32)
+        if isinstance(sound, Keys):
+            width = _number(sound, NAMES["tower_hidden"], 1) or 1280
+            inner = _number(sound, NAMES["tower_intermediate"], 1) or 10 * width
+            heard = (4 * width + 2 * inner) * width * (_number(sound, NAMES["tower_layers"], 1) or 32)
+        if "gemma" in self.kind and "hidden_size_per_layer_input" not in self.text:
+            heard = 0
         vision = self.whole.get("vision_config")
-        if not isinstance(vision, Mapping):
-            return Tower(heard, 0, 0) if heard else None
+        if not isinstance(vision, Keys):
+            return Tower(heard, 0, 0, heard) if heard else None
 
         def number(default: int, what: str) -> int:
             return _number(vision, NAMES.get(what, (what,)), 1) or default
 
         hidden = number(1280, "tower_hidden")
-        intermediate = number(4 * hidden, "intermediate_size")
+        intermediate = number(ceil((vision.get("mlp_ratio") or 4) * hidden), "tower_intermediate")
         layers = number(32, "tower_layers")
         patches = (number(3584, "image_size") // number(14, "patch_size")) ** 2
         parameters = layers * (4 * hidden * hidden + 3 * hidden * intermediate)
-        return Tower(parameters + heard, 8 * hidden + 3 * intermediate, patches)
+        whole = parameters if str(self.whole.get("model_type")).startswith(WHOLE_TOWERS) else 0
+        return Tower(parameters + heard, 8 * hidden + 3 * intermediate, patches, whole + heard)
+
+    def ropes(self) -> list[Mapping[str, Any]]:
+        """How positions are scaled: once for all layers, or once for each kind of layer, which share the factor."""
+        found = self.text.get("rope_parameters") or self.text.get("rope_scaling") or {}
+        return [one for one in found.values() if isinstance(one, Mapping)] or [found]
 
     def max_length(self) -> int:
         """The longest input, as vLLM derives it (`derive_max_model_len_and_key` in
@@ -582,11 +541,9 @@ class Config:
         scaling multiplies it but for the kinds whose configs state the scaled one. It refuses a longer one."""
         stated = [value for key in NAMES["length"] if isinstance(value := self.text.get(key), int)]
         length: float = self.text.get("model_max_length") or min(stated, default=2048)
-        found = self.text.get("rope_parameters") or self.text.get("rope_scaling") or {}
         if "gemma3" not in self.kind:
-            # one for all layers, or one for each kind of layer, which share the factor
             factor = None
-            for scaling in [one for one in found.values() if isinstance(one, Mapping)] or [found]:
+            for scaling in self.ropes():
                 if scaling.get("rope_type", scaling.get("type")) not in SCALED_ALREADY:
                     factor = scaling.get("factor", factor)
             length *= factor or 1
@@ -597,6 +554,12 @@ class Config:
         return length
 
 
+def _keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Keys(value)
+    return [_keys(one) for one in value] if isinstance(value, list) else value
+
+
 def _cached(kinds: Mapping[tuple[int, int, int, int], int]) -> tuple[Cached, ...]:
     """Of (KV heads, head's width, latent, window) each with its number of layers."""
     return tuple(Cached(layers, *kind) for kind, layers in kinds.items())
@@ -604,14 +567,9 @@ def _cached(kinds: Mapping[tuple[int, int, int, int], int]) -> tuple[Cached, ...
 
 def _number(found: Mapping[str, Any], keys: tuple[str, ...], least: int) -> int | None:
     values = [found.get(key) for key in keys]  # all, so that each counts as read
+    # one for each layer, where these do not differ
+    values = [one[0] if isinstance(one, list) and one and one.count(one[0]) == len(one) else one for one in values]
     return next((one for one in values if isinstance(one, int) and not isinstance(one, bool) and one >= least), None)
-
-
-def _refuse_recurrent(text: Mapping[str, Any], name: str) -> None:
-    if str(text.get("model_type", "")).startswith(STATE_SPACE) or any(str(key).startswith(STATE_KEYS) for key in text):
-        raise Problem(
-            f"{name} keeps a recurrent state, which the planner cannot size", "pin its GPUs in docker-compose.gpu.yml"
-        )
 
 
 def _quantization(found: Mapping[str, Any], model: Model, attention: int, expert_dtype: str) -> Quantization:
@@ -679,13 +637,15 @@ def _check_folder(folder: Path, name: str) -> None:
                     raise Problem(f"{name}: {path.name} is a git-LFS pointer, not the file", "run git lfs pull there")
     if (folder / "model_index.json").is_file():
         raise Problem(f"{name} is a diffusion pipeline, which draws pictures", NOT_A_MODEL)
-    if (folder / "config.json").is_file():
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if any(not path.name.startswith("adapter_") for path in weights):
         return
+    # these may have a config.json beside them too
     if (path := folder / "adapter_config.json").is_file():
         base = (_further_in(folder, path.name) or {}).get("base_model_name_or_path", "its base model")
         raise Problem(f"{name} is an adapter of {base}, not a model", f"plan {base}, and merge the adapter into it")
     if any(folder.glob("*.gguf")):
-        raise Problem(f"{name} is a model in GGUF without a config.json", "take the model in safetensors")
+        raise Problem(f"{name} is a model in GGUF, which replicas do not load", "take the model in safetensors")
 
 
 def _further_in(folder: Path, file: str) -> Mapping[str, Any] | None:

@@ -14,8 +14,6 @@ from planner.model import Model
 from planner.quantization import MXFP4_METHODS
 
 BLOCK = 16  # tokens; vLLM's KV block
-# States that a request keeps: its own, and the one that it came from, for the prefix cache (mamba_cache_mode "align").
-STATES = 2
 DEFAULT_UTILIZATION = 0.92  # vLLM's own default
 # KV cache that a request of full length has to leave free, as vLLM refuses to start with less than the request takes:
 # the predictions are trusted to 5 %.
@@ -111,25 +109,29 @@ def weight_bytes(model: Model, tp: int, pp: int, stage: int) -> int:
     them than GPUs. A draft model lies beside it, split as it is; there is one stage then.
     """
     weights, attention, found, width = model.weights, model.attention, model.quantization, model.bits / 8
-    layer = weights.split * width
+    experts, rest = weights.experts * width, (weights.split - weights.experts) * width
     if found and found.experts_only:
-        padding = _mxfp4_padding(model, tp) if found.method in MXFP4_METHODS else 1.0
-        layer = 2 * weights.split + weights.experts * (width * padding - 2)
-    per_gpu = layer / tp + 2 * weights.replicated
+        experts *= _mxfp4_padding(model, tp) if found.method in MXFP4_METHODS else 1.0
+        rest = 2 * (weights.split - weights.experts)
+    per_gpu = rest / tp + 2 * weights.replicated
     if attention.kv_heads and tp > attention.kv_heads:
         copies = tp / attention.kv_heads - 1
         per_gpu += width * 2 * model.hidden * attention.kv_heads * attention.head_dim * copies / tp
-    bytes_ = per_gpu * stage_layers(model.layers, pp)[stage]
+    stages = stage_layers(model.layers, pp)
+    # the first layers may have no experts, so the others have more than the average
+    routing = stages[stage] - max(0, min(weights.plain - sum(stages[:stage]), stages[stage]))
+    bytes_ = per_gpu * stages[stage] + experts / tp * routing * model.layers / (model.layers - weights.plain)
     padded = ceil(model.vocabulary / 64) / (model.vocabulary / 64)
     if stage == 0:
         bytes_ += 2 * (weights.embedding + weights.look_up) * padded / tp
     if stage == pp - 1 and (weights.head or pp > 1) and not model.pooling:
         bytes_ += 2 * (weights.head or weights.embedding) * padded / tp
+    share = model.tower.share(tp) if model.tower else 1.0
     if model.file_bytes and found is None:
-        # files say more than the language model's shape where there is a vision tower, which each GPU may hold whole
-        bytes_ += max(0, model.file_bytes - 2 * model.parameters)
+        # files say more than the language model's shape where there is a tower
+        bytes_ += max(0, model.file_bytes - 2 * model.parameters) * share
     elif model.tower:
-        bytes_ += 2 * model.tower.parameters
+        bytes_ += 2 * model.tower.parameters * share
     return round(bytes_) + (weight_bytes(model.draft, tp, 1, 0) if model.draft else 0)
 
 
@@ -170,7 +172,8 @@ def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Set
         kept = 0
         for one in cached:
             tokens = min(one.window - 1 + under_way, length) if one.window else length
-            kept += one.layers * one.row * ceil(ceil(tokens / one.ratio) / BLOCK) * BLOCK
+            row = one.row or one.token_bytes(tp, settings.kv_bytes)
+            kept += one.layers * row * ceil(ceil(tokens / one.ratio) / BLOCK) * BLOCK
         return kept * layers // model.layers + draft
     fewest, most = min(one.layers for one in cached), max(one.layers for one in cached)
     group = most if most < 1.5 * fewest else fewest
@@ -183,7 +186,7 @@ def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Set
     blocks = 0
     for one in cached:
         if one.state:
-            kept = STATES
+            kept = one.states
         else:
             # a kind with smaller pages has as many more tokens in a block, where these come out even
             times, rest = divmod(page, one.token_bytes(tp, settings.kv_bytes) * BLOCK)

@@ -22,6 +22,9 @@ class Cached:
     latent: int = 0  # kv_lora_rank + qk_rope_head_dim
     window: int = 0  # how far they see; 0: all of it
     state: int = 0  # bytes for a request, which tp splits
+    # how often it keeps its state: as it is, as it was for the prefix cache, and with Mamba 2 once more from within a
+    # step (`MambaSpec.max_memory_usage_bytes` in vllm/v1/kv_cache_interface.py, mamba_cache_mode "align")
+    states: int = 2
     row: int = 0  # bytes for each `ratio` tokens whatever the KV cache's numbers, whole on each GPU
     ratio: int = 1
 
@@ -79,6 +82,7 @@ class Weights:
     replicated: int  # of one average layer, whole on each GPU
     experts: int = 0  # the part of `split` that are routed experts
     active_share: float = 1.0  # of the experts, the share that one token uses
+    plain: int = 0  # first layers that have no experts
     look_up: int = 0  # embeddings for each layer, never quantized, split by tp; on the first stage
 
     def layer(self) -> int:
@@ -88,11 +92,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tower:
-    """What sees and hears beside the language model, whole on each GPU."""
+    """What sees and hears beside the language model."""
 
     parameters: int
     width: int  # numbers that it keeps of one patch of a picture while it computes
     patches: int  # of its largest picture
+    whole: int  # parameters that each GPU holds; tp splits the others
+
+    def share(self, tp: int) -> float:
+        """Of it, what one of `tp` GPUs holds."""
+        return (self.whole + (self.parameters - self.whole) / tp) / self.parameters
 
 
 @dataclass(frozen=True)
@@ -112,8 +121,10 @@ class Model:
     pooling: Pooling | None = None  # gives vectors or scores instead of text
     tower: Tower | None = None
     file_bytes: int | None = None  # of the weights as vLLM loads them, where the files are at hand
+    longrope: bool = False  # vLLM takes the length before this scaling unless it is told another
     uneven: bool = False  # its layers differ too much for pipeline stages to be alike
     draft: "Model | None" = None  # the model or head that guesses its next tokens, on the same GPUs
+    own_code: bool = False  # Python files beside its config describe it; vLLM has its own description of most
     unread: tuple[str, ...] = ()  # keys of its config that may change sizes and were not read
 
     @property

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import floor
@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from planner import memory
+from planner.check import Sizes
 from planner.choose import BFLOAT16, Plan, Replica
-from planner.machine import GIB, Machine
+from planner.machine import GIB, Hosts, Machine
 from planner.memory import Account
 from planner.replica_gpus import dump_compose, gpu_service
 from planner.speed import ANSWER, CONCURRENT, PROMPT
@@ -49,7 +50,7 @@ def reasons(plan: Plan) -> list[tuple[str, str, str]]:
     model = plan.model
     rows = [("layout", plan.layout, _layout_reason(plan))]
     if model.quantization:
-        why = "; ".join(plan.reasons) or "the checkpoint is quantized"
+        why = "; ".join(plan.reasons) if plan.quantization else "the checkpoint is quantized"
         rows.append(("quantization", f"{model.quantization.method}, {model.bits:.3g} bits a weight", why))
     rows.append(("max model length", f"{plan.max_length:,} tokens", _length_reason(plan)))
     if len({one.weight for one in plan.replicas}) > 1:
@@ -92,7 +93,7 @@ def _replica_reasons(plan: Plan, replica: Replica) -> list[tuple[str, str, str]]
     if per_token:
         full = f"of {plan.max_length:,} tokens at the same time"
         rows += [
-            ("KV cache", f"{_gib(account.kv)} a GPU", "what is left"),
+            ("KV cache", f"{_gib(account.kv)} a GPU", "what is left" + ", in 8 bits" * (settings.kv_bytes == 1)),
             ("KV tokens", f"{account.kv_tokens:,} a replica", _kv_reason(plan, replica, layers, per_token)),
             ("full-length requests", f"{_requests(account)} a replica", full),
         ]
@@ -121,6 +122,10 @@ def _gib(bytes_: float) -> str:
     return f"{bytes_ / GIB:.1f} GiB"
 
 
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 0.1 else f"{1000 * value:.1f} ms"
+
+
 def _layout_reason(plan: Plan) -> str:
     replica = plan.replicas[0]
     if plan.wish.replicas or plan.wish.tp or plan.wish.pp:
@@ -130,8 +135,10 @@ def _layout_reason(plan: Plan) -> str:
     if not plan.runners_up:
         return "the only one that fits"
     if plan.wish.goal == "latency":
-        return f"the shortest answer: {plan.latency:.2f} s for {PROMPT} tokens in and {ANSWER} out"
-    load = f"{CONCURRENT} requests a GPU, {PROMPT} tokens in, {ANSWER} out"
+        out = "" if plan.model.pooling else f" and {ANSWER} out"
+        return f"the shortest answer: {_seconds(plan.latency)} for {PROMPT} tokens in{out}"
+    out = "" if plan.model.pooling else f", {ANSWER} out"
+    load = f"{CONCURRENT} requests a GPU, {PROMPT} tokens in{out}"
     return f"the most tokens/s: about {plan.tokens_per_s:,.0f} with {load}"
 
 
@@ -139,11 +146,14 @@ def _length_reason(plan: Plan) -> str:
     if plan.wish.context:
         return "asked for"
     if plan.max_length == plan.model.max_length:
-        return "the model's own limit"
+        return "the model's own limit" + ("; vLLM takes less if that does not fit (auto)" if plan.finds_length else "")
     if not plan.replicas[0].gpus:
         return "enough for chats; --context N for more"
     of = "on the smallest replica" if len({one.account.total for one in plan.replicas}) > 1 else "here"
-    return f"what one request can have {of}; the model's limit is {plan.model.max_length:,}"
+    limit = f"the model's limit is {plan.model.max_length:,}"
+    if plan.finds_length:
+        return f"about what one request can have {of}: vLLM finds it (auto); {limit}"
+    return f"what one request can have {of}; {limit}"
 
 
 def _weights_reason(plan: Plan, replica: Replica) -> str:
@@ -168,8 +178,10 @@ def _reserve_reason(replica: Replica) -> str:
 def _kv_reason(plan: Plan, replica: Replica, layers: int, per_token: int) -> str:
     attention, kv_bytes, draft = plan.model.attention, replica.settings.kv_bytes, plan.model.draft
     size = f"{per_token / 1024:.6g} KiB a token and GPU: {layers} layers × "
-    if len({(one.kv_heads, one.head_dim, one.row) for one in attention.cached}) > 1:
-        text = f"{per_token / 1024:.1f} KiB a token and GPU"
+    if len(attention.cached) > 1 or any(one.window or one.state or one.row for one in attention.cached):
+        request = memory.request_bytes(plan.model, replica.tp, layers, plan.max_length, replica.settings, replica.pp)
+        text = f"a request of {plan.max_length:,} tokens takes {request / GIB:.2f} GiB a GPU"
+        draft = None  # it is in there
     elif attention.latent:
         text = size + f"a latent of {attention.latent} × {kv_bytes} bytes, whole on each GPU"
     else:
@@ -205,6 +217,8 @@ def print_part(console: Console, machine: Machine, part: Part) -> None:
         replicas.add_column(column, justify="left" if column in ("replica", "GPUs", "path between them") else "right")
     for number, one in enumerate(plan.replicas):
         gpus = ", ".join(str(gpu.index) for gpu in one.gpus) or "CPU"
+        if isinstance(machine, Hosts):
+            gpus += f" in {machine.hosts[one.gpus[0].index]}"
         path = f"{LINK_NAMES[one.link.kind]}, {one.link.gb_s:g} GB/s" if one.link else "–"
         path += " in a stage" if one.tp > 1 and one.pp > 1 else ""
         replicas.add_row(
@@ -222,6 +236,12 @@ def print_part(console: Console, machine: Machine, part: Part) -> None:
         Text(),
         why,
     ]
+    if isinstance(machine, Hosts):
+        blocks[1:1] = [Text(f"GPUs are numbered through. {'; '.join(machine.where())}")]
+    if any(len(gpus) > 1 for gpus in machine.by_host(machine.gpus)) and not machine.links:
+        slowest = machine.link(machine.gpus[0].index, machine.gpus[1].index)
+        note = f"they count as {LINK_NAMES[slowest.kind]}, {slowest.gb_s:g} GB/s"
+        blocks += [Text(), Text(f"The links between the GPUs are not known: {note}", style="yellow")]
     if plan.idle:
         blocks.append(Text())
         blocks += [
@@ -236,7 +256,7 @@ def print_part(console: Console, machine: Machine, part: Part) -> None:
                 other.layout,
                 f"{other.model.bits:.3g} bits",
                 f"{other.tokens_per_s:,.0f} ({_change(other.tokens_per_s, plan.tokens_per_s)})",
-                f"{other.latency:.2f} s ({_change(other.latency, plan.latency)})",
+                f"{_seconds(other.latency)} ({_change(other.latency, plan.latency)})",
                 f"{other.kv_tokens:,} ({_change(other.kv_tokens, plan.kv_tokens)})",
                 f"{other.max_length:,}",
             )
@@ -256,10 +276,11 @@ def _change(value: float, base: float) -> str:
 
 def as_json(machine: Machine, parts: list[Part]) -> dict[str, Any]:
     """The plan for programs. Sizes in bytes, times in seconds."""
-    return {"machine": machine.name, "models": [_part_json(part) for part in parts]}
+    hosts = machine.hosts if isinstance(machine, Hosts) else {}
+    return {"machine": machine.name, "models": [_part_json(part, hosts) for part in parts]}
 
 
-def _part_json(part: Part) -> dict[str, Any]:
+def _part_json(part: Part, hosts: Mapping[int, str]) -> dict[str, Any]:
     plan = part.plan
     return {
         "model": part.model,
@@ -267,10 +288,12 @@ def _part_json(part: Part) -> dict[str, Any]:
         "layout": plan.layout,
         "quantization": plan.quantization,
         "max_model_len": plan.max_length,
+        "max_model_len_auto": plan.finds_length,
         "tokens_per_s": round(plan.tokens_per_s, 1),
         "latency_s": round(plan.latency, 4),
         "replicas": [
             {
+                **({"host": hosts[one.gpus[0].index]} if hosts else {}),
                 "gpus": [gpu.id for gpu in one.gpus],
                 "tensor_parallel_size": one.tp,
                 "pipeline_parallel_size": one.pp,
@@ -291,7 +314,10 @@ def _part_json(part: Part) -> dict[str, Any]:
             }
             for one in plan.replicas
         ],
-        "idle": [{"gpu": gpu.id, "reason": reason} for gpu, reason in plan.idle],
+        "idle": [
+            {**({"host": hosts[gpu.index]} if hosts else {}), "gpu": gpu.id, "reason": reason}
+            for gpu, reason in plan.idle
+        ],
         "reasons": [{"what": what, "value": value, "why": why} for what, value, why in reasons(plan)],
         "runners_up": [
             {
@@ -317,7 +343,7 @@ def environment(part: Part, replica: Replica) -> dict[str, str]:
         "QUANTIZATION": plan.quantization or "",
         "TENSOR_PARALLEL_SIZE": str(replica.tp),
         "PIPELINE_PARALLEL_SIZE": str(replica.pp),
-        "MAX_MODEL_LEN": str(plan.max_length),
+        "MAX_MODEL_LEN": "auto" if plan.finds_length else str(plan.max_length),
         "GPU_MEMORY_UTILIZATION": "",
         "KV_CACHE_GB": "",
         "KV_CACHE_DTYPE": "fp8" if settings.kv_bytes == 1 else "",
@@ -338,11 +364,28 @@ def environment(part: Part, replica: Replica) -> dict[str, str]:
     return {**part.extra, **found}
 
 
-def override_file(parts: list[Part], base: Path) -> str:
-    """docker-compose.override.yml, over docker-compose.yml (`base`): the planned replicas and no others."""
+def planned_sizes(part: Part, replica: Replica) -> Sizes:
+    """What the replica's engine should report of itself."""
+    account, tokens = replica.account, replica.account.kv_tokens or None
+    compiling = 0 if replica.settings.eager else memory.COMPILING
+    return Sizes(
+        weights=account.weights if replica.gpus else None,  # on a CPU it does not tell
+        kv=account.kv if tokens else None,
+        kv_warm=account.kv + compiling if tokens else None,
+        kv_tokens=tokens,
+        max_model_len=part.plan.max_length,
+    )
+
+
+def override_file(parts: list[Part], base: Path, host: Sequence[int] | None = None) -> str:
+    """docker-compose.override.yml, over docker-compose.yml (`base`): the planned replicas and no others. `host`: the
+    numbers of the GPUs of one of several hosts, whose file it is then; the gateway is on the first."""
     in_base = [name for name in yaml.safe_load(base.read_text())["services"] if re.fullmatch(r"vllm-\d+", name)]
-    services: dict[str, Any] = {"gateway": {"volumes": ["./fleet:/etc/nginx/fleet:ro"]}}
-    for name, part, replica in _named(parts):
+    services: dict[str, Any] = {}
+    if host is None or 0 in host:
+        services["gateway"] = {"volumes": ["./fleet:/etc/nginx/fleet:ro"]}
+    here = [one for one in _named(parts) if host is None or one[2].gpus[0].index in host]
+    for name, part, replica in here:
         service: dict[str, Any] = {}
         if name not in in_base:
             service |= {"extends": {"file": base.name, "service": in_base[0]}, "hostname": f"{name}.fleet"}
@@ -355,7 +398,9 @@ def override_file(parts: list[Part], base: Path) -> str:
         else:
             service |= {"environment": settings, "mem_limit": f"{-(-replica.account.total * 11 // 10 // MIB)}m"}
         services[name] = service
-    text = dump_compose({"services": services})
+    # what `make up` and `make plan ARGS=--check` hold against what the engines report
+    planned = {name: planned_sizes(part, replica).model_dump() for name, part, replica in here}
+    text = dump_compose({"x-planned": planned, "services": services})
     return text + "".join(f"  {name}: !reset null\n" for name in in_base if name not in services)
 
 

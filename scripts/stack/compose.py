@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from stack.shell import ROOT, ask
 # Compose lays it over docker-compose.yml by itself; `make plan` writes it.
 OVERRIDE = ROOT / "docker-compose.override.yml"
 GPU_FILE = "docker-compose.gpu.yml"
+TLS_FILE = "docker-compose.tls.yml"
+ACME_FILE = "docker-compose.acme.yml"
 
 
 class Build(BaseModel):
@@ -72,6 +75,8 @@ class Config(BaseModel):
     name: str = ""
     services: dict[str, Service]
     pins: dict[str, str] = Field(alias="x-pins")
+    # what `make plan` expects of each replica (planner/check.py)
+    planned: dict[str, Any] = Field({}, alias="x-planned")
 
     @model_validator(mode="after")
     def _name_images(self) -> Config:
@@ -115,18 +120,18 @@ def stays_down(now: Container | None, began: Container | None) -> bool:
 
 
 class Compose:
-    """Docker Compose over this checkout's files, as plain `docker compose` would choose them, or with the GPU file."""
+    """Docker Compose over the files that plain `docker compose` would choose, and those of `further`."""
 
-    def __init__(self, *, gpu: bool = False) -> None:
+    def __init__(self, *further: str) -> None:
         self.files: list[str] = []
-        if gpu:
+        if further:
             listed = settings.value_of("COMPOSE_FILE")
             if listed:
                 self.files = listed.split(settings.value_of("COMPOSE_PATH_SEPARATOR") or os.pathsep)
             else:
                 self.files = ["docker-compose.yml", *([OVERRIDE.name] if OVERRIDE.exists() else [])]
-            if GPU_FILE not in self.files:
-                self.files.insert(1, GPU_FILE)
+            # before what a plan or the user says
+            self.files[1:1] = [file for file in further if file not in self.files]
 
     def command(self, *args: str) -> list[str]:
         """A `docker compose` command line."""
@@ -190,6 +195,37 @@ class Compose:
                     container.restarts = int(count)
         return containers
 
+    def other_settings(self, container: Container, service: Service) -> list[str]:
+        """The settings of a service that its container was started with another value of; an unset one counts as
+        empty."""
+        done = ask("docker", "inspect", "--format", "{{json .Config.Env}}", container.id)
+        words = json.loads(done.stdout or "null") or []
+        now = dict(word.partition("=")[::2] for word in words)
+        # `docker compose config` writes a dollar twice
+        there = {name: (value or "").replace("$$", "$") for name, value in service.environment.items()}
+        return [name for name, value in there.items() if value != now.get(name, "")]
+
+    def log_of_start(self, container: Container, last: str) -> str:
+        """What a container logged from when it last started, up to the line that has `last`: of a log of any length."""
+        began = ask("docker", "inspect", "--format", "{{.State.StartedAt}}", container.id).stdout.strip()
+        command = ["docker", "logs", "--since", began, container.id]
+        lines = []
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                if last in line:
+                    process.terminate()
+                    break
+        return "".join(lines)
+
     def last_words(self, service: str) -> str:
         """The last line that a service logged, or words that it logged nothing."""
         lines = self.ask("logs", "--no-log-prefix", "--no-color", "--tail", "20", service).split("\n")
@@ -202,6 +238,7 @@ def running(what: str) -> str:
     return ask("docker", "ps", "--filter", f"label=com.docker.compose.project={project}", "--format", what).stdout
 
 
-def running_gpu_file() -> bool:
-    """Whether the running replicas were started with docker-compose.gpu.yml."""
-    return f"{os.sep}{GPU_FILE}" in running('{{.Label "com.docker.compose.project.config_files"}}')
+def running_files() -> list[str]:
+    """Which of the files that `make up` adds the running stack was started with."""
+    used = running('{{.Label "com.docker.compose.project.config_files"}}')
+    return [file for file in (GPU_FILE, TLS_FILE, ACME_FILE) if f"{os.sep}{file}" in used]

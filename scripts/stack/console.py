@@ -62,7 +62,7 @@ def refused(error: OSError) -> Problem:
     """What the system's refusal of a file means."""
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, PermissionError):
-        return Problem(what, "see whose it is; after a run as root: `sudo chown -R $USER .cache .venv models`")
+        return Problem(what, "see whose it is; after a run as root: `sudo chown -R $USER .cache .venv models secrets`")
     return Problem(what, "mend that, and run the command again")
 
 

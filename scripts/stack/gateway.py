@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from stack import certificate
 from stack.compose import Compose, Config
 from stack.console import Problem
-from stack.shell import CACHE, ask
+from stack.shell import CACHE, ask, wait_for
 
 # its time is when the gateway was last told to read its files again
 RELOADED = CACHE / "gateway-reloaded"
@@ -23,6 +24,8 @@ NGINX = ("exec", "-T", "gateway", "nginx", "-p", "/etc/nginx/")
 ADMIN = "http://127.0.0.1:8081"
 # A first answer on a busy machine without a GPU.
 ANSWER_SECONDS = 120
+# The gateway reads its keys once a second.
+NEW_KEY_SECONDS = 10
 # What vLLM says to a request that a model cannot answer: an embedding model to a chat, one without a chat template too.
 NOT_THIS_WAY = {httpx.codes.BAD_REQUEST, httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED}
 
@@ -97,19 +100,28 @@ class Replica(BaseModel):
 
 
 class Gateway:
-    """The gateway of a stack, asked as users do at its `url`, and through its container where only that may."""
+    """The gateway of a stack, asked as users do at its `url`, and through its container where only that may.
 
-    def __init__(self, compose: Compose, url: str = "") -> None:
+    `domain` is the name in its certificate, where that is not in secrets/.
+    """
+
+    def __init__(self, compose: Compose, url: str = "", domain: str | None = None) -> None:
         self._compose = compose
         self._url = url
+        self._domain = domain
 
     def published(self) -> list[Replica] | None:
-        """All replicas, as whoever reaches the gateway's port is told; None where it does not answer."""
+        """All replicas, as the gateway tells at its port; None where it does not answer there."""
         try:
-            answer = self._http("GET", "/status.json", timeout_s=5).raise_for_status()
-            return TypeAdapter(list[Replica]).validate_python(answer.json()["replicas"])
+            answer = self._http("GET", "/status.json", timeout_s=5)
+            if answer.status_code == httpx.codes.UNAUTHORIZED:
+                # It asks for keys. Whoever may enter its container needs none.
+                said = self._admin("GET", "/status.json")
+            else:
+                said = answer.raise_for_status().json()
+            return TypeAdapter(list[Replica]).validate_python(said["replicas"])
         # or something else answers at that port
-        except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, Problem):
             return None
 
     def replicas(self) -> list[Replica]:
@@ -125,6 +137,12 @@ class Gateway:
     def replica(self, name: str) -> Replica:
         """One replica by name."""
         return next(replica for replica in self.replicas() if replica.name == name)
+
+    def ask_replica(self, name: str, path: str) -> str | None:
+        """What a replica itself answers, which only the gateway's container reaches; None where it does not answer."""
+        curl = ("curl", "--silent", "--show-error", "--fail", "--max-time", "10", f"http://{name}:8000{path}")
+        done = ask(*self._compose.command("exec", "-T", "gateway", *curl))
+        return done.stdout if done.returncode == 0 else None
 
     def drain(self, name: str) -> None:
         """Takes a replica out of the route; it finishes what it has."""
@@ -143,7 +161,8 @@ class Gateway:
         began = ask("docker", "inspect", "--format", "{{.State.StartedAt}}", container).stdout.strip()
         read = max(datetime.fromisoformat(began).timestamp(), RELOADED.stat().st_mtime if RELOADED.exists() else 0)
         # a folder's own time tells of files that went
-        files = [path for folder in mounted(config).values() for path in (folder, *folder.rglob("*"))]
+        folders = [folder for target, folder in mounted(config).items() if Path(target).is_relative_to("/etc/nginx")]
+        files = [path for folder in folders for path in (folder, *folder.rglob("*"))]
         if max(path.stat().st_mtime for path in files) <= read:
             return "unchanged"
         check = ask(*self._compose.command(*NGINX, "-t"))
@@ -157,16 +176,27 @@ class Gateway:
         RELOADED.touch()
         return "read again, as its files changed"
 
-    def first_answer(self, question: str) -> str:
-        """What the fleet says to a question that is put as users do: a chat where a model chats. None is a Problem."""
+    def first_answer(self, question: str, key: str = "") -> str:
+        """What the fleet says to a question that is put as users do: a chat where a model chats. None is a Problem.
+
+        `key`: where the gateway asks for keys, one that may be too new for it to know.
+        """
         fix = "see `make status` and `docker compose logs gateway`"
         said = f"{self._url}/v1/models lists no model"
+
+        def listed() -> httpx.Response | None:
+            answer = self._http("GET", "/v1/models", key=key, timeout_s=10)
+            return None if key and answer.status_code == httpx.codes.UNAUTHORIZED else answer
+
         try:
-            models = self._http("GET", "/v1/models", timeout_s=10).raise_for_status().json()["data"]
+            answer = wait_for(listed, within_s=NEW_KEY_SECONDS)
+            if answer is None:
+                raise Problem(f"{self._url} does not know a key that was made for it", fix)
+            models = answer.raise_for_status().json()["data"]
             for way in WAYS:
                 for model in models:
                     asked = {"model": model["id"], **way.body(question)}
-                    answer = self._http("POST", way.path, asked, timeout_s=ANSWER_SECONDS)
+                    answer = self._http("POST", way.path, asked, key=key, timeout_s=ANSWER_SECONDS)
                     if answer.status_code == httpx.codes.OK:
                         return way.said(answer.json(), model["id"])
                     said = f"{self._url}{way.path} answered {answer.status_code}: {answer.text.strip()[:300]}"
@@ -176,9 +206,18 @@ class Gateway:
             raise Problem(f"{self._url} does not answer: {error}", fix) from None
         raise Problem(said, fix)
 
-    def _http(self, method: str, path: str, body: object = None, *, timeout_s: float) -> httpx.Response:
+    def _http(self, method: str, path: str, body: object = None, *, key: str = "", timeout_s: float) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         # The gateway is on this host: the proxy that the environment may name is for others.
-        return httpx.request(method, self._url + path, json=body, timeout=timeout_s, trust_env=False)
+        name = self._domain
+        headers |= {"Host": name} if name else {}
+        verify = certificate.trusted(self._domain) if self._url.startswith("https:") else False
+        with httpx.Client(base_url=self._url, timeout=timeout_s, trust_env=False, verify=verify) as client:
+            return client.request(
+                method, path, json=body,
+                headers=headers,
+                extensions={"sni_hostname": name} if name else None,
+            )  # fmt: skip
 
     def _admin(self, method: str, path: str) -> Any:
         curl = ("curl", "--silent", "--show-error", "--max-time", "5", "--request", method, ADMIN + path)

@@ -64,12 +64,17 @@ PYTHON = DebianBase(
     "bookworm",
     ("python3", "python3-venv", "libgomp1", "libnuma1", "libtcmalloc-minimal4", "curl", "ca-certificates"),
 )
+TOKENS = DebianBase("tokens", "bookworm", ("python3", "python3-venv", "ca-certificates"))
 PYTHON_OF_THE_WHEELS = "3.11"
+
+ACME = DebianBase("acme", "forky", ("lego", "ca-certificates"))
 
 STAND_INS: Mapping[str, DebianBase] = {
     "docker.io/library/nginx": GATEWAY,
     "docker.io/prom/prometheus": PROMETHEUS,
+    "docker.io/library/python": TOKENS,
     "docker.io/vllm/vllm-openai-cpu": PYTHON,
+    "docker.io/goacme/lego": ACME,
 }
 
 
@@ -182,8 +187,8 @@ def bring(config: Config, mode: Mode, say: Say) -> str:
 def other_version(official: str, base: str) -> str:
     """In words, how the version in a base of Debian's packages differs from the pinned one; '' where it does not."""
     stand_in = stand_in_for(official)
-    # the wheels over Debian's Python are pinned themselves
-    if stand_in in (None, PYTHON) or base != stand_in.tag:
+    # the packages over Debian's Python are pinned themselves
+    if stand_in in (None, PYTHON, TOKENS) or base != stand_in.tag:
         return ""
     package, pinned = stand_in.packages[0], version(official.rsplit(":", 1)[1])
     query = ["dpkg-query", "--show", "--showformat=${Version}", package]

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dotenv.parser import parse_stream
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, ValidationError
 
 from stack.console import Problem
 from stack.shell import ROOT
 
 ENV_FILE = ROOT / ".env"
 EXAMPLE_FILE = ROOT / ".env.example"
+DOMAIN = r"^([a-z0-9-]{1,63}\.)+[a-z0-9-]{2,63}$"
 
 
 def without_brackets(address: object) -> object:
@@ -36,19 +37,48 @@ def below_models(model: str) -> str:
     return model
 
 
+def each(shape: str, what: str) -> AfterValidator:
+    """Checks the entries of a list with commas between, in whatever case."""
+
+    def check_entries(text: str) -> str:
+        entries = filter(None, (entry.strip() for entry in text.lower().split(",")))
+        if wrong := [entry for entry in entries if not re.fullmatch(shape, entry)]:
+            raise ValueError(f"{wrong[0]} is no {what}")
+        return text
+
+    return AfterValidator(check_entries)
+
+
+# nginx/njs/settings.js has the same.
+HOST = r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\]"
+ORIGIN = rf"http://({HOST})(:(?!80$)\d+)?|https://({HOST})(:(?!443$)\d+)?"
+
+
 class Settings(BaseModel):
     """What `make up` reads itself; Compose passes the rest on to the containers."""
 
     model: Annotated[str, AfterValidator(below_models)] | None = Field(None, alias="MODEL")
     http_port: int = Field(80, alias="HTTP_PORT", ge=1, le=65535)
+    https_port: int | None = Field(None, alias="HTTPS_PORT", ge=1, le=65535)
+    https_domain: str | None = Field(None, alias="HTTPS_DOMAIN", max_length=253, pattern=DOMAIN)
+    acme_email: str | None = Field(None, alias="ACME_EMAIL", pattern=r"^[^@\s]+@[^@\s]+$")
     grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
     prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
     bind_address: Annotated[ipaddress.IPv4Address | ipaddress.IPv6Address, BeforeValidator(without_brackets)] = Field(
         ipaddress.IPv4Address("127.0.0.1"), alias="BIND_ADDRESS"
     )
     gateway_auth: Literal["off"] | None = Field(None, alias="GATEWAY_AUTH")
+    gateway_hosts: Annotated[str, each(HOST, "name without scheme and port")] | None = Field(
+        None, alias="GATEWAY_HOSTS"
+    )
+    cors_origins: Annotated[str, each(ORIGIN, "origin as browsers write it: https://app.example.com")] | None = Field(
+        None, alias="CORS_ORIGINS"
+    )
     route_policy: Literal["prefix", "least_busy", "round_robin", "session"] | None = Field(None, alias="ROUTE_POLICY")
     gateway_bodies_mb: int = Field(1024, alias="GATEWAY_BODIES_MB", ge=64, lt=10**9)
+    user_list: str | None = Field(None, alias="USER_LIST")
+    jwt_key: SecretStr | None = Field(None, alias="JWT_KEY")
+    access_token_expire_minutes: int = Field(30, alias="ACCESS_TOKEN_EXPIRE_MINUTES", ge=1, le=1440)
     images: Literal["auto", "registry", "packages"] = Field("auto", alias="IMAGES")
     gpu: Literal["auto", "on", "off"] = Field("auto", alias="GPU")
 
@@ -59,7 +89,19 @@ class Settings(BaseModel):
         if address.is_unspecified:
             address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
         host = f"[{address}]" if address.version == 6 else str(address)
-        return f"http://{host}" if self.http_port == 80 else f"http://{host}:{self.http_port}"
+        scheme, port, usual = ("https", self.https_port, 443) if self.https_port else ("http", self.http_port, 80)
+        return f"{scheme}://{host}" if port == usual else f"{scheme}://{host}:{port}"
+
+
+# the names of these settings in `.env`
+ALIASES = {str(field.alias) for field in Settings.model_fields.values()}
+# what each alias in USER_LIST may have behind it, as access/users.py reads it
+OF_A_USER = ("USERNAME", "HASHED_PASSWORD", "ROLE")
+
+
+def names_of_users(user_list: str) -> set[str]:
+    """The settings of the users that USER_LIST names."""
+    return {f"{alias.strip()}_{name}" for alias in user_list.split(",") if alias.strip() for name in OF_A_USER}
 
 
 def known_names(example: str) -> set[str]:
@@ -70,7 +112,11 @@ def known_names(example: str) -> set[str]:
 def parse_env(text: str, known: set[str]) -> dict[str, str]:
     """Reads the text of a `.env`. A line that is no setting, or names one that nothing reads, is a Problem."""
     values: dict[str, str] = {}
-    for binding in parse_stream(io.StringIO(text)):
+    bindings = list(parse_stream(io.StringIO(text)))
+    for binding in bindings:
+        if binding.key == "USER_LIST" and "USER_LIST" in known:
+            known = known | names_of_users(binding.value or "")
+    for binding in bindings:
         name, value, written = binding.key, binding.value, binding.original.string
         if name is None and not binding.error:
             continue  # a comment or nothing
@@ -96,10 +142,10 @@ def check(values: Mapping[str, str]) -> Settings:
         raise Problem(
             f"{name}={first['input']} will not do: {why}", f"correct {name} in .env or in the environment"
         ) from None
-    if not settings.bind_address.is_loopback and settings.gateway_auth != "off":
+    if settings.https_domain and not (settings.https_port and settings.acme_email):
         raise Problem(
-            f"BIND_ADDRESS={values['BIND_ADDRESS']} opens the gateway to others, and it asks nobody for a key yet",
-            "set GATEWAY_AUTH=off in .env to say that this is wanted, or BIND_ADDRESS=127.0.0.1",
+            "HTTPS_DOMAIN is set, but not HTTPS_PORT or not ACME_EMAIL",
+            "set HTTPS_PORT=443 and ACME_EMAIL, whom the authority writes to, in .env",
         )
     return settings
 
@@ -108,6 +154,14 @@ def load(env_file: Path = ENV_FILE, environment: Mapping[str, str] = os.environ)
     """The settings of this checkout. As with Compose, the environment wins over `.env`."""
     known = known_names(EXAMPLE_FILE.read_text())
     return check({**read(env_file), **{name: environment[name] for name in known if name in environment}})
+
+
+def with_users(env_file: Path = ENV_FILE, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The values of all settings that are set, those of users too, whose names USER_LIST decides."""
+    values = read(env_file)
+    names = known_names(EXAMPLE_FILE.read_text())
+    names |= names_of_users(environment.get("USER_LIST", values.get("USER_LIST", "")))
+    return values | {name: environment[name] for name in names if name in environment}
 
 
 def read(env_file: Path) -> dict[str, str]:
@@ -123,7 +177,14 @@ def read(env_file: Path) -> dict[str, str]:
 
 
 def value_of(
-    name: Literal["COMPOSE_PROJECT_NAME", "COMPOSE_FILE", "COMPOSE_PATH_SEPARATOR", "HF_ENDPOINT", "HF_TOKEN_FILE"],
+    name: Literal[
+        "COMPOSE_PROJECT_NAME",
+        "COMPOSE_FILE",
+        "COMPOSE_PATH_SEPARATOR",
+        "GATEWAY_AUTH",
+        "HF_ENDPOINT",
+        "HF_TOKEN_FILE",
+    ],
     env_file: Path = ENV_FILE,
     environment: Mapping[str, str] = os.environ,
 ) -> str | None:

@@ -43,11 +43,12 @@ def replica(name: str, state: str = "ready", **more: object) -> dict[str, Any]:
 
 @dataclass
 class FakeGateway:
-    """Serves the page's files and /status.json. `replicas` and `refused` can be changed at any time."""
+    """Serves the page's files and /status.json, to whoever has the `key` if there is one. All can be changed."""
 
     replicas: list[dict[str, Any]] = field(default_factory=list)
     refused: dict[str, int] = field(default_factory=dict)
     broken: bool = False
+    key: str = ""
     moving: bool = False
     polls: int = 0
     url: str = ""
@@ -72,6 +73,9 @@ def gateway() -> Iterator[FakeGateway]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path == "/status.json" and fake.key and self.headers["Authorization"] != f"Bearer {fake.key}":
+                self.reply(401, "application/json", b"{}")
+                return
             if self.path == "/status.json":
                 self.reply(503 if fake.broken else 200, "application/json", json.dumps(fake.status()).encode())
                 return

@@ -253,3 +253,19 @@ def test_real_gateway_serves_the_page(stack: Stack, browser: Chrome) -> None:
     assert {name: field(browser, name, "models") for name in replicas} == dict.fromkeys(replicas, stack.model)
     assert browser.find_element(By.ID, "verdict").get_attribute("data-level") in {"ok", "warn"}
     assert not errors(browser)
+
+
+def test_where_keys_are_asked_for_the_page_signs_in(browser: Chrome, gateway: FakeGateway) -> None:
+    """A wrong key is told, the right one shows the fleet, and it stays in the tab and out of the address."""
+    gateway.replicas = [ready(0)]
+    gateway.key = "right"
+    browser.get(f"{gateway.url}/status")
+    await_text(browser, "word", "Sign in")
+    for key in ("wrong", "right"):
+        browser.find_element(By.ID, "key").send_keys(key)
+        browser.find_element(By.CSS_SELECTOR, "#sign-in button").click()
+        await_text(
+            browser, "sentence" if key == "wrong" else "word", "not taken here" if key == "wrong" else "All well"
+        )
+    assert not browser.find_element(By.ID, "sign-in").is_displayed()
+    assert "right" not in browser.current_url

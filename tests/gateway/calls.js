@@ -1,15 +1,17 @@
 // Lets a test call a function of a gateway's module inside real njs: POST {"module", "name", "arguments"} gives its value.
 
+import fs from 'fs';
 import answers from './answers.js';
 import body from './body.js';
 import fleet from './fleet.js';
 import health from './health.js';
+import keys from './keys.js';
 import metrics from './metrics.js';
 import prefix from './prefix.js';
 import settings from './settings.js';
 import stream from './stream.js';
 
-const MODULES = { answers, body, fleet, health, metrics, prefix, settings, stream };
+const MODULES = { answers, body, fleet, health, keys, metrics, prefix, settings, stream };
 
 // Passes chunks through stream.js as Nginx would; `lost` is the chunk at which the connection to the replica was lost.
 function filtered(type, chunks, lost, uri, sent) {
@@ -40,6 +42,27 @@ function filtered(type, chunks, lost, uri, sent) {
     return out.toString('base64');
 }
 
+// Publishes the fleet's table while another worker begins to, `times` times, and learns of another canary's share each time. Gives
+// the share in the table, and how often it was made.
+function overtaken(times) {
+    const { readdirSync } = fs;
+    let made = 0;
+    fs.readdirSync = (folder) => {
+        if (++made <= times) {
+            ngx.shared.counters.incr('publishing', 1, 0);
+            fleet.set('canary', { replicas: [], share: made / 100 });
+        }
+        return readdirSync(folder);
+    };
+    try {
+        return [fleet.publish().canary, fleet.table().canary, made];
+    } finally {
+        fs.readdirSync = readdirSync;
+        ngx.shared.fleet.delete('canary');
+        fleet.publish();
+    }
+}
+
 // Reads a body of this content type; its bytes come in base64.
 function read(type, data) {
     const bytes = Buffer.from(data, 'base64');
@@ -52,10 +75,22 @@ function read(type, data) {
     });
 }
 
+// What a module says is wrong with a file's text, or ''.
+function complaint(module, text) {
+    try {
+        module.parse(text);
+        return '';
+    } catch (e) {
+        return String(e.message);
+    }
+}
+
 async function call(r) {
     const asked = JSON.parse(await r.readRequestText());
     const value = asked.name === 'filtered' ? filtered(...asked.arguments)
+        : asked.name === 'overtaken' ? overtaken(...asked.arguments)
         : asked.name === 'read' ? await read(...asked.arguments)
+        : asked.name === 'complaint' ? complaint(MODULES[asked.module], ...asked.arguments)
         : asked.name === undefined ? MODULES[asked.module]
             : MODULES[asked.module][asked.name](...asked.arguments);
     r.return(200, JSON.stringify(value === undefined ? null : value));

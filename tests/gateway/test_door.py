@@ -7,8 +7,10 @@ import pytest
 
 from lab.sim.gateway import Gateway
 from lab.sim.replicas import Replicas
+from lab.waiting import until
 from tests.gateway.conftest import chat
 from tests.gateway.test_public import error_of
+from tests.gateway.test_routing import counted
 
 CHAT = "/v1/chat/completions"
 APP = "https://app.example"
@@ -103,6 +105,35 @@ def test_a_listed_origin_gets_what_a_browser_needs(open_client: httpx.Client) ->
         assert answer.headers.get_list("access-control-allow-origin") == [APP]
         assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
         assert "Origin" in answer.headers["vary"]
+
+
+def test_whom_the_door_refuses_is_counted(client: httpx.Client, gateway: Gateway) -> None:
+    refused: dict[str, dict[str, str]] = {
+        "host": {"Host": "evil.example"},
+        "origin": {"Origin": "https://evil.example"},
+        "media": {"Content-Type": "text/plain"},
+        "connection": {"Connection": "X-Secret"},
+    }
+    for cause, headers in refused.items():
+        before = counted(gateway, f'gateway_refusals_total{{cause="{cause}"}}')
+        assert client.post(CHAT, content=b"a", headers=headers).status_code >= 400
+        assert counted(gateway, f'gateway_refusals_total{{cause="{cause}"}}') == before + 1
+
+
+def test_names_and_origins_that_can_never_match_are_named_in_the_log_and_left_out() -> None:
+    wrong = {
+        "GATEWAY_HOSTS": "*, llm.example, b:80, http://c",
+        "CORS_ORIGINS": f"*,{APP}, {APP}/, a.example, https://b:443",
+    }
+    with Replicas(1) as replicas, Gateway(replicas, env=wrong) as gateway:
+        gateway.wait_ready()
+        until(lambda: "GATEWAY_HOSTS" in gateway.log(), "it is in the log")
+        assert "GATEWAY_HOSTS: *, b:80, http://c is no name without scheme and port" in gateway.log()
+        assert f"CORS_ORIGINS: *, {APP}/, a.example, https://b:443 is no origin" in gateway.log()
+        with httpx.Client(base_url=gateway.url) as client:
+            assert client.get("/v1/models", headers={"Host": "llm.example", "Origin": APP}).status_code == 200
+            assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 421
+            assert client.get("/v1/models", headers={"Origin": "https://evil.example"}).status_code == 403
 
 
 def test_no_other_origin_gets_it(open_client: httpx.Client) -> None:

@@ -115,6 +115,22 @@ def test_all_full_is_a_quick_429_that_says_when_to_come_back(gateway: Gateway, f
         assert sum("no room" in request["body"] for request in sim.state()["seen"]) == 1
 
 
+def test_replicas_that_are_being_stopped_are_not_full(gateway: Gateway, fleet: Replicas) -> None:
+    draining = 'gateway_retries_total{replica="vllm-1",cause="draining"}'
+    before = counted(gateway, draining)
+    for sim in fleet:
+        sim.fault("status", status=503, refusal="draining")
+    answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("too late"))
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert error_of(answer)["code"] == "no_replica_ready"
+    assert "vllm-0 draining, vllm-1 draining, vllm-2 draining" in str(error_of(answer)["message"])
+    assert counted(gateway, draining) == before + 1
+    fleet["vllm-1"].fault("status", status=503)
+    answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("one is full"))
+    assert error_of(answer)["code"] == "fleet_full"
+
+
 @pytest.mark.parametrize("status", [400, 404, 422, 429])
 def test_a_4xx_is_the_clients_and_moves_nothing(gateway: Gateway, fleet: Replicas, status: int) -> None:
     for sim in fleet:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lab.sim.gateway import Gateway
 from lab.sim.replicas import Replicas
+from tests.gateway.test_access import BAD, entry, keys_file
 
 PORT = 8089
 Call = Callable[..., Any]
@@ -61,6 +62,17 @@ def test_the_fleet_file_is_read_as_nginx_reads_it(call: Call) -> None:
         {"name": "vllm-0", "host": "vllm-0:8000", "weight": 1},
         {"name": "big", "host": "10.0.0.7:8001", "weight": 3},
     ]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_another_worker_learned_while_the_table_was_made_is_in_it(call: Call, times: int) -> None:
+    """Whoever writes last has begun last, or makes it anew."""
+    assert call("fleet", "overtaken", times) == [times / 100, times / 100, times + 1]
+
+
+def test_workers_that_always_overtake_each_other_come_to_an_end(call: Call) -> None:
+    _, _, made = call("fleet", "overtaken", 1000)
+    assert made == 5
 
 
 # ---- health.js
@@ -410,11 +422,27 @@ def test_what_is_no_stream_is_left_alone(call: Call) -> None:
 
 
 def test_settings_have_safe_defaults(call: Call) -> None:
-    assert call("settings") == {
-        "policy": "prefix",
-        "closed": "",
-        "hosts": [],
-        "origins": [],
-        "bodies": 1 << 30,
-        "complaint": "",
-    }
+    found = call("settings")
+    known = {"policy": "prefix", "auth": "loopback", "hosts": [], "origins": [], "bodies": 1 << 30, "complaint": ""}
+    assert {name: found[name] for name in known} == known
+
+
+# ---- keys.js
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_wrong_file_of_keys_is_named(call: Call, bad: str) -> None:
+    assert call("keys", "complaint", bad)
+
+
+def test_a_right_file_of_keys_gives_each_hash_its_holder(call: Call) -> None:
+    limits = {"requests_per_minute": 60, "n": 0}
+    text = keys_file(
+        entry("a", "one", "two", until_s=5, limits=limits),
+        roles={"user": {"limits": {"n": 2, "requests_per_minute": 9}}},
+    )
+    assert call("keys", "complaint", text) == ""
+    holders = call("keys", "parse", text)["holders"]
+    assert [holder["until"] for holder in holders.values()] == [None, 5]
+    # Of the key's and the role's limits the lower counts, and a zero is a zero.
+    assert all(holder["limits"] == {"requests_per_minute": 9, "n": 0} for holder in holders.values())

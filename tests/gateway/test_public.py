@@ -1,6 +1,7 @@
 """What clients reach, and what they do not."""
 
 import contextlib
+import datetime
 import http.client
 import itertools
 import json
@@ -8,7 +9,9 @@ import re
 import socket
 import time
 
+import anthropic
 import httpx
+import openai
 import pytest
 
 from lab.sim.gateway import Gateway
@@ -167,6 +170,47 @@ def test_models_are_those_of_all_replicas(client: httpx.Client) -> None:
     error_of(missing)
 
 
+ALIASES = ["sim", "claude-sim", "openai/sim"]
+
+
+def test_a_model_under_several_names_is_listed_and_answers_under_each() -> None:
+    with Replicas(2, "--adapters", "1", model=",".join(ALIASES)) as replicas, Gateway(replicas) as gateway:
+        gateway.wait_ready()
+        with httpx.Client(base_url=gateway.url, timeout=30) as client:
+            listed = client.get("/v1/models?limit=1000").json()
+            assert [card["id"] for card in listed["data"]] == [*ALIASES, "sim-adapter-0"]
+            assert gateway.status()["models"] == [*ALIASES, "sim-adapter-0"]
+            homes = set()
+            # A conversation goes on under another name: the engine has one cache for all.
+            for name in ALIASES * 3:
+                answer = client.post("/v1/chat/completions", json=chat("one and the same " * 20, model=name))
+                assert answer.status_code == 200
+                homes.add(answer.headers["x-replica"])
+            assert len(homes) == 1
+            assert client.post("/v1/chat/completions", json=chat("hi", model="sim2")).status_code == 404
+            # An adapter is another model, with a cache of its own, as long as its base.
+            adapter = client.get("/v1/models/sim-adapter-0").json()
+            assert (adapter["parent"], adapter["max_model_len"]) == ("sim", 32768)
+
+
+def test_the_list_of_models_serves_clients_of_both_apis(client: httpx.Client) -> None:
+    """Open WebUI and Continue read OpenAI's fields, Claude Code Anthropic's."""
+    listed = client.get("/v1/models?limit=1000").json()
+    [card] = listed["data"]
+    assert (listed["object"], card["object"], card["owned_by"]) == ("list", "model", "vllm")
+    assert (listed["has_more"], listed["first_id"], listed["last_id"]) == (False, "sim", "sim")
+    assert (card["type"], card["display_name"]) == ("model", "sim")
+    assert card["max_model_len"] == card["max_input_tokens"] == 32768
+    made = datetime.datetime.fromisoformat(card["created_at"])
+    assert made.timestamp() == card["created"]
+    assert client.get("/v1/models/sim").json() == card
+    common = {"api_key": "none", "max_retries": 0}
+    with anthropic.Anthropic(base_url=str(client.base_url), **common) as theirs:  # type: ignore[arg-type]
+        assert [(model.id, model.created_at) for model in theirs.models.list(limit=1000)] == [("sim", made)]
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", **common) as other:  # type: ignore[arg-type]
+        assert [model.id for model in other.models.list()] == ["sim"]
+
+
 def test_health_ready_and_status_answer(client: httpx.Client) -> None:
     health = client.get("/health")
     assert (health.text, health.headers["content-type"]) == ("ok\n", "text/plain")
@@ -197,7 +241,8 @@ def test_the_status_page_is_served_and_locked_down(client: httpx.Client) -> None
 ])  # fmt: skip
 def test_beyond_loopback_nobody_is_let_in_without_keys_unless_told_so(settings: dict[str, str], status: int) -> None:
     with Replicas(1) as replicas, Gateway(replicas, env=settings) as gateway:
-        gateway.wait_ready()
+        # The status needs a key too.
+        until(lambda: httpx.get(gateway.url + "/ready").status_code == 200, "the replica is ready")
         answer = httpx.post(gateway.url + "/v1/chat/completions", json=chat("hi"))
         assert answer.status_code == status
         if status == 401:

@@ -17,7 +17,9 @@ from stack.shell import ROOT
 from tests.gateway.test_public import error_of
 
 LISTED = set(
-    re.findall(r"location = (\S+)\s+\{ include conf\.d/generate\.conf; \}", (ROOT / "nginx/nginx.conf").read_text())
+    re.findall(
+        r"location = (\S+)\s+\{ include conf\.d/generate\.conf; \}", (ROOT / "nginx/conf.d/public.conf").read_text()
+    )
 )
 INSIDE = ["/metrics", "/version", "/health", "/v1/models", "/_sim", "/pause", "/v1/load_lora_adapter"]
 
@@ -123,6 +125,27 @@ def test_what_is_no_http_is_refused_in_json_that_names_the_request(gateway: Gate
     status, answer = send(gateway, request)
     assert status == expected
     error_of(answer)
+
+
+MESSAGES = b"POST /v1/messages HTTP/1.1\r\n" + HOST
+REFUSED_MESSAGES = {
+    "no Host": (b"POST /v1/messages HTTP/1.1\r\n\r\n", 400),
+    "an absolute form": (b"POST http://localhost/v1/messages HTTP/1.1\r\n" + HOST + HOST + b"\r\n", 400),
+    "a bad chunk": (MESSAGES + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n{}\r\n", 400),
+    "20 KB of address": (b"POST /v1/messages?" + b"a" * 20_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
+    "20 KB in one header": (MESSAGES + b"X-A: " + b"a" * 20_000 + b"\r\n\r\n", 431),
+    "an encoding": (MESSAGES + b"Transfer-Encoding: gzip\r\n\r\n", 501),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_MESSAGES)
+def test_what_nginx_itself_refuses_has_anthropics_shape_where_that_was_asked(gateway: Gateway, name: str) -> None:
+    request, expected = REFUSED_MESSAGES[name]
+    status, answer = send(gateway, request)
+    assert status == expected
+    said = answer.json()
+    assert (said["type"], set(said["error"])) == ("error", {"type", "message"})
+    assert f"(request id {said['request_id']})" in said["error"]["message"]
 
 
 def test_the_log_stays_utf_8_and_has_the_path_of_what_was_refused(gateway: Gateway) -> None:

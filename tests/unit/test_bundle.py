@@ -44,7 +44,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The images of a machine whose stack runs on GPUs."""
     images = {"fleet/gateway:1", "fleet/replica:1-gpu"}
     monkeypatch.setattr(bundle, "Compose", Stack)
-    monkeypatch.setattr(bundle, "running_gpu_file", lambda: True, raising=False)
+    monkeypatch.setattr(bundle, "running_files", lambda: ["docker-compose.gpu.yml"], raising=False)
     monkeypatch.setattr(bundle, "present", lambda image: image in images)
     return images
 
@@ -63,7 +63,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_images_of_the_files_that_run_are_packed(here: set[str]) -> None:
-    assert bundle._images(Stack(gpu=True).config()) == sorted(here)
+    assert bundle._images(Stack("docker-compose.gpu.yml").config()) == sorted(here)
 
 
 def test_an_image_that_the_stack_cannot_do_without_must_be_there(here: set[str]) -> None:
@@ -223,3 +223,18 @@ def test_a_model_that_is_served_and_left_out_is_named(
     assert "download_model.py org/small" in capsys.readouterr().err
     bundle.main(out=checkout / "dist", model=["org/other"])
     assert "org/small, which the stack serves, is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["ignored", "tracked by mistake", "no git"])
+def test_no_key_is_packed(checkout: Path, how: str) -> None:
+    """Only what keeps the folder out of git goes along."""
+    folder = checkout / "secrets" / "gateway"
+    folder.mkdir(parents=True)
+    (folder / ".gitignore").write_text("*\n!/.gitignore\n")
+    (folder / "keys.json").write_text("{}")
+    if how != "no git":
+        subprocess.run(["git", "init", "--quiet", checkout], check=True)
+        subprocess.run(["git", "-C", checkout, "add", "."], check=True)
+    if how == "tracked by mistake":
+        subprocess.run(["git", "-C", checkout, "add", "--force", folder / "keys.json"], check=True)
+    assert {name for name in bundle._checkout() if name.startswith("secrets")} == {"secrets/gateway/.gitignore"}

@@ -19,7 +19,7 @@ BASE = ROOT / "docker-compose.yml"
 GPU = ROOT / "docker-compose.gpu.yml"
 REPLICAS = ("vllm-0", "vllm-1")
 # The host's commands read these themselves.
-NOT_FOR_COMPOSE = {"IMAGES", "GPU", "HF_TOKEN_FILE"}
+NOT_FOR_COMPOSE = {"IMAGES", "GPU", "HF_TOKEN_FILE", "USER_LIST", "JWT_KEY", "ACCESS_TOKEN_EXPIRE_MINUTES"}
 
 
 def compose(*files: Path, settings: dict[str, str] | None = None, env_file: Path = Path(os.devnull)) -> dict[str, Any]:
@@ -62,9 +62,9 @@ def test_the_parts_are_there(services: dict[str, Any]) -> None:
     assert set(services) == {"gateway", *REPLICAS, "prometheus", "grafana"}
 
 
-@pytest.mark.parametrize("name", ["gateway", *REPLICAS, "prometheus", "grafana"])
-def test_every_service_is_confined_checked_and_bounded(services: dict[str, Any], name: str) -> None:
-    service = services[name]
+@pytest.mark.parametrize("name", ["gateway", *REPLICAS, "prometheus", "grafana", "tokens"])
+def test_every_service_is_confined_checked_and_bounded(name: str) -> None:
+    service = compose(BASE, settings={"COMPOSE_PROFILES": "tokens"})["services"][name]
     assert service["healthcheck"]["test"][0] == "CMD"
     assert service["restart"] == "unless-stopped"
     assert service["read_only"] is True
@@ -92,6 +92,31 @@ def test_only_the_gateway_is_published_beyond_loopback_and_only_when_asked() -> 
     assert published(compose(BASE)) == loopback
     assert published(compose(BASE, settings={"BIND_ADDRESS": "0.0.0.0"})) == loopback | {"gateway": {"0.0.0.0"}}
     assert published(compose(BASE, settings={"BIND_ADDRESS": "[::1]"})) == loopback | {"gateway": {"::1"}}
+
+
+def test_who_sees_which_secrets() -> None:
+    """The gateway sees hashes and public keys, the token service users and private keys, and nobody else anything."""
+    users = {"USER_LIST": "A", "A_USERNAME": "alice", "A_HASHED_PASSWORD": "planted-1", "JWT_KEY": "planted-2"}
+    config = compose(BASE, settings=users | {"COMPOSE_PROFILES": "tokens"})
+    mounts = {
+        (name, Path(volume["source"]).relative_to(ROOT), volume["target"], volume.get("read_only"))
+        for name, service in config["services"].items()
+        for volume in service.get("volumes", ())
+        if "secrets" in volume["source"]
+    }
+    assert mounts == {
+        ("gateway", Path("secrets/gateway"), "/etc/fleet/secrets", True),
+        ("tokens", Path("secrets/tokens"), "/etc/fleet/secrets", True),
+    }
+    assert not config["services"]["tokens"].get("ports")
+    # neither in an environment, which `docker inspect` shows, nor anywhere else
+    assert "planted" not in json.dumps(config)
+
+
+def test_the_token_service_has_the_packages_that_its_tests_have() -> None:
+    pins = yaml.safe_load(BASE.read_text())["x-pins"]["tokens-packages"].split()
+    project = (ROOT / "pyproject.toml").read_text()
+    assert [pin for pin in pins if f'"{pin}"' not in project] == []
 
 
 def test_without_the_gpu_file_no_replica_is_on_gpus(services: dict[str, Any]) -> None:
@@ -144,7 +169,7 @@ def test_a_mirror_of_the_hub_reaches_the_replicas_and_a_token_reaches_nothing() 
 
 def test_the_example_names_every_setting_that_is_read_and_no_other() -> None:
     example = set(re.findall(r"^#([A-Z][A-Z0-9_]*)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
-    files = BASE.read_text() + GPU.read_text()
+    files = "".join(path.read_text() for path in ROOT.glob("docker-compose*.yml"))
     read = set(re.findall(r"(?<!\$)\$\{([A-Z0-9_]+)", files)) | set(
         re.findall(r"^ {4,6}([A-Z][A-Z0-9_]*):$", files, re.MULTILINE)
     )
@@ -172,14 +197,15 @@ def test_no_replica_shares_its_name_with_what_runs_beside_it(services: dict[str,
 
 def test_every_image_is_pinned_in_one_place() -> None:
     pins = yaml.safe_load(BASE.read_text())["x-pins"]
-    packages = pins.pop("vllm-packages").split()
+    packages = [*pins.pop("vllm-packages").split(), *pins.pop("tokens-packages").split()]
     assert [package for package in packages if not re.search(r"==\d+(\.\w+)+$", package)] == []
     assert re.fullmatch(r"[0-9a-f]{40}", pins.pop("model-revision"))
-    assert [image for image in pins.values() if not re.search(r":v?\d+\.\d+\.\d+$", image)] == []
+    assert [image for image in pins.values() if not re.search(r":v?\d+\.\d+\.\d+(-slim)?$", image)] == []
     assert pins["replica-image"] == f"vllm-fleet/replica:{pins['vllm-cpu'].split(':v')[1]}"
     assert pins["vllm-gpu"].split(":")[1] == pins["vllm-cpu"].split(":")[1]
     assert pins["gateway-image"].split(":")[1] == pins["nginx"].split(":")[1]
     assert pins["prometheus-image"].split(":")[1] == pins["prometheus"].split(":v")[1]
+    assert pins["tokens-image"].split(":")[1] == pins["python"].split(":")[1].removesuffix("-slim")
     assert f"{pins['replica-image']}-gpu" == gpu_service(["0"], 1)["image"]
 
 

@@ -6,11 +6,25 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stack.settings import names_of_users
 from stack.shell import ROOT
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 # What `make up`, `make plan` or a user makes; not in a clone.
-MADE = {".env", ".venv", "docker-compose.override.yml"}
+MADE = (".env", ".venv", "docker-compose.override.yml", "secrets/")
+
+
+class ComposeLoader(yaml.SafeLoader):
+    """YAML with the tag that Compose adds."""
+
+
+def listed(loader: yaml.SafeLoader, node: yaml.Node) -> list[object]:
+    """A list in place of another."""
+    assert isinstance(node, yaml.SequenceNode)
+    return list(loader.construct_sequence(node))
+
+
+ComposeLoader.add_constructor("!override", listed)
 
 in_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -66,13 +80,16 @@ def test_settings_exist(page: Path) -> None:
     """Each NAME=value in the docs sets a setting that .env.example explains."""
     known = set(re.findall(r"^#? ?([A-Z][A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)) | {"ARGS"}
     named = {name for line in code(page) for name in re.findall(r"(?<![\w$-])([A-Z][A-Z0-9_]{2,})=", line)}
-    assert named <= known
+    users = [users for line in code(page) for users in re.findall(r"^USER_LIST=(\S+)", line)]
+    known |= names_of_users(",".join(users))
+    assert {name for name in named if not name.startswith("COMPOSE_")} <= known
 
 
 @in_every_page
 def test_services_exist(page: Path) -> None:
     """Each service that a `docker compose` command names is one of the Compose file's."""
-    services = set(yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"])
+    files = [yaml.load(path.read_text(), Loader=ComposeLoader) for path in ROOT.glob("docker-compose*.yml")]  # noqa: S506
+    services = {name for file in files for name in file["services"]}
     verbs = r"docker compose (?:exec|logs|restart|stop|start|kill|rm|up|run|port)((?: -[\w-]+(?: \d+)?)*) ([a-z][\w-]*)"
     named = {service for line in code(page) for _, service in re.findall(verbs, line)}
     assert {re.sub(r"^vllm-\d+$", "vllm-0", service) for service in named} <= services

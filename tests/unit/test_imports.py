@@ -9,6 +9,7 @@ from stack.shell import ROOT
 
 # A folder, and what nothing in it may import.
 BARRED = {
+    "access": {"tests", "lab", "stack", "models", "planner"},
     "lab": {"tests"},
     "scripts": {"tests", "lab"},
     "grafana": {"tests", "lab"},

@@ -84,6 +84,32 @@ def test_the_environment_wins_over_the_file_and_an_empty_value_is_none(start: St
     assert value_of(arguments, "--served-model-name") == "chat"
 
 
+@pytest.mark.parametrize("engine", ["served_model_name: a/b, claude-x", "served_model_name: [a/b, claude-x]"])
+def test_a_model_may_have_several_names(start: Start, engine: str) -> None:
+    """As text, in the file and in .env, or as a list."""
+    _, _, arguments = start(f"model: org/small\n{engine}")
+    at = arguments.index("--served-model-name")
+    assert arguments[at + 1 : at + 3] == ["a/b", "claude-x"]
+    assert arguments[at + 3].startswith("--")
+
+
+def test_the_middleware_is_told_when_to_keep_a_stream_alive(tmp_path: Path) -> None:
+    engine = tmp_path / "engine.yaml"
+    engine.write_text("model: org/small\nstream_keepalive_seconds: 30")
+    for environment, told in (({}, "30"), ({"STREAM_KEEPALIVE_SECONDS": "90"}, "90")):
+        settings = read(engine, environment)
+        assert launch.process_environment(settings, {}, "vllm-0")["STREAM_KEEPALIVE_SECONDS"] == told
+        assert not any("keepalive" in argument for argument in launch.serve_command(settings, "m", None))
+
+
+@pytest.mark.parametrize(
+    ("engine", "environment"), [("model: org/small", "auto"), ("model: org/small\nmax_model_len: auto", "")]
+)
+def test_vllm_may_find_the_length_itself(start: Start, engine: str, environment: str) -> None:
+    _, _, arguments = start(engine, MAX_MODEL_LEN=environment)
+    assert value_of(arguments, "--max-model-len") == "auto"
+
+
 def test_every_setting_reaches_vllm(start: Start, models: Path) -> None:
     (models / "plain.jinja").write_text("{{ messages }}")
     _, _, arguments = start(
@@ -165,6 +191,21 @@ MISTAKES = [
     ),
     ("zero GPUs", "model: org/small", {"TENSOR_PARALLEL_SIZE": "0"}, [".env: TENSOR_PARALLEL_SIZE", "1 or more"]),
     ("above a share", "model: org/small", {"GPU_MEMORY_UTILIZATION": "90"}, ["GPU_MEMORY_UTILIZATION", "up to 1"]),
+    ("no seconds", "model: org/small", {"STREAM_KEEPALIVE_SECONDS": "soon"}, ["STREAM_KEEPALIVE_SECONDS", "1 to 3600"]),
+    (
+        "too short",
+        "model: org/small",
+        {"STREAM_KEEPALIVE_SECONDS": "0"},
+        [".env: STREAM_KEEPALIVE_SECONDS", "1 to 3600"],
+    ),
+    ("too long", "model: org/small\nstream_keepalive_seconds: 9999", {}, ["engine.yaml: stream_keepalive_seconds"]),
+    ("no end of memory", "model: org/small", {"KV_CACHE_GB": "inf"}, [".env: KV_CACHE_GB is 'inf'", "GiB above 0"]),
+    ("no number", "model: org/small", {"CPU_OFFLOAD_GB": "nan"}, [".env: CPU_OFFLOAD_GB is 'nan'", "GiB, 0 or more"]),
+    ("a list of sizes", "model: org/small\nkv_cache_gb: [1]", {}, ["engine.yaml: kv_cache_gb is [1]", "GiB above 0"]),
+    ("no name", "model: org/small", {"SERVED_MODEL_NAME": "a,,b"}, [".env: SERVED_MODEL_NAME is 'a,,b'", "empty"]),
+    ("a name twice", "model: org/small", {"SERVED_MODEL_NAME": "a, a"}, ["SERVED_MODEL_NAME", "twice", "commas"]),
+    ("a name like an option", "model: org/small", {"SERVED_MODEL_NAME": "a,--b"}, ["--b would be an option"]),
+    ("a name that is none", "model: org/small\nserved_model_name: [a, 1]", {}, ["served_model_name", "commas between"]),
     ("unknown dtype", "model: org/small", {"DTYPE": "bf16"}, ["DTYPE", "'bf16'", "bfloat16"]),
     ("no truth value", "model: org/small", {"TRUST_REMOTE_CODE": "maybe"}, ["TRUST_REMOTE_CODE", "true or false"]),
     ("broken JSON", "model: org/small", {"SPECULATIVE_CONFIG": "{"}, ["SPECULATIVE_CONFIG", "not JSON", "ngram"]),
@@ -457,7 +498,7 @@ def test_no_value_in_the_environment_makes_a_traceback(
 
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "max_model_len": st.integers(1, 10**7),
+    "max_model_len": st.integers(1, 10**7) | st.just("auto"),
     "tensor_parallel_size": st.integers(1, 64),
     "gpu_memory_utilization": st.floats(0.01, 1),
     "kv_cache_gb": st.floats(0.01, 1000),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm.begin import Begin, Message, Receive, Send
+from vllm.begin import COMMENT, Begin, Message, Receive, Send
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
@@ -67,6 +67,13 @@ def test_a_chats_opening_event_waits_for_the_first_token() -> None:
     assert sent(START, chunk(opening % 0), error)[-1][0]["status"] == 502
 
 
+def test_a_responses_opening_events_wait_for_the_first_token() -> None:
+    """They come before the request is queued."""
+    opening = [b"event: response.created\ndata: {}\n\n", b"event: response.in_progress\ndata: {}\n\n"]
+    token = b"event: response.output_text.delta\ndata: {}\n\n"
+    assert sent(START, *map(chunk, opening), chunk(token))[1:] == [[], [], [START, chunk(b"".join(opening) + token)]]
+
+
 def test_an_answer_without_a_body_is_not_held_for_ever() -> None:
     """A 200 with nothing in it, as /health gives."""
     end = chunk(b"", more=False)
@@ -74,17 +81,18 @@ def test_an_answer_without_a_body_is_not_held_for_ever() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "status"),
+    ("code", "kind", "status"),
     [
-        pytest.param(400, 400, id="the client's fault stays here"),
-        pytest.param(503, 503, id="a full queue"),
-        pytest.param(500, 502, id="a dead engine sends the request to the next replica"),
-        pytest.param(None, 502, id="no code"),
+        pytest.param(400, "BadRequestError", 400, id="the client's fault stays here"),
+        pytest.param(503, "Service Unavailable", 503, id="a full queue"),
+        pytest.param(503, "ServiceUnavailableError", 502, id="a failure in the engine, though it may pass"),
+        pytest.param(500, "InternalServerError", 502, id="a dead engine sends the request to the next replica"),
+        pytest.param(None, None, 502, id="no code"),
     ],
 )
-def test_a_stream_that_begins_with_an_error_becomes_that_error(code: int | None, status: int) -> None:
+def test_a_stream_that_begins_with_an_error_becomes_that_error(code: int | None, kind: str | None, status: int) -> None:
     """It had not begun: its status says what happened, its body is the error, and nothing of the stream follows."""
-    error: dict[str, Any] = {"error": {"message": "no", "code": code}}
+    error: dict[str, Any] = {"error": {"message": "no", "type": kind, "code": code}}
     event = f"data: {json.dumps(error)}\n\n".encode()
     start, body = sent(START, chunk(event), chunk(b"data: [DONE]\n\n"), chunk(b"", more=False))[-1]
     assert start["status"] == status
@@ -98,3 +106,96 @@ def test_an_error_in_mid_stream_stays_in_the_stream() -> None:
     """What has begun keeps its status."""
     first, error = chunk(b"data: a\n\n"), chunk(b'data: {"error": {"code": 500}}\n\n')
     assert sent(START, first, error)[-1] == [START, first, error]
+
+
+def test_an_error_event_of_anthropics_api_is_one_too() -> None:
+    """vLLM gives it no code."""
+    error = {"type": "error", "error": {"type": "internal_error", "message": "no"}}
+    start, body = sent(START, chunk(f"event: error\ndata: {json.dumps(error)}\n\n".encode()))[-1]
+    assert (start["status"], json.loads(body["body"])) == (502, error)
+
+
+@pytest.mark.parametrize("shape", [{}, {"type": "error"}], ids=["OpenAI", "Anthropic"])
+@pytest.mark.parametrize(("kind", "status"), [("Service Unavailable", 503), ("ServiceUnavailableError", 502)])
+def test_a_failure_in_the_engine_is_no_full_queue(kind: str, status: int, shape: dict[str, str]) -> None:
+    """Without streaming vLLM says 503 to both."""
+    said = {**shape, "error": {"message": "please retry", "type": kind}}
+    refused, body = {**START, "status": 503, "headers": []}, chunk(json.dumps(said).encode(), more=False)
+    start, answer = sent(refused, body)[-1]
+    assert (start["status"], json.loads(answer["body"])) == (status, said)
+    assert ((b"x-failure", b"please retry") in start["headers"]) == (status == 502)
+
+
+@pytest.mark.parametrize("body", [b"", b"no JSON", b"[]", b'{"error": "scaling"}', b'{"error": {}}'])
+def test_another_503_stays_as_it_is(body: bytes) -> None:
+    """Such as that of /health."""
+    messages = ({**START, "status": 503}, chunk(body, more=False))
+    assert sent(*messages)[-1] == list(messages)
+
+
+KEEPALIVE_S = 0.05
+
+
+def kept_alive(*messages: Message, wait: int, count: int) -> list[Message]:
+    """What the client's side got, if the application waits before message `wait` until it has sent `count`."""
+    got: list[Message] = []
+
+    async def send(message: Message) -> None:
+        got.append(message)
+
+    async def receive() -> Message:
+        return {}
+
+    async def app(_scope: Message, _receive: Receive, send: Send) -> None:
+        for n, message in enumerate(messages):
+            while n == wait and len(got) < count:
+                await asyncio.sleep(0.001)
+            await send(message)
+        # none comes after the end
+        await asyncio.sleep(2 * KEEPALIVE_S)
+
+    asyncio.run(asyncio.wait_for(Begin(app, KEEPALIVE_S)({"type": "http"}, receive, send), 10))
+    return got
+
+
+def test_a_stream_that_is_silent_for_long_gets_comments_if_that_is_wanted() -> None:
+    """They keep the connection from being cut, before the first token and between two."""
+    comment, token, end = chunk(COMMENT), chunk(b"data: a\n\n"), chunk(b"", more=False)
+    assert kept_alive(START, token, end, wait=1, count=3) == [START, comment, comment, token, end]
+    assert kept_alive(START, token, end, wait=2, count=4) == [START, token, comment, comment, end]
+
+
+def test_what_opens_a_stream_comes_before_its_comments() -> None:
+    opening = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+    token, end = chunk(b"data: a\n\n"), chunk(b"", more=False)
+    assert kept_alive(START, chunk(opening), token, end, wait=2, count=2) == [
+        START,
+        chunk(opening + COMMENT),
+        token,
+        end,
+    ]
+
+
+def test_an_error_after_a_comment_stays_in_the_stream() -> None:
+    """The known price: its status has gone, and the request cannot move."""
+    error, end = chunk(b'data: {"error": {"code": 500}}\n\n'), chunk(b"", more=False)
+    assert kept_alive(START, error, end, wait=1, count=2) == [START, chunk(COMMENT), error, end]
+
+
+def test_what_is_no_stream_gets_no_comment() -> None:
+    start = {**START, "headers": [(b"content-type", b"application/json")]}
+    got: list[Message] = []
+
+    async def send(message: Message) -> None:
+        got.append(message)
+
+    async def receive() -> Message:
+        return {}
+
+    async def app(_scope: Message, _receive: Receive, send: Send) -> None:
+        await send(start)
+        await asyncio.sleep(3 * KEEPALIVE_S)
+        await send(chunk(b"{}", more=False))
+
+    asyncio.run(Begin(app, KEEPALIVE_S)({"type": "http"}, receive, send))
+    assert got == [start, chunk(b"{}", more=False)]

@@ -28,6 +28,18 @@ async def receive() -> Message:
     return {}
 
 
+async def start_of(server: drain.Drain, path: str, errored: bool = False) -> Message:
+    """How one answer begins, which has to come to its end."""
+    messages: list[Message] = []
+
+    async def send(message: Message) -> None:
+        messages.append(message)
+
+    await server(scope(path, errored), receive, send)
+    assert messages[-1] == END
+    return messages[0]
+
+
 async def ask(server: drain.Drain, path: str, errored: bool = False) -> tuple[int, bool]:
     """Status of one answer, and whether it came to its end."""
     messages: list[Message] = []
@@ -71,26 +83,38 @@ def test_after_sigterm_new_requests_get_503_and_running_ones_go_on() -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, handler_of_vllm.set)
         await server({"type": "lifespan"}, receive, nothing)
         assert await ask(server, "/health") == (200, True)
-        stream, late = (asyncio.create_task(ask(server, path)) for path in ("/stream", "/late"))
+        stream, late = asyncio.create_task(ask(server, "/stream")), asyncio.create_task(start_of(server, "/late"))
         await asyncio.sleep(0)
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(handler_of_vllm.wait(), 5)
-        assert (await ask(server, "/v1/chat/completions"))[0] == 503
+        refused: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            refused.append(message)
+
+        await server(scope("/v1/chat/completions"), receive, keep)
+        assert refused[0]["status"] == 503
+        assert drain.DRAINING in refused[0]["headers"]
         assert (await ask(server, "/health"))[0] == 503
         assert await ask(server, "/metrics") == (200, True)
         release.set()
         assert await stream == (200, True)
-        assert (await late)[0] == 503
+        said = await late
+        assert said["status"] == 503
+        assert drain.DRAINING in said["headers"]
 
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("errored", "status"), [(False, 500), (True, 503)])
+@pytest.mark.parametrize(("errored", "status", "said"), [(False, 500, []), (True, 502, [drain.DIED])])
 def test_a_request_goes_elsewhere_when_the_engine_died_and_not_when_it_broke_something(
-    errored: bool, status: int
+    errored: bool, status: int, said: list[tuple[bytes, bytes]]
 ) -> None:
+    """As one that may be the cause: not as if there were no room."""
+
     async def app(_request: Message, _receive: Receive, send: Send) -> None:
         await send(FAILED)
         await send(END)
 
-    assert asyncio.run(ask(drain.Drain(app), "/v1/completions", errored)) == (status, True)
+    start = asyncio.run(start_of(drain.Drain(app), "/v1/completions", errored))
+    assert (start["status"], start["headers"]) == (status, said)

@@ -205,16 +205,29 @@ def test_layers_go_to_stages_as_in_vllm() -> None:
 # ---- measured on real GPUs
 
 
-def test_kv_tokens_are_within_five_percent_of_what_vllm_reported() -> None:
-    measured = json.loads((TESTS.parent / "docs" / "benchmarks" / "gpu.json").read_text())
+# On two H200 with vLLM 0.26, at 16,384 tokens: KV tokens, and GiB in use on the fullest GPU. The account's constants
+# were fitted on the first two models.
+REPORTED = [
+    ("DeepSeek-R1-Distill-Qwen-1.5B", 1, 1, 4659040, 130.49),
+    ("DeepSeek-R1-Distill-Qwen-1.5B", 2, 1, 9441248, 132.64),
+    ("DeepSeek-R1-Distill-Qwen-1.5B", 1, 2, 9457536, 132.45),
+    ("Llama-3.1-8B-Instruct", 1, 1, 920144, 130.42),
+    ("Llama-3.1-8B-Instruct", 2, 1, 1971776, 132.86),
+    ("Llama-3.1-8B-Instruct", 1, 2, 1965456, 132.35),
+    ("Qwen2.5-32B-Instruct", 1, 1, 269296, 130.34),
+    ("Qwen2.5-32B-Instruct", 2, 1, 794448, 134.12),
+    ("Qwen2.5-32B-Instruct", 1, 2, 789888, 132.33),
+]
+
+
+@pytest.mark.parametrize(("name", "tp", "pp", "kv_tokens", "used"), REPORTED)
+def test_the_account_is_within_five_percent_of_what_vllm_reported(
+    name: str, tp: int, pp: int, kv_tokens: int, used: float
+) -> None:
     gpu = load_machine(TESTS / "machines" / "two-h200.json").gpus[0]
-    sizes = {"2 × tp 1": (1, 1), "1 × tp 2": (2, 1), "1 × tp 1 × pp 2": (1, 2)}
-    names = {"1.5B": "DeepSeek-R1-Distill-Qwen-1.5B", "8B": "Llama-3.1-8B-Instruct", "32B": "Qwen2.5-32B-Instruct"}
-    for shape, layouts in measured["shapes"].items():
-        for layout, found in layouts.items():
-            account = memory.account(MODELS[names[shape]], gpu, *sizes[layout], 16384, Settings.default(gpu))
-            assert account.kv_tokens == pytest.approx(found["memory"]["kv_tokens"], rel=0.05), (shape, layout)
-            assert account.used / GIB == pytest.approx(max(found["memory"]["used"]), rel=0.05), (shape, layout)
+    account = memory.account(MODELS[name], gpu, tp, pp, 16384, Settings.default(gpu))
+    assert account.kv_tokens == pytest.approx(kv_tokens, rel=0.05)
+    assert account.used / GIB == pytest.approx(used, rel=0.05)
 
 
 def test_cuda_graphs_are_taken_off_before_the_kv_cache_on_a_small_gpu() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import yaml
 
 import plan as command
 from planner import render
-from planner.choose import Wish
-from planner.machine import load_machine
+from planner.choose import Wish, choose
+from planner.config import read_model
+from planner.machine import Machine, join, load_machine
 from planner.render import Part
+from stack.compose import Config
 from stack.console import Problem
 from stack.shell import ROOT
 
@@ -34,6 +37,18 @@ def as_json(*args: str | Path) -> dict[str, Any]:
     assert run.returncode == 0, run.stderr
     found: dict[str, Any] = json.loads(run.stdout)
     return found
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> list[str | Path]:
+    """The options for the home lab with each of its GPUs in a server of its own: a 3060, then three 3090."""
+    host = json.loads((MACHINES / "home-lab.json").read_text())
+    options: list[str | Path] = []
+    for name, gpu in zip("abcd", host["gpus"], strict=True):
+        own = host | {"name": "node", "gpus": [gpu | {"index": 0, "id": "0"}], "links": []}
+        (tmp_path / f"gpu-{name}.json").write_text(json.dumps(own))
+        options += ["--machine", tmp_path / f"gpu-{name}.json"]
+    return options
 
 
 @pytest.fixture
@@ -304,6 +319,38 @@ def test_a_plan_beside_the_running_fleet_says_what_comes_first(
     assert plan(*smol, root=checkout).stderr.splitlines()[-1] == "make up starts it"
 
 
+def length_of(machine: str, model: str, config: dict[str, Any] | None = None, **wish: Any) -> str:
+    """What a planned replica is told of its longest request; every replica the same."""
+    host = load_machine(MACHINES / f"{machine}.json")
+    path = MODELS / model / "config.json"
+    found = read_model(json.loads(path.read_text()) | (config or {}), model)
+    part = Part(choose(host, found, Wish(**wish)), model, {})
+    assert part.plan.finds_length == as_json_part(host, part)["max_model_len_auto"]
+    (said,) = {render.environment(part, replica)["MAX_MODEL_LEN"] for replica in part.plan.replicas}
+    return said
+
+
+def as_json_part(host: Machine, part: Part) -> dict[str, Any]:
+    found: dict[str, Any] = render.as_json(host, [part])["models"][0]
+    return found
+
+
+def test_vllm_finds_the_length_where_that_serves() -> None:
+    assert length_of("two-h200", "Llama-3.1-8B-Instruct") == "auto", "the model's own limit fits"
+    assert length_of("one-24gb", "Llama-3.1-8B-Instruct") == "auto", "one replica"
+
+
+def test_vllm_is_told_the_length_where_what_it_finds_would_not_do() -> None:
+    assert length_of("one-24gb", "Llama-3.1-8B-Instruct", context=8192) == "8192", "as asked for"
+    assert int(length_of("four-3090", "Llama-3.1-8B-Instruct", tp=1)) < 131072, "replicas that could differ"
+    assert length_of("laptop", "SmolLM2-135M-Instruct").isdecimal(), "the CPU's speed, not its memory, sets it"
+    assert length_of("two-h200", "bge-m3").isdecimal(), "a step takes a whole prompt"
+    longrope = {"rope_scaling": {"type": "longrope", "factor": 32}}
+    assert length_of("two-h200", "Llama-3.1-8B-Instruct", longrope) == "131072", "vLLM would take the shorter one"
+    endless = {"max_position_embeddings": 10 << 20, "rope_scaling": None}
+    assert length_of("one-24gb", "Llama-3.1-8B-Instruct", endless).isdecimal(), "room for such a request in each slot"
+
+
 def test_a_gpu_without_bfloat16_gets_float16() -> None:
     host = load_machine(MACHINES / "one-24gb.json")
     old = host.gpus[0].model_copy(update={"compute_capability": (7, 5)})
@@ -328,6 +375,8 @@ def test_compose_reads_the_fleet_as_planned(checkout: Path, machine: str) -> Non
     assert not run.returncode, run.stderr
     services = json.loads(run.stdout)["services"]
     replicas = parts[0].plan.replicas
+    planned = {f"vllm-{n}": render.planned_sizes(parts[0], one) for n, one in enumerate(replicas)}
+    assert Config.model_validate_json(run.stdout).planned == {name: one.model_dump() for name, one in planned.items()}
     assert {name for name in services if name.startswith("vllm-")} == {f"vllm-{n}" for n in range(len(replicas))}
     for number, one in enumerate(replicas):
         service = services[f"vllm-{number}"]
@@ -338,6 +387,84 @@ def test_compose_reads_the_fleet_as_planned(checkout: Path, machine: str) -> Non
     assert {"type": "bind", "target": "/etc/nginx/fleet"}.items() <= next(
         volume for volume in services["gateway"]["volumes"] if volume["target"] == "/etc/nginx/fleet"
     ).items()
+
+
+def test_a_fleet_over_several_hosts_is_written_a_folder_a_host(checkout: Path, lab: list[str | Path]) -> None:
+    run = plan("SmolLM2-135M-Instruct", *lab, root=checkout)
+    assert not run.returncode, run.stderr
+    assert "GPUs are numbered through. gpu-a: GPU 0; gpu-b: GPU 1;" in run.stdout
+    for number, name in enumerate("abcd"):
+        folder = checkout / "hosts" / f"gpu-{name}"
+        services = written(folder)
+        replicas = {service for service, what in services.items() if service.startswith("vllm-") and what}
+        assert replicas == {f"vllm-{number}"}, "a name that is unique over the fleet"
+        assert services.get("vllm-0", "reset") is None or number == 0
+        (devices,) = services[f"vllm-{number}"]["deploy"]["resources"]["reservations"]["devices"]
+        assert devices["device_ids"] == ["0"], "as it is called on its own host"
+        assert (folder / "fleet").exists() == ("gateway" in services) == (number == 0)
+    upstreams = (checkout / "hosts" / "gpu-a" / "fleet" / "default.conf").read_text().splitlines()
+    weights = [int(line.split("weight=")[1].split(";")[0]) for line in upstreams if line.startswith("upstream")]
+    assert len(weights) == 4
+    assert weights[0] < weights[1] == weights[2] == weights[3], "the 3060 gets less"
+    assert not (checkout / "docker-compose.override.yml").exists(), "this host has no part in it"
+
+    shutil.rmtree(checkout / "hosts" / "gpu-d")
+    run = plan("SmolLM2-135M-Instruct", *lab, "--gpus", "1", root=checkout)
+    assert not run.returncode, run.stderr
+    assert "hosts/gpu-c is left from another plan" in run.stderr
+    assert "hosts/gpu-b is left" not in run.stderr
+    services = written(checkout / "hosts" / "gpu-a")
+    assert services["vllm-0"] is services["vllm-1"] is None, "the gateway's host has no replica"
+    assert not (checkout / "hosts" / "gpu-d").exists(), "it has no part"
+
+    override = checkout / "hosts" / "gpu-b" / "docker-compose.override.yml"
+    override.write_text(override.read_text() + "# mine\n")
+    refused = plan("SmolLM2-135M-Instruct", *lab, root=checkout)
+    assert "hosts/gpu-b/docker-compose.override.yml was changed by hand" in refused.stderr
+
+
+def test_no_replica_lies_in_two_hosts(lab: list[str | Path]) -> None:
+    for model in ("Qwen2.5-32B-Instruct", "Llama-3.1-8B-Instruct"):
+        found = as_json(MODELS / model, *lab, "--dry-run")["models"][0]
+        assert {len(one["gpus"]) for one in found["replicas"]} == {1}
+        assert len({one["host"] for one in found["replicas"]}) == len(found["replicas"])
+    run = plan(MODELS / "Llama-3.1-8B-Instruct", *lab, "--tp", "2")
+    assert "--tp 2 needs 2 GPUs of one kind in one host, there are 1" in run.stderr
+    run = plan(MODELS / "Llama-3.3-70B-Instruct", *lab)
+    assert "NVIDIA GeForce RTX 3090 in one host instead of 1" in run.stderr
+
+
+def test_hosts_with_several_gpus_keep_their_groups_and_links() -> None:
+    one, two = (load_machine(MACHINES / f"{name}.json") for name in ("eight-h100", "two-h200"))
+    host = join({"big": one, "small": two})
+    parts = command.plan_all(host, str(MODELS / "Llama-3.3-70B-Instruct"), [], None, Wish(tp=2, pp=1))
+    groups = [{gpu.index for gpu in replica.gpus} for replica in parts[0].plan.replicas]
+    assert {8, 9} in groups
+    assert len(groups) == 5
+    assert all(len({host.hosts[index] for index in group}) == 1 for group in groups)
+    assert all(replica.link and replica.link.kind == "nvlink" for replica in parts[0].plan.replicas)
+    found = yaml.safe_load(render.override_file(parts, ROOT / "docker-compose.yml", [8, 9]).replace("!", "#"))
+    assert set(found["x-planned"]) == {f"vllm-{groups.index({8, 9})}"}
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["gpu-a", "gpu-a"], "two hosts are called gpu-a"),
+        (["gpu-a", "laptop"], "laptop has no GPU"),
+        (["gpu-a", "one box"], "no host's name"),
+    ],
+)
+def test_hosts_that_make_no_fleet_are_told(tmp_path: Path, lab: list[str | Path], names: list[str], words: str) -> None:
+    shutil.copy(MACHINES / "laptop.json", tmp_path / "laptop.json")
+    shutil.copy(MACHINES / "two-h200.json", tmp_path / "one box.json")
+    options = [word for name in names for word in ("--machine", tmp_path / f"{name}.json")]
+    run = plan(MODELS / "Llama-3.1-8B-Instruct", *options)
+    assert run.returncode == 1
+    assert words in run.stderr
+    assert len(run.stderr.splitlines()) == 2
+    run = plan(MODELS / "Llama-3.1-8B-Instruct", *lab, "--record", tmp_path / "r.json")
+    assert "--record records one machine" in run.stderr
 
 
 def test_weights_reach_the_gateway() -> None:
@@ -366,6 +493,60 @@ def test_a_context_may_be_written_in_thousands(text: str, tokens: int) -> None:
 def test_a_context_that_is_no_number_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is not a number of tokens"):
         command._tokens(text)
+
+
+def test_what_is_asked_for_without_a_gpu_or_in_8_bits_is_said() -> None:
+    run = plan(MODELS / "SmolLM2-135M-Instruct", "--machine", MACHINES / "laptop.json", "--gpus", "0")
+    assert "--gpus: this host has no GPU" in run.stderr
+    found = as_json(MODELS / "Qwen3-30B-A3B", "--machine", MACHINES / "eight-h100.json", "--kv-cache", "fp8")
+    assert reason(found, "KV cache") == "what is left, in 8 bits"
+
+
+@pytest.mark.parametrize("option", ["--tp", "--pp", "--replicas"])
+def test_a_number_beyond_all_machines_is_refused_at_once(option: str) -> None:
+    run = plan(MODELS / "Llama-3.1-8B-Instruct", "--machine", MACHINES / "two-h200.json", option, "99999999999")
+    assert run.returncode == 2
+    assert f"'{option}'" in run.stderr
+
+
+def test_code_that_comes_with_a_model_is_named(tmp_path: Path) -> None:
+    config = json.loads((MODELS / "Llama-3.1-8B-Instruct" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own.Own"}}))
+    run = plan(tmp_path, "--machine", MACHINES / "two-h200.json", "--json")
+    assert json.loads(run.stdout), "the notice is for people"
+    assert "brings code of its own (auto_map)" in run.stderr
+    assert "TRUST_REMOTE_CODE" in run.stderr
+
+
+def reason(found: dict[str, Any], what: str) -> str:
+    return next(str(one["why"]) for one in found["models"][0]["reasons"] if one["what"] == what)
+
+
+def test_reasons_say_what_holds_for_such_a_model() -> None:
+    found = as_json(MODELS / "DeepSeek-V3", "--machine", MACHINES / "eight-h100.json")
+    assert "host memory" in reason(found, "CPU offload")
+    assert reason(found, "quantization") == "the checkpoint is quantized"
+    found = as_json(MODELS / "bge-m3", "--machine", MACHINES / "two-h200.json")
+    assert "tokens in" in reason(found, "layout")
+    assert " out" not in reason(found, "layout"), "it writes nothing"
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "gemma-3-27b-it"])
+def test_the_kv_tokens_of_mixed_layers_can_be_reckoned_from_their_reason(model: str) -> None:
+    found = as_json(MODELS / model, "--machine", MACHINES / "two-h200.json")
+    said = re.search(r"a request of ([\d,]+) tokens takes ([\d.]+) GiB a GPU", reason(found, "KV tokens"))
+    assert said
+    length, gib = int(said[1].replace(",", "")), float(said[2])
+    replica = found["models"][0]["replicas"][0]
+    assert replica["kv_tokens"] == pytest.approx(replica["memory"]["kv"] / (gib * 2**30) * length, rel=0.01)
+
+
+def test_links_that_are_not_known_are_named(tmp_path: Path) -> None:
+    machine = json.loads((MACHINES / "two-h200.json").read_text())
+    (tmp_path / "m.json").write_text(json.dumps(machine | {"links": []}))
+    for path, there in ((tmp_path / "m.json", True), (MACHINES / "two-h200.json", False)):
+        shown = plan(MODELS / "Llama-3.1-8B-Instruct", "--machine", path).stdout
+        assert ("The links between the GPUs are not known" in shown) == there
 
 
 def test_a_list_of_more_gpus_than_there_can_be_is_refused_at_once() -> None:

@@ -1,7 +1,9 @@
 """What the planner reads in a model's files, as vLLM 0.32 reads it."""
 
 import contextlib
+import copy
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 
 from planner import choose, memory
 from planner.choose import Wish
-from planner.config import HARMLESS, SIZES, load_model, read_model, weight_files_bytes
+from planner.config import load_model, read_model, weight_files_bytes
+from planner.families import HARMLESS, OPAQUE, SIZES, TOWER_HARMLESS
 from planner.machine import GIB, load_machine
 from planner.memory import Settings
 from planner.model import Cached, Model
@@ -84,6 +87,26 @@ def test_the_same_weights_for_another_program_are_counted_once(tmp_path: Path) -
 # Read, but without effect: all layers have experts of another width; MLA keeps one vector for all heads.
 IDLE = [("Qwen3-30B-A3B", "intermediate_size"), ("DeepSeek-V3", "num_key_value_heads")]
 IDLE += [("DeepSeek-V4-Flash", "num_key_value_heads")]
+# The same of families: a list of layers says it, all layers have experts, only files tell, another key comes first.
+WITHOUT_EFFECT = {
+    "global_attn_every_n_layers": "afmoe gte-modernbert-base",
+    "num_nextn_predict_layers": (
+        "DeepSeek-V3.2 deepseek_v3 Ernie-4.5-21B-A3B GLM-4.5-Air GLM-4.6 GLM-4.7-Flash GLM-5 MiMo-7B"
+    ),
+    "intermediate_size": (
+        "deepseek_v2 granite-4.0-h-micro granite-4.0-micro Hunyuan-A13B LFM2-1.2B mellum Nemotron-3-Nano-30B-A3B "
+        "qwen2_moe Qwen3-235B-A22B Qwen3-Coder-480B-A35B Qwen3-Next-80B-A3B Qwen3-VL-30B-A3B"
+    ),
+    "num_kv_heads": "falcon",
+    "mamba_expand": "Falcon-H1-7B granite-4.0-h-micro granite-4.0-h-small granite-4.0-h-tiny granite-4.0-micro",
+    "mamba_d_state": "granite-4.0-micro",
+    "mamba_n_groups": "granite-4.0-micro",
+    "mamba_n_heads": "granite-4.0-micro",
+    "mamba_d_conv": "granite-4.0-micro",
+    "hidden_size": "InternVL3-8B paligemma Qwen2-VL-7B voxtral",
+}
+FAMILIES = [json.loads(line) for line in (ROOT / "tests" / "families.jsonl").read_text().splitlines()]
+FAMILIES = [family for family in FAMILIES if not family.get("refused")]
 SIZED = [
     (name, key)
     for name, config in CONFIGS.items()
@@ -117,6 +140,55 @@ def test_a_key_of_a_size_that_is_not_known_is_refused_by_its_name(name: str, key
     assert replace(trusted, unread=()) == read_model(config, "x"), "planned without it"
 
 
+def places(part: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a config.json in which a key may change sizes, the outermost first."""
+    if isinstance(part, list):
+        for one in part:
+            yield from places(one)
+    elif isinstance(part, dict):
+        yield part
+        for key, value in part.items():
+            if key not in OPAQUE - {"text_config", "llm_config"}:
+                yield from places(value)
+
+
+def sizes(part: dict[str, Any]) -> list[str]:
+    """Its keys that change sizes."""
+    return [
+        key
+        for key, value in part.items()
+        if SIZES.search(key) and key not in HARMLESS | TOWER_HARMLESS and type(value) is int and value
+    ]
+
+
+@given(
+    family=st.sampled_from(FAMILIES),
+    place=st.integers(0, 9),
+    kind=st.sampled_from(["_dim", "_size", "_heads", "_layers", "_groups", "_ratio", "_rank"]),
+)
+def test_a_key_that_is_not_known_is_refused_wherever_it_lies(family: dict[str, Any], place: int, kind: str) -> None:
+    """Beside the language model, in its parts and in its towers."""
+    config = copy.deepcopy(family["config"])
+    found = list(places(config))
+    found[place % len(found)][f"x{kind}"] = 7
+    with pytest.raises(Problem, match=f"x{kind}[ ,].*which may change sizes"):
+        read_model(config, "x")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family["name"])
+def test_a_size_in_any_part_changes_the_model_or_is_refused(family: dict[str, Any]) -> None:
+    plain = read_model(family["config"], "x")
+    idle = set()
+    for place, part in enumerate(places(family["config"])):
+        for key in sizes(part):
+            config = copy.deepcopy(family["config"])
+            list(places(config))[place][key] *= 2
+            with contextlib.suppress(Problem):
+                if read_model(config, "x") == plain:
+                    idle.add(key)
+    assert idle == {key for key, families in WITHOUT_EFFECT.items() if family["name"] in families.split()}
+
+
 def test_a_list_with_a_value_for_each_layer_is_read_or_refused() -> None:
     with pytest.raises(Problem, match="x_kinds"):
         llama(x_kinds=["a"] * 32)
@@ -141,6 +213,9 @@ def test_a_key_of_a_size_changes_the_model_or_is_refused(name: str, key: str) ->
         {"image_size": 448, "patch_size": 14, "vision_batch_size": 16},
         {"num_beam_groups": 1},
         {"lora_rank": 4},
+        {"matryoshka_dims": [32, 64, 128]},
+        {"dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},
+        {"transformers.js_config": {"device_config": {"webgpu": {"dtype": "q4f16"}}}},
     ],
     ids=lambda keys: next(iter(keys)),
 )
@@ -164,7 +239,17 @@ def test_a_part_that_says_only_what_differs_from_its_class_has_the_rest_from_the
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"model-Q4_K_M.gguf": "GGUF"}, "is a model in GGUF .* take the model in safetensors"),
+        ({"model-Q4_K_M.gguf": "GGUF"}, "is a model in GGUF, .* take the model in safetensors"),
+        ({"model.gguf": "GGUF", "config.json": json.dumps(LLAMA)}, "is a model in GGUF"),
+        (
+            {
+                "adapter_config.json": '{"base_model_name_or_path": "me/base"}',
+                "adapter_model.safetensors": "",
+                "training_args.bin": "",
+                "config.json": json.dumps(LLAMA),
+            },
+            "is an adapter of me/base",
+        ),
         ({"adapter_config.json": '{"base_model_name_or_path": "me/base"}'}, "is an adapter of me/base.* plan me/base"),
         ({"model_index.json": "{}"}, "is a diffusion pipeline"),
         (
@@ -306,6 +391,26 @@ def test_pages_of_attention_are_as_large_as_a_state() -> None:
     assert model.tp_sizes(16) == [1, 2, 4, 8, 16]
 
 
+# ---- layers that look up what they see in an index
+
+
+@pytest.mark.parametrize(
+    ("said", "layers"),
+    [
+        ({}, 78),
+        ({"index_topk_freq": 3}, 27),  # as GLM-5.2 keeps them
+        ({"index_topk_pattern": "FSS" * 26}, 26),
+        ({"indexer_types": ["full", "shared"] * 39}, 39),
+    ],
+)
+def test_layers_may_share_what_an_index_found(said: dict[str, Any], layers: int) -> None:
+    glm = next(family["config"] for family in FAMILIES if family["name"] == "GLM-5")
+    model = read_model(glm | said, "x")
+    assert set(model.attention.cached) == {Cached(78, 0, 256, latent=576), Cached(layers, 0, 128, row=132)}
+    request = memory.request_bytes(model, 8, 78, 16384, Settings(256, 8192))
+    assert request == 16384 * (78 * 576 * 2 + layers * 132), "whole on each GPU"
+
+
 # ---- rows for several tokens
 
 
@@ -324,6 +429,18 @@ def test_a_longer_request_of_deepseek_v4_keeps_more() -> None:
     short, long = (memory.request_bytes(model, 4, 43, length, settings) for length in (131072, 1048576))
     row, index = 448 + 2 * 64 + 8, 128 + 4
     assert long - short == (1048576 - 131072) * (21 * (row + index) // 4) + (1048576 - 131072) // 128 * 20 * row
+
+
+def test_stages_with_nothing_but_experts_are_heavier_than_the_first() -> None:
+    """Three of DeepSeek's 61 layers have none, and a stage of only such that do has more than its share."""
+    model = read_model(CONFIGS["DeepSeek-V3"], "x")
+    assert model.weights.plain == 3
+    one = memory.weight_bytes(model, 8, 1, 0)
+    first, last = (memory.weight_bytes(model, 8, 2, stage) for stage in (0, 1))
+    experts = 256 * 3 * 7168 * 2048 * model.bits / 8 / 8
+    # 28 of the first 31 have experts, and all of the last 30
+    assert last - first == pytest.approx(2 * experts, rel=0.05)
+    assert first + last == pytest.approx(one, rel=0.001)
 
 
 # ---- quantized checkpoints
@@ -376,6 +493,14 @@ def test_attention_that_is_left_out_keeps_its_bits() -> None:
     experts = read_model(CONFIGS["Qwen3-30B-A3B"] | {"quantization_config": left_out}, "x")
     assert experts.quantization
     assert experts.quantization.experts_only
+
+
+def test_experts_of_four_bits_beside_all_else_in_sixteen_weigh_what_their_files_weigh() -> None:
+    """Kimi K2.5 is published so, in files of 595 GB."""
+    config = next(family["config"] for family in FAMILIES if family["name"] == "Kimi-K2.5")
+    found = ct(num_bits=4, type="int", group_size=32, symmetric=True) | {"ignore": ["lm_head", "re:.*self_attn.*"]}
+    model = read_model(config | {"text_config": config["text_config"] | {"quantization_config": found}}, "x")
+    assert memory.total_weight_bytes(model) / 1e9 == pytest.approx(595, rel=0.005)
 
 
 def test_files_at_hand_tell_the_bits() -> None:
@@ -432,7 +557,7 @@ LAST = {"1_Pooling/config.json": {"pooling_mode_mean_tokens": False, "pooling_mo
         ("MistralModel", {}, LAST, (True, False, False)),  # e5-mistral
         ("Qwen3ForSequenceClassification", {}, {}, (True, False, False)),
         ("LlamaForCausalLM", {"is_causal": False}, {}, (False, False, False)),
-        ("QWenLMHeadModel", {}, {}, (False, False, False)),
+        ("GPT2LMHeadModel", {}, {}, (False, False, False)),
         ("ChatGLMModel", {}, {}, (False, False, False)),
         ("InternVLChatModel", {}, {}, (False, False, False)),
         ("PEagleDraftModel", {}, {}, (False, False, False)),
@@ -542,14 +667,36 @@ def test_gemma_3_is_read_from_the_little_that_it_says() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
-        {"model_type": "lfm2", "conv_L_cache": 3},
+        {"model_type": "mamba", "state_size": 16},
+        {"model_type": "mine", "ssm_cfg": {"layer": "Mamba1"}},
         {"model_type": "jamba", "mamba_d_state": 16},
+        {"model_type": "zamba2"},
     ],
 )
 def test_models_with_a_recurrent_state_are_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(Problem, match="recurrent state"):
         llama(**changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"model_type": "kimi_k3"}, "me/model has attention and experts of shapes"),
+        ({"architectures": ["MllamaForConditionalGeneration"]}, r"me/model: vLLM serves no Mllama.* was 0\.10\.2"),
+        ({"moe_intermediate_size": [1536, 512], "num_local_experts": 8}, "several numbers for moe_intermediate_size"),
+    ],
+)
+def test_what_is_known_not_to_work_is_said(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(Problem, match=words):
+        read_model(LLAMA | changed, "me/model")
+
+
+def test_a_config_that_is_nested_without_end_is_refused_in_one_line() -> None:
+    nested: dict[str, Any] = {}
+    for _ in range(2000):
+        nested = {"deeper": nested}
+    with pytest.raises(Problem, match="not one of a language model"):
+        llama(x=nested)
 
 
 def test_gpt_oss_is_split_over_any_of_its_heads_and_padded() -> None:
@@ -576,14 +723,14 @@ def test_qwen_has_a_window_only_where_it_says_so() -> None:
 
 
 def test_a_vision_tower_is_reserved_for() -> None:
-    """Its weights whole on each GPU, and a step of pictures that vLLM lets it see before it lays out the KV cache."""
+    """Its share of the weights, and a step of pictures that vLLM lets it see before it lays out the KV cache."""
     gemma = read_model(CONFIGS["gemma-3-27b-it"], "x")
     blind = read_model({**CONFIGS["gemma-3-27b-it"], "vision_config": None}, "x")
     assert gemma.tower
     assert 0.42e9 < gemma.tower.parameters < 0.6e9, "0.42 billion, and what is not known of it"
     for tp in (1, 2):
         more = memory.weight_bytes(gemma, tp, 1, 0) - memory.weight_bytes(blind, tp, 1, 0)
-        assert more == 2 * gemma.tower.parameters
+        assert more == pytest.approx(2 * gemma.tower.parameters / tp, rel=1e-6)
     for batch, pictures in ((2048, 8), (8192, 32)):
         # its MLP's input and output of the activation, of 4096 patches a picture
         mlp = 2 * 2 * 4304 * 4096 * pictures

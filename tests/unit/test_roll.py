@@ -59,8 +59,8 @@ class Containers(Compose):
 def run(monkeypatch: pytest.MonkeyPatch, fleet: Fleet, *names: str) -> int:
     """The exit status of `make roll` over this fleet."""
     monkeypatch.setattr(roll, "Gateway", lambda _: fleet)
-    monkeypatch.setattr(roll, "Compose", lambda gpu: Containers(gpu=gpu))
-    monkeypatch.setattr(roll, "running_gpu_file", lambda: True)
+    monkeypatch.setattr(roll, "Compose", Containers)
+    monkeypatch.setattr(roll, "running_files", lambda: ["docker-compose.gpu.yml"])
     try:
         roll.roll(list(names), 1, 1)
     except SystemExit as end:

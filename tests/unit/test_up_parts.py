@@ -151,7 +151,7 @@ def test_the_users_compose_files_are_kept_beside_the_gpu_file(
 ) -> None:
     monkeypatch.setattr(settings, "value_of", said.get)
     monkeypatch.setattr(compose, "OVERRIDE", tmp_path / "none.yml")
-    assert Compose(gpu=True).files == files
+    assert Compose(compose.GPU_FILE).files == files
     assert Compose().files == []
 
 
@@ -247,7 +247,7 @@ def test_a_replica_needs_its_own_memory_its_cache_and_its_weights(
     own = checks.MEMORY_OF_VLLM
     assert served.memory(replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n")) == own + 6 * checks.GIB
     assert served.memory(replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n", KV_CACHE_GB="2")) == own + 7 * checks.GIB
-    for unknown in ("", "kv_cache_gb: lots\n"):
+    for unknown in ("", *(f"kv_cache_gb: {size}\n" for size in ("lots", ".inf", ".nan", "[1]", "inf", "{a: 1}"))):
         assert served.memory(replica(tmp_path, f"model: x/y\n{unknown}")) == own
     on_gpus = replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n")
     on_gpus.deploy = {"resources": {"reservations": {"devices": [{"driver": "nvidia"}]}}}
@@ -554,8 +554,30 @@ def test_what_compose_run_starts_beside_a_replica_is_not_taken_for_it(monkeypatc
     assert {name: found.id for name, found in Compose().containers().items()} == {"vllm-0": "real"}
 
 
+def test_the_question_is_put_with_a_key_that_the_gateway_has_still_to_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def request(_: object, method: str, url: str, headers: Mapping[str, str], **__: object) -> httpx.Response:
+        asked.append((method, headers["Authorization"]))
+        body: object = CHAT if method == "POST" else {"data": [{"id": "a"}]}
+        known = len(asked) > 2
+        return httpx.Response(200 if known else 401, json=body, request=httpx.Request(method, url))
+
+    monkeypatch.setattr(httpx.Client, "request", request)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert Gateway(Compose(), "http://x").first_answer("?", "sk-1") == "Paris."
+    assert asked == [("GET", "Bearer sk-1")] * 3 + [("POST", "Bearer sk-1")]
+
+
+def test_a_gateway_that_asks_for_keys_is_asked_inside_its_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = httpx.Response(401, json={}, request=httpx.Request("GET", "http://x"))
+    monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: answer)
+    monkeypatch.setattr(Compose, "ask", lambda *_: '{"replicas": [{"name": "vllm-0", "state": "ready"}]}')
+    assert [one.name for one in Gateway(Compose(), "http://x").published() or ()] == ["vllm-0"]
+
+
 @pytest.mark.parametrize("said", ["<html>", "[]", "{}", '{"replicas": 1}'])
 def test_another_program_at_the_gateways_port_is_no_gateway(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     answer = httpx.Response(200, text=said, request=httpx.Request("GET", "http://x"))
-    monkeypatch.setattr(httpx, "request", lambda *_, **__: answer)
+    monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: answer)
     assert Gateway(Compose(), "http://x").published() is None

@@ -89,6 +89,13 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         ({"MODEL": "./models/a/b"}, r"will not do: .* MODEL=a/b: "),
         ({"ROUTE_POLICY": "random"}, "ROUTE_POLICY=random will not do: .*'least_busy', 'round_robin' or 'session'"),
         ({"GATEWAY_BODIES_MB": "63"}, "GATEWAY_BODIES_MB=63 will not do"),
+        ({"GATEWAY_HOSTS": "*"}, r"GATEWAY_HOSTS=\* will not do: \* is no name without scheme and port"),
+        ({"GATEWAY_HOSTS": "a.example, b.example:80"}, r"b.example:80 is no name"),
+        ({"GATEWAY_HOSTS": "https://a.example"}, r"https://a.example is no name"),
+        ({"CORS_ORIGINS": "*"}, r"CORS_ORIGINS=\* will not do: \* is no origin"),
+        ({"CORS_ORIGINS": "https://a.example/"}, r"https://a.example/ is no origin as browsers write it"),
+        ({"CORS_ORIGINS": "http://a.example:80"}, r"http://a.example:80 is no origin"),
+        ({"CORS_ORIGINS": "a.example"}, r"a.example is no origin"),
         ({"IMAGES": "docker"}, "IMAGES=docker will not do: .*'auto', 'registry' or 'packages'"),
         ({"GPU": "yes"}, "GPU=yes will not do"),
     ],
@@ -98,10 +105,10 @@ def test_a_value_out_of_range_is_named(values: dict[str, str], message: str) -> 
         settings.check(values)
 
 
-def test_a_gateway_open_to_others_has_to_be_wanted_in_so_many_words() -> None:
-    with pytest.raises(Problem, match=r"BIND_ADDRESS=0\.0\.0\.0 opens the gateway.*set GATEWAY_AUTH=off"):
-        settings.check({"BIND_ADDRESS": "0.0.0.0"})
-    assert settings.check({"BIND_ADDRESS": "0.0.0.0", "GATEWAY_AUTH": "off"}).url == "http://127.0.0.1"
+def test_names_and_origins_may_be_several_in_any_case() -> None:
+    settings.check(
+        {"GATEWAY_HOSTS": "LLM.example.com, gpu_box,[::1],", "CORS_ORIGINS": "https://A.example,http://[::1]:5173"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,8 +116,9 @@ def test_a_gateway_open_to_others_has_to_be_wanted_in_so_many_words() -> None:
     [
         ({}, "http://127.0.0.1"),
         ({"HTTP_PORT": "8080"}, "http://127.0.0.1:8080"),
-        ({"BIND_ADDRESS": "192.0.2.7", "GATEWAY_AUTH": "off"}, "http://192.0.2.7"),
-        ({"BIND_ADDRESS": "[::]", "GATEWAY_AUTH": "off"}, "http://[::1]"),
+        ({"BIND_ADDRESS": "0.0.0.0"}, "http://127.0.0.1"),
+        ({"BIND_ADDRESS": "192.0.2.7"}, "http://192.0.2.7"),
+        ({"BIND_ADDRESS": "[::]"}, "http://[::1]"),
         ({"BIND_ADDRESS": "[::1]", "HTTP_PORT": "8080"}, "http://[::1]:8080"),
     ],
 )
@@ -167,3 +175,20 @@ def test_the_projects_name_in_env_is_the_one_that_is_looked_for(tmp_path: Path) 
     file.write_text("COMPOSE_PROJECT_NAME=mine\n")
     assert settings.value_of("COMPOSE_PROJECT_NAME", file, {}) == "mine"
     assert settings.value_of("COMPOSE_PROJECT_NAME", file, {"COMPOSE_PROJECT_NAME": "yours"}) == "yours"
+
+
+def test_the_settings_of_the_users_that_are_listed_are_known_and_no_others(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("ALICE_USERNAME=alice\nALICE_HASHED_PASSWORD='$argon2id$v=19$m=1'\nUSER_LIST=ALICE, BOB\n")
+    values = settings.with_users(file, {"BOB_ROLE": "admin", "CAROL_ROLE": "admin", "JWT_KEY": "x"})
+    assert values == {
+        "USER_LIST": "ALICE, BOB",
+        "ALICE_USERNAME": "alice",
+        "ALICE_HASHED_PASSWORD": "$argon2id$v=19$m=1",
+        "BOB_ROLE": "admin",
+        "JWT_KEY": "x",
+    }
+    for line in ("CAROL_ROLE=admin", "ALICE_PASSWORD=x"):
+        file.write_text(f"USER_LIST=ALICE\n{line}\n")
+        with pytest.raises(Problem, match=rf"\.env, line 2: nothing reads {line.partition('=')[0]}"):
+            settings.load(file, {})

@@ -1,0 +1,43 @@
+"""The audit log: who created, changed and revoked what, and when. One JSON line each, in secrets/audit.jsonl, which no
+container sees. It holds no key, no password and no hash of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+from datetime import UTC, datetime
+from pathlib import Path
+
+from access.store import Secrets, Strict
+
+
+def who() -> str:
+    """The user of this host who runs the command, and as whom under sudo: 'bob' or 'bob as root'."""
+
+    def name(number: int) -> str:
+        try:
+            return pwd.getpwuid(number).pw_name
+        except KeyError:
+            return str(number)
+
+    me = name(os.geteuid())
+    behind = os.environ.get("SUDO_UID", "")
+    return f"{name(int(behind))} as {me}" if os.geteuid() == 0 and behind.isdigit() else me
+
+
+def line(action: str, name: str, details: dict[str, object]) -> str:
+    """A line of the log: the time (UTC), the user of this host, what was done and to what."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return json.dumps({"time": now, "who": who(), "action": action, "name": name, **details}, ensure_ascii=False)
+
+
+def commit(secrets: Secrets, path: Path, data: Strict, action: str, name: str, **details: object) -> None:
+    """Replaces a file of `secrets`, and says so in the audit log. Call it under `secrets.locked()`.
+
+    The line comes first: a change without its line cannot happen, a line without its change can, if the machine stops
+    in between. A Mistake or an OSError where either cannot be written; nothing has changed then.
+    """
+    new = secrets.written(path, data)
+    secrets.append(secrets.audit, line(action, name, details))
+    secrets.replace(new, path)

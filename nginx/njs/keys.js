@@ -1,0 +1,329 @@
+// Who calls: the key or the token that a request brings.
+//
+// `refresh` reads secrets/keys.json and secrets/tokens.json when they change, and lays each key's holder under its hash into
+// the shared dictionary `keys`, for all workers. A file that cannot be read, or holds something unknown, changes nothing.
+
+import fs from 'fs';
+import crypto from 'crypto';
+import answers from './answers.js';
+import fleet from './fleet.js';
+import metrics from './metrics.js';
+import settings from './settings.js';
+import tokens from './tokens.js';
+
+const shared = ngx.shared.keys;
+
+const KEY = /^sk-fleet-[A-Za-z0-9_-]{43}$/;
+const TOKEN = /^eyJ[\w-]*\.[\w-]+\.[\w-]*$/;
+const TOKEN_BYTES = 8192;
+const END_USER = /^[!-~]{1,128}$/;
+
+const FILES = ['keys.json', 'tokens.json'];
+const LARGEST = 1 << 22;   // bytes of a file
+const MOST = 10000;        // keys
+const HASHES = 8;          // of one key
+const MODELS = 256;        // of one key
+const PRIORITY = 1000;
+const NAME = /^[a-z0-9][a-z0-9._-]{0,63}$/;
+const HASH = /^[0-9a-f]{64}$/;
+const ROLES = ['user', 'admin'];
+const LIMITS = ['requests_per_minute', 'tokens_per_minute', 'tokens_per_day', 'tokens_per_month', 'parallel_requests',
+    'prompt_tokens', 'body_bytes', 'max_tokens', 'n'];
+const FIELDS = {
+    file: ['version', 'keys', 'roles', 'end_users'],
+    key: ['id', 'name', 'hashes', 'role', 'models', 'limits', 'priority', 'end_users', 'expires', 'created', 'note'],
+    hash: ['sha256', 'until'],
+    role: ['limits'],
+};
+
+// Whoever calls a gateway that asks for no key.
+const ANYONE = { name: '', role: 'admin', models: null, limits: {}, priority: null, end_users: false };
+
+// ---- the files
+
+function must(condition, what) {
+    if (!condition) {
+        throw Error(what);
+    }
+}
+
+// A JSON object that has no other fields than these.
+function object(value, fields, where) {
+    must(value && typeof value === 'object' && !Array.isArray(value), `${where} is no object`);
+    const unknown = Object.keys(value).filter((name) => !fields.includes(name));
+    must(!unknown.length, `${where} has an unknown field: ${unknown.join(', ').slice(0, 100)}`);
+    return value;
+}
+
+function number(value, least, where) {
+    must(Number.isSafeInteger(value) && value >= least, `${where} is no whole number of ${least} or more`);
+    return value;
+}
+
+function limitsOf(value, where) {
+    const limits = object(value || {}, LIMITS, where);
+    Object.keys(limits).forEach((name) => number(limits[name], 0, `${where}.${name}`));
+    return limits;
+}
+
+// Of two sets of limits the lower of each.
+function lower(one, other) {
+    const limits = Object.assign({}, one);
+    for (const name of Object.keys(other)) {
+        limits[name] = limits[name] === undefined ? other[name] : Math.min(limits[name], other[name]);
+    }
+    return limits;
+}
+
+// What the text of keys.json says: {holders: by hash, roles: each one's limits, endUsers: the limits of each}.
+function parse(text) {
+    const file = object(JSON.parse(text), FIELDS.file, 'the file');
+    must(file.version === 1, `its version is ${String(file.version).slice(0, 20)}, and this gateway reads 1`);
+    must(Array.isArray(file.keys) && file.keys.length <= MOST, `"keys" is no list of at most ${MOST}`);
+    const roles = {};
+    const given = object(file.roles || {}, ROLES, '"roles"');
+    ROLES.forEach((role) => {
+        roles[role] = limitsOf(object(given[role] || {}, FIELDS.role, `role ${role}`).limits, `role ${role}`);
+    });
+    const endUsers = limitsOf(object(file.end_users || {}, FIELDS.role, '"end_users"').limits, '"end_users"');
+    const holders = Object.create(null);
+    const names = new Set();
+    file.keys.forEach((key, i) => {
+        object(key, FIELDS.key, `key ${i + 1}`);
+        const { name } = key;
+        must(typeof name === 'string' && NAME.test(name) && !names.has(name), `the name of key ${i + 1} is wrong or there twice`);
+        names.add(name);
+        const where = `key ${name}`;
+        must(ROLES.includes(key.role), `${where}: its role is none of ${ROLES.join(', ')}`);
+        must(key.models === null || Array.isArray(key.models) && key.models.length <= MODELS && key.models.every((model) => typeof model === 'string'),
+            `${where}: "models" is neither null nor a list of at most ${MODELS} names`);
+        must(typeof key.end_users === 'boolean', `${where}: "end_users" is neither true nor false`);
+        must(Number.isSafeInteger(key.priority) && Math.abs(key.priority) <= PRIORITY,
+            `${where}: "priority" is no whole number from -${PRIORITY} to ${PRIORITY}`);
+        must(Array.isArray(key.hashes) && key.hashes.length && key.hashes.length <= HASHES,
+            `${where}: "hashes" is no list of 1 to ${HASHES}`);
+        const limits = lower(limitsOf(key.limits, where), roles[key.role]);
+        const expires = key.expires === null ? null : number(key.expires, 0, `${where}: "expires"`);
+        key.hashes.forEach((hash) => {
+            const { sha256, until } = object(hash, FIELDS.hash, `${where}: a hash`);
+            must(HASH.test(sha256) && !holders[sha256], `${where}: a hash is wrong or there twice`);
+            holders[sha256] = {
+                name, role: key.role, models: key.models, limits, priority: key.priority, end_users: key.end_users, expires,
+                until: until === null ? null : number(until, 0, `${where}: "until"`),
+            };
+        });
+    });
+    return { holders, roles, endUsers };
+}
+
+// What tells whether a file was changed; '' if there is none.
+function stamp(name) {
+    try {
+        const { ino, size, mtimeMs, ctimeMs } = fs.statSync(settings.secrets + name);
+        return [ino, size, mtimeMs, ctimeMs].join();
+    } catch (e) {
+        return e.code === 'ENOENT' || e.code === 'ENOTDIR' ? '' : String(e.message);
+    }
+}
+
+function textOf(name) {
+    const text = fs.readFileSync(settings.secrets + name, 'utf8');
+    must(text.length <= LARGEST, `it is larger than ${LARGEST} bytes`);
+    return text;
+}
+
+// Lays down what keys.json says, and takes away what it no longer does.
+function takeKeys() {
+    const { holders, roles, endUsers } = shared.get('seen:keys.json')
+        ? parse(textOf('keys.json')) : { holders: {}, roles: { user: {}, admin: {} }, endUsers: {} };
+    for (const entry of shared.keys(fleet.ALL)) {
+        if (entry.startsWith('key:') && !holders[entry.slice(4)]) {
+            shared.delete(entry);
+        }
+    }
+    fleet.put('keys', 'roles', JSON.stringify(roles));
+    fleet.put('keys', 'end_users', JSON.stringify(endUsers));
+    for (const hash of Object.keys(holders)) {
+        fleet.put('keys', `key:${hash}`, JSON.stringify(holders[hash]));
+    }
+    return Object.keys(holders).length;
+}
+
+function takeTokens() {
+    const issuers = shared.get('seen:tokens.json') ? tokens.parse(textOf('tokens.json')) : [];
+    fleet.put('keys', 'issuers', JSON.stringify(issuers));
+    return issuers.length;
+}
+
+const TAKE = { 'keys.json': takeKeys, 'tokens.json': takeTokens };
+
+// Reads what has changed. A file that is wrong is read again each time, and each time the log says so.
+function refresh() {
+    if (settings.auth === 'off') {
+        fleet.put('keys', 'state', 'open');
+        return;
+    }
+    for (const name of FILES) {
+        const now = stamp(name);
+        if (shared.get(`seen:${name}`) === now && !shared.has(`wrong:${name}`)) {
+            continue;
+        }
+        fleet.put('keys', `seen:${name}`, now);
+        try {
+            fleet.put('keys', `count:${name}`, String(TAKE[name]()));
+            shared.delete(`wrong:${name}`);
+        } catch (e) {
+            fleet.put('keys', `wrong:${name}`, '1');
+            metrics.broken(name);
+            // JSON's own complaint may show a piece of the file.
+            const why = e instanceof SyntaxError ? 'it is not JSON' : e.message;
+            ngx.log(ngx.ERR, `secrets/${name} is not taken: ${why}; what was in force stays so`);
+        }
+    }
+    fleet.put('keys', 'state', state());
+}
+
+// Whether a key is asked for: `open` (no), `keys` (yes), `none` (yes, but there is none), `broken` (nobody can be let in).
+function state() {
+    const count = FILES.map((name) => shared.get(`count:${name}`));
+    if (FILES.some((name, i) => shared.has(`wrong:${name}`) && count[i] === undefined)) {
+        return 'broken';
+    }
+    const there = FILES.some((name) => shared.get(`seen:${name}`) || shared.has(`wrong:${name}`));
+    if (!there) {
+        return settings.auth === 'loopback' ? 'open' : 'none';
+    }
+    return 'keys';
+}
+
+function asked() {
+    const now = shared.get('state');
+    if (now === undefined) {
+        refresh();
+        return shared.get('state') || 'broken';
+    }
+    return now;
+}
+
+// Whether callers need a key.
+function required() {
+    return asked() !== 'open';
+}
+
+// ---- one request
+
+function refusal(status, code, message) {
+    return { refused: { status, code, message } };
+}
+
+// The key or token of a request, or why there is none.
+function presented(r) {
+    const { Authorization: authorization, 'x-api-key': other } = r.headersIn;
+    if (authorization === undefined) {
+        return other === undefined
+            ? refusal(401, 'missing_api_key', "No key: send the header 'Authorization: Bearer KEY', or 'x-api-key: KEY'.")
+            : other;
+    }
+    const [, key] = /^Bearer +([!-~]+) *$/i.exec(authorization) || [];
+    if (key === undefined) {
+        return refusal(401, 'invalid_api_key', "The header Authorization is not of the form 'Bearer KEY'.");
+    }
+    if (other !== undefined && other !== key) {
+        return refusal(401, 'invalid_api_key', 'The headers Authorization and x-api-key bring two different keys: send one.');
+    }
+    return key;
+}
+
+const UNKNOWN = refusal(401, 'invalid_api_key', 'This key is not known here.');
+const EXPIRED = refusal(401, 'expired_api_key', 'This key has expired.');
+
+// Who holds this key: {name, role, models, limits, priority, end_users}, or {refused}. A promise of it for a token.
+function holderOf(key) {
+    if (KEY.test(key)) {
+        const text = shared.get(`key:${crypto.createHash('sha256').update(key).digest('hex')}`);
+        if (text === undefined) {
+            return UNKNOWN;
+        }
+        const holder = JSON.parse(text);
+        const now = Date.now() / 1000;
+        return holder.until !== null && now >= holder.until || holder.expires !== null && now >= holder.expires ? EXPIRED : holder;
+    }
+    return key.length <= TOKEN_BYTES && TOKEN.test(key) ? bearer(key) : UNKNOWN;
+}
+
+// The holder of a JWT.
+async function bearer(token) {
+    const found = await tokens.verify(token, JSON.parse(shared.get('issuers') || '[]'), Date.now() / 1000);
+    if (found.expired) {
+        return refusal(401, 'expired_api_key', 'This token has expired.');
+    }
+    if (!ROLES.includes(found.role)) {
+        return refusal(401, 'invalid_api_key', 'This token is not taken here.');
+    }
+    const { [found.role]: limits } = JSON.parse(shared.get('roles') || '{}');
+    return { name: found.name, role: found.role, models: null, limits: limits || {}, priority: 0, end_users: false };
+}
+
+// Who calls: a holder, or one with `refused`: {status, code, message}. The log and the metrics get the name.
+async function caller(r) {
+    switch (asked()) {
+    case 'open':
+        return ANYONE;
+    case 'none':
+        return refusal(401, 'no_keys', settings.closed);
+    case 'broken':
+        return refusal(503, 'keys_unreadable', 'The gateway cannot read its keys, and lets nobody in until it can.');
+    }
+    const key = presented(r);
+    if (key.refused) {
+        return key;
+    }
+    const holder = await holderOf(key);
+    if (!holder.refused) {
+        r.variables.key = holder.name;
+        if (holder.end_users) {
+            const user = r.headersIn['X-End-User'];
+            if (user !== undefined) {
+                if (!END_USER.test(user)) {
+                    return refusal(400, 'bad_end_user', 'X-End-User is not 1 to 128 printable characters of ASCII without a space.');
+                }
+                r.variables.end_user = user;
+            }
+        }
+    }
+    return holder;
+}
+
+// Whether this holder may use a model of this name.
+function may(holder, model) {
+    return holder.models === null || holder.models.includes(model);
+}
+
+// Answers a caller who is not let in.
+function refuse(r, { status, code, message }) {
+    metrics.refused(status === 403 ? 'role' : status === 503 ? 'closed' : code === 'no_keys' ? 'closed' : 'key');
+    if (status === 401) {
+        r.headersOut['WWW-Authenticate'] = 'Bearer';
+    } else if (status === 503) {
+        r.headersOut['Retry-After'] = '5';
+    }
+    answers.send(r, status, code, message);
+}
+
+// js_content of what only admins may: `handle` answers them. Where no keys are asked for it is not there, but for `open`.
+async function admins(r, handle, open) {
+    if (!required() && !open) {
+        answers.notFound(r);
+        return;
+    }
+    const holder = await caller(r);
+    if (holder.refused) {
+        refuse(r, holder.refused);
+    } else if (holder.role !== 'admin') {
+        refuse(r, { status: 403, code: 'forbidden', message: `${r.uri} is for keys of the role admin.` });
+    } else {
+        await handle(r);
+    }
+}
+
+export default { parse, refresh, required, holderOf, caller, may, refuse, admins, lower, LIMITS };

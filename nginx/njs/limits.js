@@ -1,0 +1,395 @@
+// What callers may use: requests and tokens a minute, tokens a day and a month, requests at once, and the size of one request.
+//
+// `admit` takes from each limit what a request may need at most, or gives all back and says which limit stands against it.
+// `settle` puts right what was taken when the request is over. Adding is atomic, and what is taken is added first and looked at
+// then: so all workers together never let in more than a limit says. Windows are the clock's: minutes, days and months of UTC.
+
+import fleet from './fleet.js';
+
+const MINUTE = 60000;
+const DAY = 86400000;
+const SLOT = 2 * 3600000;   // ms that a count of requests at once is kept after the last change
+const BYTES = 4;            // of a request's text for a token
+const MEDIA = 1500;         // tokens for a picture or a sound
+const RATE = 200;           // tokens a second, at most, that a replica makes of one answer
+const ROUNDS = 8;
+
+// name: letter of its counters, how long they are kept
+const WINDOWS = {
+    requests_per_minute: { letter: 'r', ms: MINUTE, kept: 2 * MINUTE },
+    tokens_per_minute: { letter: 'm', ms: MINUTE, kept: 2 * MINUTE },
+    tokens_per_day: { letter: 'd', ms: DAY, kept: 2 * DAY },
+    tokens_per_month: { letter: 'M', ms: 0, kept: 62 * DAY },
+};
+const TOKENS = ['tokens_per_minute', 'tokens_per_day', 'tokens_per_month'];
+const SPANS = { requests_per_minute: 'a minute', tokens_per_minute: 'a minute', tokens_per_day: 'a day', tokens_per_month: 'a month' };
+
+// The fields that say how long an answer may get; of several the first that is there counts.
+const LONGEST = {
+    '/v1/chat/completions': ['max_completion_tokens', 'max_tokens'],
+    '/v1/chat/completions/batch': ['max_completion_tokens', 'max_tokens'],
+    '/v1/completions': ['max_tokens'],
+    '/v1/responses': ['max_output_tokens'],
+    '/v1/messages': ['max_tokens'],
+    '/v1/systemone': ['max_completion_tokens', 'max_tokens'],
+    '/v1/audio/transcriptions': ['max_completion_tokens'],
+    '/v1/audio/translations': ['max_completion_tokens'],
+};
+const OTHERWISE = { '/v1/completions': 16 };   // as vLLM has it; of the others: as far as the context goes
+const UNCOUNTED = /tokenize$|\/count_tokens$/;
+
+// ---- how large a request is
+
+function wholeNumber(value) {
+    const number = Number(value);
+    return value === null || value === undefined || !Number.isFinite(number) || number < 0 ? undefined : number;
+}
+
+// Bytes of pictures and sounds in the parts of messages, and how many there are: no text.
+function media(messages) {
+    let count = 0;
+    let size = 0;
+    for (const message of Array.isArray(messages) ? messages : []) {
+        for (const part of message && Array.isArray(message.content) ? message.content : []) {
+            if (part && part.type !== 'text' && typeof part === 'object') {
+                const { image_url: image, input_audio: sound, video_url: film, source } = part;
+                const data = image && (image.url || image) || sound && sound.data || film && film.url || source && source.data || part.image_url;
+                if (typeof data === 'string') {
+                    count++;
+                    size += data.length;
+                }
+            }
+        }
+    }
+    return { count, size };
+}
+
+// How many prompts a body holds, and how many tokens where they are given as numbers.
+function prompts(body) {
+    const given = body.prompt ?? body.input;
+    if (Array.isArray(given) && typeof given[0] === 'number') {
+        return { count: 1, tokens: given.length };
+    }
+    // The parts of one conversation are objects.
+    if (!Array.isArray(given) || !given.length || typeof given[0] === 'object' && !Array.isArray(given[0])) {
+        return { count: 1, tokens: 0 };
+    }
+    return { count: given.length, tokens: given.reduce((sum, one) => sum + (Array.isArray(one) ? one.length : 0), 0) };
+}
+
+// {bytes, prompt: tokens, answer: tokens of each at most, given: whether the request says so, answers: how many}. The prompt is
+// estimated, and no longer than the model's context: a replica refuses what is longer.
+function sizeOf(uri, body, bytes, context) {
+    const fields = LONGEST[uri];
+    const { count, tokens } = prompts(body);
+    let prompt = 0;
+    if (!UNCOUNTED.test(uri) && !uri.startsWith('/v1/audio/')) {
+        const { count: pieces, size } = media(body.messages || body.input);
+        prompt = tokens || Math.ceil(Math.max(bytes - size, 0) / BYTES) + pieces * MEDIA;
+    }
+    if (!fields) {
+        return { bytes, prompt, answer: 0, given: true, answers: 1 };
+    }
+    // Several prompts may each be as long as the context.
+    prompt = Math.min(prompt, context * count);
+    const said = fields.map((field) => wholeNumber(body[field])).find((value) => value !== undefined);
+    const otherwise = OTHERWISE[uri];
+    const each = wholeNumber(body.n) ?? 1;
+    const batch = uri.endsWith('/batch') && Array.isArray(body.messages) ? body.messages.length : 1;
+    return {
+        bytes,
+        prompt,
+        answer: Math.min(said ?? otherwise ?? Infinity, Math.max(context - (count === 1 ? prompt : 0), 1)),
+        given: said !== undefined || otherwise !== undefined,
+        answers: Math.max(each, wholeNumber(body.best_of) ?? 0, 1) * count * batch,
+        each,
+    };
+}
+
+// ---- the counters
+
+// {letter, id, ends} of the window that this time is in.
+function windowOf(name, now) {
+    const { ms } = WINDOWS[name];
+    if (ms) {
+        const id = Math.floor(now / ms);
+        return { id, ends: (id + 1) * ms };
+    }
+    const date = new Date(now);
+    const month = date.getUTCFullYear() * 12 + date.getUTCMonth();
+    return { id: month, ends: Date.UTC(date.getUTCFullYear(), date.getUTCMonth() + 1, 1) };
+}
+
+// Adds to a counter and gives its value. Where its zone has no room, those who find none share a counter of another one: that
+// neither lets them do as they like nor shuts them out.
+function add(counter, amount) {
+    try {
+        return ngx.shared[counter.zone].incr(counter.key, amount, 0, counter.kept);
+    } catch (e) {
+        fleet.lost(counter.zone, e);
+        counter.zone = 'beyond';
+        counter.key = counter.shared;
+        return ngx.shared.beyond.incr(counter.key, amount, 0, counter.kept);
+    }
+}
+
+function valueOf(counter) {
+    return ngx.shared[counter.zone].get(counter.key) || 0;
+}
+
+// Takes between `least` and `most` from a limit; how much, or -1. Another may take and give back in between, so it is tried
+// again as long as there seems to be room.
+function take(counter, limit, least, most) {
+    for (let round = 0; round < ROUNDS; round++) {
+        const amount = Math.min(most, limit - valueOf(counter));
+        if (amount < least) {
+            return -1;
+        }
+        if (add(counter, amount) <= limit) {
+            return amount;
+        }
+        add(counter, -amount);
+    }
+    return -1;
+}
+
+function counterOf(party, name, now) {
+    const { letter, kept } = WINDOWS[name];
+    const { id, ends } = windowOf(name, now);
+    return { zone: party.zone, key: `${letter}${id}|${party.who}`, shared: letter + id, kept, ends };
+}
+
+const pid = ` ${process.pid}`;
+
+// A place among the requests at once. The worker counts its own beside, to be taken back if it is killed.
+function enter(party, limit) {
+    const counter = { zone: 'slots', key: party.who, shared: 'slots', kept: SLOT };
+    if (take(counter, limit, 1, 1) < 0) {
+        return null;
+    }
+    add({ zone: counter.zone, key: counter.key + pid, shared: 'slots of workers', kept: SLOT }, 1);
+    return counter;
+}
+
+function leave(zone, key) {
+    for (const one of [key, key + pid]) {
+        add({ zone, key: one, shared: one, kept: SLOT }, -1);
+    }
+}
+
+// ---- one request
+
+// A span of time as OpenAI writes it: 12ms, 3s, 1m3s, 2h0m1s.
+function duration(ms) {
+    if (ms < 1000) {
+        return `${Math.max(Math.ceil(ms), 0)}ms`;
+    }
+    const seconds = Math.ceil(ms / 1000);
+    const [h, m, s] = [Math.floor(seconds / 3600), Math.floor(seconds / 60) % 60, seconds % 60];
+    return `${h ? `${h}h` : ''}${h || m ? `${m}m` : ''}${s}s`;
+}
+
+// Those whose limits a request has to keep: the key's holder, and the end user that it names.
+function partiesOf(holder, endUser) {
+    const parties = [];
+    if (holder.name && Object.keys(holder.limits).length) {
+        parties.push({ who: holder.name, called: `The key ${holder.name}`, limits: holder.limits, zone: 'limits' });
+    }
+    if (endUser) {
+        const limits = JSON.parse(ngx.shared.keys.get('end_users') || '{}');
+        if (Object.keys(limits).length) {
+            parties.push({ who: `${holder.name}/${endUser}`, called: 'This end user', limits, zone: 'end_users' });
+        }
+    }
+    return parties;
+}
+
+function refusal(status, code, message, more) {
+    return { refused: Object.assign({ status, code, message, cause: 'limit' }, more) };
+}
+
+// What of one request is larger than may be.
+function oversize(party, size) {
+    const { limits, called } = party;
+    if (size.bytes > limits.body_bytes) {
+        return refusal(413, 'limit_exceeded', `${called} may send bodies of ${limits.body_bytes} bytes at most, and this one has ${size.bytes}.`);
+    }
+    if (size.prompt > limits.prompt_tokens) {
+        return refusal(400, 'limit_exceeded', `${called} may send prompts of ${limits.prompt_tokens} tokens at most, and this one has `
+            + `about ${size.prompt}.`);
+    }
+    if (size.each > limits.n) {
+        return refusal(400, 'limit_exceeded', `${called} may ask for ${limits.n} answers at once at most, not ${size.each}.`, { param: 'n' });
+    }
+    if (size.answer > limits.max_tokens) {
+        return refusal(400, 'limit_exceeded', `${called} may ask for answers of ${limits.max_tokens} tokens at most: `
+            + `${size.given ? `this request asks for ${size.answer}` : 'set max_tokens'}.`, { param: 'max_tokens' });
+    }
+    return null;
+}
+
+function spent(party, name, limit, counter, need, now) {
+    const left = counter.ends - now;
+    const quota = name === 'tokens_per_day' || name === 'tokens_per_month';
+    const span = SPANS[name];
+    if (name !== 'requests_per_minute' && need > limit) {
+        return refusal(429, 'rate_limit_exceeded', `${party.called} may use ${limit} tokens ${span}, and this request may need ${need}: `
+            + 'make it shorter, or set a lower max_tokens.', { never: true });
+    }
+    const unit = name === 'requests_per_minute' ? 'requests' : 'tokens';
+    return refusal(429, quota ? 'insufficient_quota' : 'rate_limit_exceeded', `${party.called} may use ${limit} ${unit} ${span} (${name}), `
+        + `and has no room left for this request: again in ${duration(left)}.`,
+    { never: quota, after: Math.max(Math.ceil(left / 1000), 1), cause: quota ? 'quota' : 'limit' });
+}
+
+// What the headers tell of the limit that leaves least: [limit, remaining, ms to its end].
+function tightest(seen) {
+    return seen.length ? seen.reduce((one, other) => other[1] < one[1] ? other : one) : null;
+}
+
+function tell(r, unit, found) {
+    if (found) {
+        const [limit, remaining, ms] = found;
+        r.variables[`limit_${unit}`] = limit;
+        r.variables[`remaining_${unit}`] = Math.max(remaining, 0);
+        r.variables[`reset_${unit}`] = duration(ms);
+    }
+}
+
+// The windows that a party has, and what is left in each.
+function seenBy(parties, names, now) {
+    const seen = [];
+    for (const party of parties) {
+        for (const name of names) {
+            const limit = party.limits[name];
+            if (limit !== undefined) {
+                const counter = counterOf(party, name, now);
+                seen.push([limit, limit - valueOf(counter), counter.ends - now]);
+            }
+        }
+    }
+    return seen;
+}
+
+// Takes what this request needs: {refused} where a limit stands against it. What was taken is noted in $taken.
+function admit(r, holder, asked, model) {
+    const parties = partiesOf(holder, r.variables.end_user);
+    if (!parties.length) {
+        return {};
+    }
+    const now = Date.now();
+    const bytes = Number(r.headersIn['Content-Length'] ?? r.variables.request_length);
+    const size = sizeOf(r.uri, asked.body, bytes, model && fleet.card(model).max_model_len || Infinity);
+    const taken = [];
+    const refused = takeAll(parties, size, now, taken);
+    if (refused) {
+        giveBack(taken, now);
+    } else {
+        r.variables.taken = JSON.stringify({ prompt: size.prompt, answers: size.answers, list: taken });
+    }
+    tell(r, 'requests', tightest(seenBy(parties, ['requests_per_minute'], now)));
+    tell(r, 'tokens', tightest(seenBy(parties, TOKENS, now)));
+    return refused || {};
+}
+
+// Takes from one limit after the other what the request needs, noting in `taken` what to give back; the first refusal, or null.
+function takeAll(parties, size, now, taken) {
+    for (const party of parties) {
+        const wrong = oversize(party, size);
+        if (wrong) {
+            return wrong;
+        }
+    }
+    for (const party of parties) {
+        const { limits } = party;
+        if (limits.parallel_requests !== undefined) {
+            const slot = enter(party, limits.parallel_requests);
+            if (!slot) {
+                return refusal(429, 'rate_limit_exceeded', `${party.called} may have ${limits.parallel_requests} requests at once `
+                    + '(parallel_requests), and has them.', { after: 1 });
+            }
+            taken.push(['slot', slot.zone, slot.key]);
+        }
+    }
+    const most = size.prompt + size.answer * size.answers;
+    const least = size.given ? most : size.prompt + 1;
+    for (const party of parties) {
+        for (const name of Object.keys(WINDOWS)) {
+            const limit = party.limits[name];
+            if (limit === undefined) {
+                continue;
+            }
+            const counter = counterOf(party, name, now);
+            const requests = name === 'requests_per_minute';
+            const amount = take(counter, limit, requests ? 1 : Math.max(least, 1), requests ? 1 : Math.max(most, 1));
+            if (amount < 0) {
+                return spent(party, name, limit, counter, least, now);
+            }
+            taken.push([requests ? 'request' : 'tokens', counter.zone, counter.key, amount, counter.ends, counter.kept]);
+        }
+    }
+    return null;
+}
+
+// Puts right one count of what was taken, if its window still counts.
+function correct([, zone, key, , ends, kept], by, now) {
+    if (by && (now < ends || kept > 2 * MINUTE)) {
+        add({ zone, key, shared: key, kept }, by);
+    }
+}
+
+function giveBack(taken, now) {
+    for (const one of taken) {
+        if (one[0] === 'slot') {
+            leave(one[1], one[2]);
+        } else {
+            correct(one, -one[3], now);
+        }
+    }
+}
+
+// The request is over. `used` is {prompt, completion} in tokens by the engine's word, or null if it gave none; `refused`,
+// whether it came to nothing, so that it counts to no limit.
+function settle(text, used, refused, began, seconds) {
+    const { prompt, answers, list } = JSON.parse(text);
+    const now = Date.now();
+    if (refused) {
+        giveBack(list, now);
+        return;
+    }
+    for (const one of list) {
+        if (one[0] === 'slot') {
+            leave(one[1], one[2]);
+        } else if (one[0] === 'tokens') {
+            // Of one that broke off without a word: its prompt, and what can have been made in its time.
+            const guess = prompt + (began ? Math.ceil(seconds * RATE) * answers : 0);
+            const spentTokens = used ? used.prompt + used.completion : Math.min(one[3], guess);
+            correct(one, spentTokens - one[3], now);
+        }
+    }
+}
+
+// A holder's limits in force and what is used of them, for people.
+function show(holder, endUser, now) {
+    const found = {};
+    for (const party of partiesOf(holder, endUser)) {
+        const shown = {};
+        for (const name of Object.keys(party.limits)) {
+            const limit = party.limits[name];
+            if (WINDOWS[name]) {
+                const counter = counterOf(party, name, now);
+                const used = valueOf(counter);
+                shown[name] = { limit, used, remaining: Math.max(limit - used, 0), reset: duration(counter.ends - now) };
+            } else if (name === 'parallel_requests') {
+                const used = ngx.shared.slots.get(party.who) || 0;
+                shown[name] = { limit, used, remaining: Math.max(limit - used, 0) };
+            } else {
+                shown[name] = { limit };
+            }
+        }
+        found[party.zone === 'limits' ? 'key' : 'end_user'] = shown;
+    }
+    return found;
+}
+
+export default { admit, settle, show, sizeOf, windowOf, duration };

@@ -1,0 +1,103 @@
+"""The folder secrets/ of this checkout, as the operator commands use it: the first key, and keys of their own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from access.keys import KeyStore
+from access.store import Mistake, Secrets
+from access.tokens import TokenStore, strong
+from access.users import UserStore, from_environment
+from stack import settings
+from stack.console import Problem, one_line_for_mistakes
+from stack.shell import ROOT
+
+SECRETS = Secrets(ROOT / "secrets")
+
+
+@contextmanager
+def as_problems() -> Iterator[None]:
+    """Turns the package's mistakes into those of the commands."""
+    try:
+        yield
+    except Mistake as mistake:
+        raise Problem(mistake.what, mistake.fix) from None
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """`one_line_for_mistakes`, for the package's too."""
+    with one_line_for_mistakes(), as_problems():
+        yield
+
+
+def open_to_others(wanted: settings.Settings) -> bool:
+    """Whether others than this host can reach the gateway, and are to be asked for a key."""
+    return wanted.gateway_auth != "off" and not wanted.bind_address.is_loopback
+
+
+def asks_for_keys(wanted: settings.Settings) -> bool:
+    """Whether the gateway asks everybody for a key, by the rule that it follows itself."""
+    there = SECRETS.keys.exists() or SECRETS.issuers.exists()
+    return open_to_others(wanted) or (wanted.gateway_auth != "off" and there)
+
+
+def first_key(wanted: settings.Settings) -> str:
+    """A key for the administrator, where the gateway is open to others and there is none; '' where none is needed."""
+    with as_problems():
+        SECRETS.prepare()
+        store = KeyStore(SECRETS)
+        if open_to_others(wanted) and not store.read().keys:
+            return store.create("admin", role="admin", note="made by make up")
+    return ""
+
+
+def check_environment() -> None:
+    """A Problem where USER_LIST, what belongs to it, or JWT_KEY will not do. Only looks."""
+    values = settings.with_users()
+    with as_problems():
+        from_environment(values)
+        if key := values.get("JWT_KEY"):
+            strong(key)
+
+
+def take_environment() -> None:
+    """Takes the users of USER_LIST, and what signs their tokens, from `.env` and the environment into secrets/. Changes
+    nothing where it is there already, or where there are no users."""
+    values = settings.with_users()
+    wanted = settings.check({name: value for name, value in values.items() if name in settings.ALIASES})
+    with as_problems():
+        users = UserStore(SECRETS)
+        users.take(values)
+        if users.read().users:
+            TokenStore(SECRETS).take(values.get("JWT_KEY") or None, wanted.access_token_expire_minutes)
+
+
+def check_users() -> None:
+    """A Problem where nobody could sign in at the token service."""
+    if not UserStore(SECRETS).read().users:
+        raise Problem(
+            "COMPOSE_PROFILES starts the token service, and there is no user who could sign in",
+            "make user ARGS='add NAME', or take tokens out of COMPOSE_PROFILES",
+        )
+
+
+@contextmanager
+def own_key(wanted: settings.Settings, name: str, life_s: int) -> Iterator[str]:
+    """A key for a command's own requests, which is revoked at the end, and ends by itself after `life_s` seconds if the
+    command is killed. '' where the gateway asks nobody for one."""
+    if not asks_for_keys(wanted):
+        yield ""
+        return
+    store = KeyStore(SECRETS)
+    with as_problems():
+        if any(key.name == name for key in store.read().keys):
+            store.revoke(name)
+        secret = store.create(name, expires=int(time.time()) + life_s, note="of a command that runs")
+    try:
+        yield secret
+    finally:
+        with as_problems():
+            store.revoke(name)

@@ -1,0 +1,163 @@
+"""lab/gpu without GPUs: what the planner makes of its shapes, its report, and one run over simulated replicas."""
+
+import json
+import os
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab.bench.peers import OURS, PEERS
+from lab.gpu import engines, measure, plans, report
+from lab.gpu import run as runs
+from lab.gpu.engines import SHAPES, config_of
+from lab.gpu.plans import Layout
+from lab.gpu.run import Run
+from lab.report import DOCS
+from planner.config import read_model
+from planner.machine import Link, Machine, load_machine
+from stack.shell import ROOT
+from tests.lab import stand_in
+
+RESULTS = {path.stem: json.loads(path.read_text()) for path in sorted(DOCS.glob("gpus-*.json"))}
+
+
+def machine(gpus: int) -> Machine:
+    """So many H200."""
+    known = load_machine(ROOT / "tests" / "machines" / "two-h200.json")
+    every = tuple(known.gpus[0].model_copy(update={"index": n, "id": str(n)}) for n in range(gpus))
+    links = tuple(Link(a=a, b=b, kind="nvlink", gb_s=450) for a, b in combinations(range(gpus), 2))
+    return known.model_copy(update={"gpus": every, "links": links})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_planner_knows_every_key_of_each_shape(shape: str) -> None:
+    assert read_model(config_of(shape), shape).parameters > 1e9
+
+
+@pytest.mark.parametrize("shape", measure.FAMILIES)
+def test_each_family_fits_one_gpu(shape: str) -> None:
+    assert plans.account(machine(2), shape).max_requests > 1
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_each_goals_plan_is_measured_in_the_first_three_rounds(gpus: int) -> None:
+    rounds = plans.rounds(plans.by_worth(machine(gpus), measure.LAYOUT_SHAPES), gpus)
+    first = [layout for one in rounds[:3] for layout in one]
+    for shape in measure.LAYOUT_SHAPES:
+        assert all(plans.listed(machine(gpus), shape, goal)[0] in first for goal in plans.GOALS)
+
+
+layouts = st.builds(
+    Layout, st.sampled_from(["a", "b"]), st.text(), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.just(1)
+)
+
+
+@given(st.lists(layouts, unique=True))
+def test_rounds_hold_each_layout_once_and_no_more_than_there_are_gpus(found: list[Layout]) -> None:
+    rounds = plans.rounds(found, 8)
+    assert sorted(map(repr, (layout for one in rounds for layout in one))) == sorted(map(repr, found))
+    assert all(0 < sum(layout.gpus for layout in one) <= 8 for one in rounds)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_predictions_are_within_eight_percent_of_what_was_measured(name: str) -> None:
+    """The report marks with (!) what is not."""
+    assert "(!)" not in report.section(RESULTS[name])
+
+
+def test_the_report_is_that_of_the_results_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not RESULTS:
+        pytest.skip("no run was made on GPUs yet")
+    monkeypatch.setattr(report, "REPORT", tmp_path / "gpu.md")
+    report.write()
+    assert (tmp_path / "gpu.md").read_text() == (DOCS / "gpu.md").read_text(), "write it: python -m lab.gpu report"
+
+
+# ---- one run
+
+
+@pytest.fixture
+def nginx(request: pytest.FixtureRequest) -> None:
+    """A binary where there is one, else the gateway's image."""
+    if "NGINX" not in os.environ:
+        request.getfixturevalue("gateway_image")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run over four simulated replicas, short."""
+    monkeypatch.setattr(runs, "SENDERS", 1)
+    monkeypatch.setattr(engines, "serve", stand_in.serve)
+    monkeypatch.setattr(engines, "write_model", stand_in.write_model)
+    monkeypatch.setattr(engines, "PRELOAD", [])
+    monkeypatch.setattr(engines, "find_spec", lambda _: True)
+    monkeypatch.setattr(engines, "used_memory", lambda gpus: [0 for _ in gpus])
+    monkeypatch.setattr(runs, "Engine", stand_in.StandIn)
+    for name, value in {
+        "PER_GPU": 8,
+        "ROUTE_SECONDS": 1.0,
+        "LAYOUT_SECONDS": 1.0,
+        "TRACE_SECONDS": 6.0,
+        "FAULT_CLIENTS": 8,
+        "FAULT_SECONDS": 3.0,
+        "COMPARED": {OURS: PEERS[OURS]},
+        "LAYOUT_SHAPES": ("Llama-70B",),
+    }.items():
+        monkeypatch.setattr(measure, name, value)
+    found = Run(machine(4), tmp_path / "out", tmp_path / "work", 300)
+    yield found
+    found.close()
+
+
+@pytest.mark.usefixtures("nginx")
+def test_a_run_measures_all_and_goes_on_where_an_engine_does_not_start(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "FAMILIES", ("Gemma-4-E4B", "gpt-oss-20B"))
+    first = plans.by_worth(machine(4), measure.LAYOUT_SHAPES)[:4]
+    monkeypatch.setattr(plans, "by_worth", lambda *_: first)
+    started = run.engine
+
+    def engine(shape: str, gpus: Any, *extra: str, **settings: str) -> Any:
+        found = started(shape, gpus, *extra, **settings)
+        if shape == "gpt-oss-20B" or settings.get("PIPELINE_PARALLEL_SIZE") == "4":
+            found.kill()
+        return found
+
+    monkeypatch.setattr(run, "engine", engine)
+    for name, (needs, step) in measure.PARTS.items():
+        run.part(name, needs, partial(step, run))
+    found = json.loads(run.path.read_text())
+    assert found["families"]["Gemma-4-E4B"]["answered"] == 16
+    assert found["families"]["Gemma-4-E4B"]["kv_tokens"] == 920144
+    assert found["failures"].keys() == {"gpt-oss-20B", "Llama-70B 1 × tp 1 × pp 4"}
+    assert "ended" in found["failures"]["gpt-oss-20B"]
+
+    assert len(found["route"]["throughput"]) == 4
+    assert all(cell["tokens_per_s"] > 0 and not cell["lost"] for cell in found["route"]["throughput"].values())
+    assert all(cell["cores"] > 0 for name, cell in found["route"]["throughput"].items() if "gateway" in name)
+    assert all(cell["requests"] > 10 and not cell["lost"] for cell in found["route"]["trace"].values())
+    fault = found["route"]["fault"]
+    assert fault["replicas killed"] == 2
+    assert fault["not begun and failed"] == 0 < fault["complete"]
+    assert fault["complete"] + fault["streams cut"] == fault["requests"]
+
+    assert found["layouts"]["Llama-70B"].keys() == {one.name for one in first} - {"1 × tp 1 × pp 4"}
+    assert all(one["full"]["tokens_per_s"] > 0 for one in found["layouts"]["Llama-70B"].values())
+
+    text = report.section({**found, "date": "2026-01-01 00:00", "machine": run.machine.model_dump(mode="json")})
+    assert "1 × tp 1 × pp 4: not measured" in text
+    assert "4 behind the gateway give" in text
+    print(text)
+
+
+def test_what_there_is_no_time_for_is_left_out_and_named(run: Run) -> None:
+    run.end = 0
+    run.part("families", 60, lambda: measure.measure_families(run))
+    assert run.results == {"failures": {"families": "left out: the time was over"}}
+    assert not run.started
