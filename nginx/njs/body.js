@@ -12,9 +12,12 @@ const SHORT = 1 << 17;       // bytes: parsed whatever is in it
 const PARSED = 1 << 20;      // characters: parsed if there are not more values in it …
 const VALUES = 1 << 14;      // … than these
 const BEGINNING = 1 << 18;   // characters of a long body's prompt that are taken for its beginning
+const NUMBER = 64;           // characters, at most, of a number in it
 const NAME = 1 << 15;        // characters, at most, of a model's name or a session's key in a long body
 
 const NAMES = ['model', 'prompt_cache_key'];
+// what limits.js asks for
+const NUMBERS = ['max_tokens', 'max_completion_tokens', 'max_output_tokens', 'n', 'best_of'];
 // in the order of the rendered prompt
 const PROMPTS = ['cache_salt', 'tools', 'system', 'instructions', 'messages', 'prompt', 'input'];
 
@@ -65,7 +68,7 @@ async function look(r, type) {
 }
 
 async function scan(body, turn) {
-    const looked = await json.fields(body, NAMES.concat(PROMPTS), turn);
+    const looked = await json.fields(body, NAMES.concat(NUMBERS, PROMPTS), turn);
     if (!looked) {
         return {};
     }
@@ -79,6 +82,11 @@ async function scan(body, turn) {
     for (const name of NAMES) {
         const [begin, end] = looked.found[name] || [0, 0];
         found[name] = end - begin <= NAME ? (parse(`[${body.text(begin, end)}]`) || [])[0] : undefined;
+    }
+    for (const name of NUMBERS) {
+        const [begin, end] = looked.found[name] || [0, 0];
+        const number = parseFloat(body.text(begin, Math.min(end, begin + NUMBER)));
+        found[name] = number >= 0 ? number : undefined;
     }
     let left = BEGINNING;
     found.prompt = '';

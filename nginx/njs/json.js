@@ -5,8 +5,8 @@
 const BLOCK = 2048;   // steps between two looks at the clock
 const ESCAPE = 6;     // characters, as in \u006d
 
-// {found, values}: for each of the names, [begin, end] of its value if that is a string, an object or an array; and how many of
-// such values there are, at any depth. Null for what is no whole JSON value.
+// {found, values}: for each of the names, [begin, end] of its value if that is a string, an object, an array or a number; and how
+// many of the first three kinds there are, at any depth. Null for what is no whole JSON value.
 async function fields(body, names, turn) {
     // The numbers are the characters' own; in a local variable they are read faster.
     const quotes = 34, comma = 44, colon = 58, letters = 91, backslashes = 92;
@@ -21,6 +21,7 @@ async function fields(body, names, turn) {
     let escaped = false;     // it has a backslash
     let began = 0;           // where the outer object's value begins
     let key = '';            // the outer object's last string, a key if a colon follows
+    let number = -1;         // where its value begins if that is a number
     let name = null;         // the key whose value is being passed, '' if it is none of the names
     for (let at = 0; at < body.length;) {
         const piece = body.piece(at);
@@ -77,12 +78,18 @@ async function fields(body, names, turn) {
                     if (depth === 1) {
                         if (byte === colon) {
                             name = names.includes(key) ? key : '';
+                            number = -1;
                             if (name) {
                                 found[name] = undefined;
                             }
                         } else if (byte === comma) {
+                            if (name && number >= 0) {
+                                found[name] = [number, at + i - 1];
+                            }
                             name = null;
                             key = '';
+                        } else if (number < 0 && byte > 32) {
+                            number = at + i - 1;
                         }
                     }
                 } else if ((byte | 32) === opens) {
@@ -90,8 +97,13 @@ async function fields(body, names, turn) {
                         began = at + i - 1;
                     }
                     values++;
-                } else if ((byte | 32) === closes && --depth === 1 && name) {
-                    found[name] = [began, at + i];
+                } else if ((byte | 32) === closes) {
+                    depth--;
+                    if (depth === 1 && name) {
+                        found[name] = [began, at + i];
+                    } else if (depth === 0 && name && number >= 0) {
+                        found[name] = [number, at + i - 1];
+                    }
                 }
             }
             if (inside) {

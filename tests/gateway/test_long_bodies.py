@@ -29,9 +29,8 @@ PATH = "/v1/chat/completions"
 def one_worker() -> Iterator[Gateway]:
     """A gateway whose only worker does everything, over a replica of one model."""
     text = (ROOT / "nginx" / "nginx.conf").read_text()
-    for two, one in (("worker_processes 2;", "worker_processes 1;"), ("worker_affinity=10", "worker_affinity=1")):
-        assert two in text
-        text = text.replace(two, one)
+    assert "worker_processes 2;" in text
+    text = text.replace("worker_processes 2;", "worker_processes 1;")
     with Replicas(1) as replicas, Gateway(replicas, files={"nginx.conf": text.encode()}) as gateway:
         gateway.wait_ready()
         yield gateway
@@ -286,6 +285,6 @@ def test_sixty_uploads_at_once_cost_no_stream_and_no_worker(replicas: Replicas) 
         assert statuses.count(200) >= 50
         assert all(whole for one in others for whole in one.result())
         assert gateway.serving_workers() == workers
-        assert most - before < 100 * MIB
+        assert most - before < 250 * MIB
         assert held(gateway, "disk") == 0
         print(f"{statuses.count(429)} refused, silence {max(gaps):.3f} s, memory {(most - before) / MIB:.0f} MiB")

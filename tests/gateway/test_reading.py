@@ -105,6 +105,17 @@ def test_model_and_session_are_what_python_reads(read: Read, text: str, long: in
         assert found[field] == wanted or (found[field] == "" and len(wanted) > 30_000)
 
 
+@pytest.mark.parametrize("size", [0, 2_000_000])
+@pytest.mark.parametrize(
+    ("written", "number"), [("5", 5), (" 2e3 ", 2000), ('7,"n":8', 8), ('"7"', None), ('1,"n":null', None)]
+)
+def test_the_numbers_that_limits_go_by_are_read(read: Read, written: str, number: int | None, size: int) -> None:
+    for body in (f'{{"n":{written}}}', f'{{"n":{written},"x":1}}'):
+        text = body.replace("{", f'{{"y":"{"y" * size}",', 1)
+        found = read("application/json", text.encode())["body"].get("n")
+        assert (found if isinstance(found, int) else None) == number
+
+
 @pytest.mark.parametrize("size", [0, 300_000, 2_000_000])
 def test_half_of_a_body_names_no_model(read: Read, size: int) -> None:
     assert read("application/json", b'{"model":"m","x":"' + b"y" * size)["model"] == ""
