@@ -65,8 +65,10 @@ def tool(name: str, *arguments: str) -> str:
 
 
 # Gixy doubts these variables, but no client decides what they hold. njs sets $replica to a name of nginx/fleet/, $uri
-# is one of the listed paths where a replica is reached, and $allowed_origin is one of those that a setting lists.
-KNOWN = ('"$replica"', '"$uri"', '"$allowed_origin"')
+# is one of the listed paths where a replica is reached, $allowed_origin is one of those that a setting lists,
+# $token_service stands in nginx/host/, and those of limits hold numbers and durations.
+LIMITS = tuple(f'"${what}_{of}"' for what in ("limit", "remaining", "reset") for of in ("requests", "tokens"))
+KNOWN = ('"$replica"', '"$uri"', '"$allowed_origin"', '"$token_service"', *LIMITS)
 
 
 def gixy() -> str:

@@ -1,7 +1,7 @@
 """The comparison with other gateways: same replicas, same prompts, one run. Writes to docs/benchmarks.
 
-make bench                               overhead, workloads and memory, on simulated replicas
-make bench ARGS='--parts workloads'      one part
+make bench                               overhead, workloads, trace and memory, on simulated replicas
+make bench ARGS='--parts trace'          one part
 make bench ARGS='--parts first-token'    the time to the first token, by the gateway and directly (needs the stack)
 make bench ARGS='--real'                 workloads on the running stack's replicas
 make bench ARGS='--quick'                a look at every part; writes nothing
@@ -25,10 +25,12 @@ from lab.bench.reports import (
     MEMORY,
     OVERHEAD,
     PICTURES,
+    TRACE,
     console,
     overhead_report,
     publish,
     tell,
+    trace_report,
     workloads_report,
 )
 from lab.bench.workloads import WORKLOADS, Cell, Sizes
@@ -36,12 +38,14 @@ from lab.report import table
 from lab.sim.replicas import Replicas
 from lab.stack import StackError
 
-PARTS = ("overhead", "workloads", "memory")
+PARTS = ("overhead", "workloads", "trace", "memory")
 # of the running stack, so not among those that `make bench` does alone
 FIRST = "first-token"
 EVERY_PART = ", ".join((*PARTS, FIRST))
 REPLICAS = 4
 CLIENTS = 32
+RATE = 12.0  # requests a second of the trace
+TRACE_SIZES = Sizes(answers=0.3)
 app = typer.Typer(add_completion=False)
 
 
@@ -103,6 +107,25 @@ def run_workloads(chosen: dict[str, Start], names: Sequence[str], seconds: float
     publish("workloads.md", intro, workloads_report(found), seed, write, PICTURES)
 
 
+def run_trace(chosen: dict[str, Start], seconds: float, seed: int, write: bool) -> None:
+    """Measures the trace on each peer, `seconds` of it."""
+    load, proxy = overhead.split_cpus()
+    os.sched_setaffinity(0, load)
+    # Replicas in turn are a row of their own, and vllm-router has a second policy that knows the load.
+    chosen.pop("direct", None)
+    chosen["vllm-router, power_of_two"] = lambda target: peers.router(target, peers.VLLM_ROUTER, "power_of_two")
+    turns = workloads.trace(seed, seconds, RATE, TRACE_SIZES)
+    found = {}
+    for name, start in chosen.items():
+        tell(f"{name}: trace")
+        with Replicas(REPLICAS, *workloads.TRACE_SHAPE) as fleet:
+            urls = [sim.url for sim in fleet]
+            with start(Target(urls, fleet.model, proxy, fleet, CLIENTS)) as url:
+                found[name] = asyncio.run(workloads.run_trace([url], urls, fleet.model, turns))
+    intro = TRACE.format(replicas=REPLICAS, shape=" ".join(workloads.TRACE_SHAPE), seconds=seconds, rate=RATE)
+    publish("trace.md", intro, trace_report(found), seed, write, "![TTFT, ms](trace-ttft.svg)\n\n")
+
+
 def run_memory(requests: int, seed: int, write: bool) -> None:
     """Measures the gateway's memory over so many requests."""
     samples = overhead.memory(requests, seed, tell)
@@ -150,6 +173,9 @@ def main(
             os.sched_setaffinity(0, affinity)
         if "workloads" in wanted:
             run_workloads(chosen | designs, names, 3 if quick else 10, seed, write)
+            os.sched_setaffinity(0, affinity)
+        if "trace" in wanted:
+            run_trace(dict(chosen), 15 if quick else 60, seed, write)
             os.sched_setaffinity(0, affinity)
         if "memory" in wanted:
             run_memory(20_000 if quick else 1_000_000, seed, write)

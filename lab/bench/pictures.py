@@ -83,9 +83,11 @@ def draw(report: str) -> None:
         workloads("workloads-ttft.svg", "p90", "TTFT p90, ms", log=True)
         workloads("workloads-tokens.svg", "tokens/s", "tokens/s")
         workloads("workloads-hits.svg", "prefix hits", "prefix hits, %")
-    elif report == "gpu.md":
-        workloads("gpu-ttft.svg", "p90", "TTFT p90, ms")
-        workloads("gpu-tokens.svg", "tokens/s", "tokens/s")
+    elif report == "trace.md":
+        (trace,) = known.values()
+        waits = {"p50": trace.column("TTFT p50"), "p90": trace.column("p90"), "p99": trace.column("p99")}
+        series = {peer: [column[peer] for column in waits.values()] for peer in waits["p50"]}
+        bars(DOCS / "trace-ttft.svg", "TTFT, ms", list(waits), series)
     elif report == "memory.md":
         (samples,) = known.values()
         places = [float(row[0].replace(",", "")) for row in samples.rows]
@@ -137,5 +139,5 @@ def finish(figure: Figure, axes: Axes, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for report in ("overhead.md", "workloads.md", "memory.md", "gpu.md"):
+    for report in ("overhead.md", "workloads.md", "trace.md", "memory.md"):
         draw(report)

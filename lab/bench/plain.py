@@ -1,6 +1,9 @@
 """The part that all of the bench's own Nginx configurations have in common."""
 
+import shutil
+
 from lab.sim.gateway import Nginx
+from stack.shell import ROOT
 
 
 def write_plain(nginx: Nginx, http: str, main: str = "") -> None:
@@ -10,6 +13,7 @@ def write_plain(nginx: Nginx, http: str, main: str = "") -> None:
     """
     tmp = nginx.tmp_seen
     nginx.conf.mkdir()
+    shutil.copy(ROOT / "nginx" / "start.sh", nginx.conf)
     (nginx.conf / "nginx.conf").write_text(f"""
 {main}
 worker_processes 1;

@@ -42,6 +42,18 @@ designs of this gateway's affinity. vllm-router's {best} is the best of {others}
 in this run.
 """
 
+TRACE = """# A trace
+
+Written by `make bench ARGS='--parts trace'`. {replicas} simulated replicas (`{shape}`;
+lab/sim/engine.py has their model of time), new ones and a new gateway for each row. {seconds:.0f} s of requests,
+{rate:.0f} a second; those due in the first third only warm up.
+
+The requests have the shape of Mooncake's published trace of conversations: conversations that grow and all have one
+system prompt, prompts of 900 to 30,000 tokens, bursts of ten at once, give or take five. They come when they are due,
+however busy the replicas are. lab/bench/workloads.py has the quantiles. Two things differ: the pauses within a
+conversation are a twentieth as long, and the answers three tenths.
+"""
+
 MEMORY = """# The gateway's memory
 
 Written by `make bench`. All workers together, over {requests:,} requests of 1 KB, no two the same, as fast as they go.
@@ -134,6 +146,11 @@ def workloads_report(found: dict[str, dict[str, Cell]]) -> str:
         rows = [cell_row(name, cells[workload]) for name, cells in found.items()]
         parts.append(f"## {workload[0].upper()}{workload[1:]}\n\n{says}\n\n{table(HEAD, rows)}")
     return "\n".join(parts)
+
+
+def trace_report(found: dict[str, Cell]) -> str:
+    """A table with a row for each peer."""
+    return table(HEAD, [cell_row(name, cell) for name, cell in found.items()])
 
 
 def publish(name: str, intro: str, report: str, seed: int, write: bool, charts: str = "") -> None:

@@ -184,6 +184,12 @@ SHAPE = (
     *("--max-running", "32", "--kv-blocks", "2048"),
 )
 
+# A replica for the trace: prompts at 50,000 tokens/s, 10 ms a step, a cache of 262k tokens.
+TRACE_SHAPE = (
+    *("--step-ms", "10", "--seq-ms", "0.1", "--prefill-ms", "0.02", "--batch-tokens", "8192"),
+    *("--max-running", "64", "--kv-blocks", "16384"),
+)
+
 
 @dataclass
 class Cell:

@@ -1,7 +1,7 @@
 """Measures the planner and the gateway on a host with two or more equal GPUs, and writes the report.
 
     python -m lab.gpu run --out DIR --work DIR    on that host, with vLLM, and Nginx at $NGINX, $NGINX_MODULES
-    python -m lab.gpu report DIR/gpu.json         writes docs/benchmarks/gpu.md from what was measured
+    python -m lab.gpu report DIR/gpu.json …       writes docs/benchmarks/gpu.md from what was measured
 
 Models are shapes with random weights, so nothing has to be fetched. What is measured is written after each step: a run
 that is cut off keeps what it has."""
@@ -75,11 +75,16 @@ def run(
 
 
 @app.command()
-def report(results: Annotated[list[Path], typer.Argument(help="gpu.json of a run; one a machine.")]) -> None:
+def report(results: Annotated[list[Path], typer.Argument(help="gpu.json of each call, in their order.")]) -> None:
     """Write docs/benchmarks/gpu.md from measured results, predictions by the planner as it is now."""
-    for path in results:
-        found = json.loads(path.read_text())
-        (DOCS / f"gpus-{len(found['machine']['gpus'])}.json").write_text(json.dumps(found, indent=1) + "\n")
+    try:
+        machines = reports.joined([json.loads(path.read_text()) for path in results])
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}; name the calls that belong together", param_hint="RESULTS") from error
+    for found in machines:
+        (DOCS / f"gpus-{len(found['machine']['gpus'])}.json").write_text(
+            json.dumps(found, indent=1, allow_nan=False) + "\n"
+        )
     reports.write()
     print(f"wrote {reports.REPORT.relative_to(ROOT)}")
 

@@ -275,12 +275,19 @@ PATTERNS = {
 }
 
 
+# The first worker alone says what it loaded and what is left, but each says this in the end.
+USAGE = r"Actual usage is ([\d.]+) GiB for weight.* Current kv cache memory in use is ([\d.]+) GiB"
+
+
 def parse_log(text: str) -> dict[str, Any]:
-    """Numbers in vLLM's log: the KV tokens of the tightest worker, of all else the largest."""
+    """Numbers in vLLM's log: the weights and the KV cache of the worker that has the least for it, and of all else that
+    is said more than once the largest."""
     found: dict[str, Any] = {}
     for name, pattern in PATTERNS.items():
         if values := [float(value.replace(",", "")) for value in re.findall(pattern, text)]:
             found[name] = min(values) if name in ("kv_tokens", "kv") else max(values)
+    if workers := [(float(kv), float(weights)) for weights, kv in re.findall(USAGE, text)]:
+        found["kv"], found["weights"] = min(workers)
     return found
 
 

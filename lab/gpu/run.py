@@ -80,6 +80,13 @@ async def alone(url: str, model: str, count: int, answer: int) -> dict[str, floa
     return {"ttft_ms": 1000 * median(one.ttft for one in met), "tpot_ms": 1000 * median(gaps)}
 
 
+def strict(value: Any) -> Any:
+    """The same in strict JSON: what there is no number for is null."""
+    if isinstance(value, dict):
+        return {key: strict(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def cpu_seconds(processes: Iterable[int]) -> float:
     """What these processes have computed so far."""
     ticks = 0
@@ -168,9 +175,9 @@ class Run:
         at = self.results
         for key in path[:-1]:
             at = at.setdefault(key, {})
-        at[path[-1]] = value
+        at[path[-1]] = value = strict(value)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.results, indent=1) + "\n")
+        partial.write_text(json.dumps(self.results, indent=1, allow_nan=False) + "\n")
         partial.rename(self.path)
         say(f"{' '.join(path)}: {json.dumps(value)[:300]}")
 

@@ -20,12 +20,12 @@ class Dialect(Protocol):
         """The events before the first token's."""
         ...
 
-    def token(self, text: str, last: bool, /) -> str:
-        """The event of one token."""
+    def token(self, text: str, last: bool, usage: Json, /) -> str:
+        """The event of one token; `usage` is the running one, as with vLLM's --enable-force-include-usage."""
         ...
 
-    def end(self, text: str, usage: Json, wanted: bool, /) -> str:
-        """The events after the last token's, for the whole text; `wanted`: the client asked for the usage."""
+    def end(self, text: str, usage: Json, /) -> str:
+        """The events after the last token's, for the whole text."""
         ...
 
     def whole(self, text: str, usage: Json) -> Json:
@@ -33,9 +33,14 @@ class Dialect(Protocol):
         ...
 
 
+def dumps(data: Json) -> str:
+    """JSON as vLLM writes it, without spaces."""
+    return json.dumps(data, separators=(",", ":"))
+
+
 def event(name: str, data: Json) -> str:
     """An event with its name, which its data repeat as their type."""
-    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
+    return f"event: {name}\ndata: {dumps({'type': name, **data})}\n\n"
 
 
 class Completion:
@@ -45,7 +50,7 @@ class Completion:
 
     def __init__(self, model: str, stamp: str) -> None:
         self.head = {"id": f"{self.prefix}-{stamp}", "created": int(time.time()), "model": model}
-        self.start = f"data: {json.dumps({**self.head, 'object': self.chunk})[:-1]}, "
+        self.start = f"data: {dumps({**self.head, 'object': self.chunk})[:-1]},"
 
     def begin(self) -> str:
         return ""
@@ -53,14 +58,13 @@ class Completion:
     def piece(self, text: str) -> str:
         return f'"text":"{text}"'
 
-    def token(self, text: str, last: bool, /) -> str:
+    def token(self, text: str, last: bool, usage: Json, /) -> str:
         finish = '"length"' if last else "null"
         choice = f'{{"index":0,{self.piece(text)},"logprobs":null,"finish_reason":{finish}}}'
-        return f'{self.start}"choices":[{choice}]}}\n\n'
+        return f'{self.start}"choices":[{choice}],"usage":{dumps(usage)}}}\n\n'
 
-    def end(self, _text: str, usage: Json, wanted: bool, /) -> str:
-        counted = f'{self.start}"choices":[],"usage":{json.dumps(usage)}}}\n\n' if wanted else ""
-        return f"{counted}data: [DONE]\n\n"
+    def end(self, _text: str, usage: Json, /) -> str:
+        return f'{self.start}"choices":[],"usage":{dumps(usage)}}}\n\ndata: [DONE]\n\n'
 
     def whole(self, text: str, usage: Json) -> Json:
         return {**self.head, "object": self.kind, "choices": [{**self.choice(text), **CHOICE}], "usage": usage}
@@ -107,11 +111,11 @@ class Responses:
             "response.output_item.added", output_index=0, item=item
         )
 
-    def token(self, text: str, _last: bool, /) -> str:
+    def token(self, text: str, _last: bool, _usage: Json, /) -> str:
         place = {"item_id": self.item["id"], "output_index": 0, "content_index": 0}
         return self.event("response.output_text.delta", **place, delta=text)
 
-    def end(self, text: str, usage: Json, _wanted: bool, /) -> str:
+    def end(self, text: str, usage: Json, /) -> str:
         return self.event("response.completed", response=self.whole(text, usage))
 
     def whole(self, text: str, usage: Json) -> Json:
@@ -139,19 +143,22 @@ class Messages:
             "content_block_start", {"index": 0, "content_block": block}
         )
 
-    def token(self, text: str, _last: bool, /) -> str:
+    def token(self, text: str, _last: bool, _usage: Json, /) -> str:
         return event("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": text}})
 
-    def end(self, _text: str, usage: Json, _wanted: bool, /) -> str:
+    def counted(self, usage: Json) -> Json:
+        return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
+
+    def end(self, _text: str, usage: Json, /) -> str:
         delta = {"stop_reason": "max_tokens", "stop_sequence": None}
         return (
             event("content_block_stop", {"index": 0})
-            + event("message_delta", {"delta": delta, "usage": {"output_tokens": usage["completion_tokens"]}})
+            + event("message_delta", {"delta": delta, "usage": self.counted(usage)})
             + event("message_stop", {})
         )
 
     def whole(self, text: str, usage: Json) -> Json:
-        counted = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
+        counted = self.counted(usage)
         content = [{"type": "text", "text": text}]
         return {**self.head, "content": content, "stop_reason": "max_tokens", "stop_sequence": None, "usage": counted}
 

@@ -197,6 +197,7 @@ class Gateway(Nginx):
             (r"listen 9113\b", f"listen {self.host}:9113"),
             (r"listen 127\.0\.0\.1:8081\b", f"listen {self.host}:8081"),
             (r"resolver 127\.0\.0\.11\b", f"resolver {self._dns}"),
+            (r"tokens:8000\b", f"{self.host}:8000"),
             (r"/etc/fleet/tls\b", f"{self.conf_seen}/tls"),
             (r"/tmp\b", self.tmp_seen),  # noqa: S108
             (r"/var/lib/fleet\b", self.state_seen),

@@ -376,9 +376,8 @@ class Connection(asyncio.Protocol):
             self._send_json(*error(503, "The waiting queue is full."))
             return
         self.request = request
-        usage = bool((wanted.get("stream_options") or {}).get("include_usage"))
         self.task = asyncio.create_task(
-            self._stream(request, dialect, usage) if wanted.get("stream") else self._whole(request, dialect)
+            self._stream(request, dialect) if wanted.get("stream") else self._whole(request, dialect)
         )
         self.task.add_done_callback(self._done)
 
@@ -409,7 +408,7 @@ class Connection(asyncio.Protocol):
         if await self._follow(request, lambda _: None):
             self._send_json(200, dialect.whole(request.answer.decode(), usage_of(request)))
 
-    async def _stream(self, request: Request, dialect: Dialect, usage: bool) -> None:
+    async def _stream(self, request: Request, dialect: Dialect) -> None:
         write = self.transport.write
 
         def chunk(events: str) -> None:
@@ -430,10 +429,10 @@ class Connection(asyncio.Protocol):
             text = request.answer[index * TOKEN_BYTES : (index + 1) * TOKEN_BYTES].decode()
             if wide := self.replica.faults.wide:
                 text = "x" * wide
-            chunk(dialect.token(text, index == request.max_tokens - 1))
+            chunk(dialect.token(text, index == request.max_tokens - 1, usage_of(request, index + 1)))
 
         if await self._follow(request, token):
-            chunk(dialect.end(request.answer.decode(), usage_of(request), usage))
+            chunk(dialect.end(request.answer.decode(), usage_of(request)))
             write(b"0\r\n\r\n")
 
     def _write_instant(self, dialect: Dialect, stream: bool) -> None:
@@ -453,12 +452,13 @@ class Connection(asyncio.Protocol):
         self.transport.write(head.encode() + body)
 
 
-def usage_of(request: Request) -> dict[str, Any]:
-    """The usage object, with the part of the prompt that came from the cache."""
+def usage_of(request: Request, tokens: int | None = None) -> dict[str, Any]:
+    """The usage object, with the part of the prompt that came from the cache; up to so many tokens of the answer."""
+    made = request.made if tokens is None else tokens
     return {
         "prompt_tokens": request.prompt_tokens,
-        "completion_tokens": request.made,
-        "total_tokens": request.prompt_tokens + request.made,
+        "completion_tokens": made,
+        "total_tokens": request.prompt_tokens + made,
         "prompt_tokens_details": {"cached_tokens": request.cached_tokens},
     }
 

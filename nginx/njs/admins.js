@@ -1,8 +1,12 @@
-// What keys of the role admin reach through the public port: the status, the metrics, and the admin interface.
+// What keys of the role admin reach through the public port: the status, the metrics, and the admin interface; and what each
+// holder may know of itself.
 
 import interior from './admin.js';
+import answers from './answers.js';
 import gauges from './metrics.js';
 import keys from './keys.js';
+import limits from './limits.js';
+import usage from './usage.js';
 import views from './views.js';
 
 function status(r) {
@@ -17,4 +21,27 @@ function admin(r) {
     return keys.admins(r, interior.handle, false);
 }
 
-export default { status, metrics, admin };
+// GET /v1/usage: the caller's own limits in force, and what it has used.
+async function own(r) {
+    if (r.method !== 'GET') {
+        answers.method(r, 'GET');
+        return;
+    }
+    const holder = await keys.caller(r);
+    if (holder.refused) {
+        keys.refuse(r, holder.refused);
+        return;
+    }
+    const tokens = {};
+    for (const { kind, key, value } of usage.all()) {
+        if (key === holder.name) {
+            tokens[kind] = (tokens[kind] || 0) + value;
+        }
+    }
+    answers.json(r, {
+        object: 'usage', key: holder.name, role: holder.role, models: holder.models,
+        limits: limits.show(holder, r.variables.end_user), tokens,
+    });
+}
+
+export default { own, status, metrics, admin };

@@ -88,6 +88,16 @@ function notFound(r) {
     send(r, 404, 'not_found', `There is no ${r.method} ${r.uri} here.`);
 }
 
+// error_page of /token, whose errors are OAuth2's
+function noToken(r) {
+    r.headersOut['Content-Type'] = 'application/json';
+    r.headersOut['Retry-After'] = '5';
+    r.return(503, JSON.stringify({
+        error: 'temporarily_unavailable',
+        error_description: `The token service does not answer. COMPOSE_PROFILES=tokens in .env starts it. (request id ${r.variables.id})`,
+    }));
+}
+
 function method(r, allowed) {
     r.headersOut.Allow = allowed;
     send(r, 405, 'method_not_allowed', `${r.uri} takes ${allowed}, not ${r.method}.`);
@@ -100,4 +110,4 @@ function json(r, value) {
     r.return(200, JSON.stringify(value));
 }
 
-export default { error, lost, page, send, answer, notFound, method, json };
+export default { error, lost, page, send, answer, notFound, noToken, method, json };

@@ -15,7 +15,7 @@ const BEGINNING = 1 << 18;   // characters of a long body's prompt that are take
 const NUMBER = 64;           // characters, at most, of a number in it
 const NAME = 1 << 15;        // characters, at most, of a model's name or a session's key in a long body
 
-const NAMES = ['model', 'prompt_cache_key'];
+const NAMES = ['model', 'prompt_cache_key', 'stream_options'];
 // what limits.js asks for
 const NUMBERS = ['max_tokens', 'max_completion_tokens', 'max_output_tokens', 'n', 'best_of'];
 // in the order of the rendered prompt
@@ -27,19 +27,18 @@ async function read(r) {
     const headers = r.headersIn;
     const type = headers['Content-Type'] || '';
     let body = null;
-    if (headers['Content-Length'] <= SHORT && !/^\s*multipart\//i.test(type)) {
+    if (headers['Content-Length'] <= SHORT && (type === 'application/json' || !/^\s*multipart\//i.test(type))) {
         const text = await r.readRequestText();
         body = text ? parse(text) : {};
     }
     body = body || await look(r, type);
     const session = headers['X-Session-Id'] || headers['X-Claude-Code-Session-Id'] || headers['Session-Id']   // Codex
         || headers['X-OpenWebUI-Chat-Id'] || (typeof body.prompt_cache_key === 'string' ? body.prompt_cache_key : '');
+    const uri = r.uri;
+    // To count tokens is no work, and needs no cache.
+    const counts = uri.endsWith('tokenize') || uri.endsWith('/count_tokens');
     return {
-        model: typeof body.model === 'string' ? body.model : '',
-        // To count tokens is no work, and needs no cache.
-        body: /tokenize$|\/count_tokens$/.test(r.uri) ? {} : body,
-        session,
-        unreadable: body.unreadable,
+        model: typeof body.model === 'string' ? body.model : '', body: counts ? {} : body, session, unreadable: body.unreadable,
     };
 }
 

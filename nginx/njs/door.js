@@ -11,6 +11,8 @@ const LOCAL = /^(localhost|gateway|host\.docker\.internal|[0-9.]+|\[[0-9a-f:.]+\
 // What a client may say of its connection. Other headers that it names there would have to stay here, and would not.
 const CONNECTION = new Set(['', 'close', 'keep-alive', 'upgrade', 'http2-settings', 'te', 'trailer', 'proxy-connection']);
 const BODY = /^(application\/json|multipart\/form-data)\s*(;|$)/i;
+// A form that a page may send without asking first. It holds a password, so whoever sends it knows that already.
+const SIGN_IN = '/token';
 
 // $cors: the origin that may read the answer, or ''.
 function cors(r) {
@@ -62,7 +64,7 @@ function reason(r) {
         }
     }
     const type = r.headersIn['Content-Type'];
-    if (r.method === 'POST' && type !== undefined && !BODY.test(type)) {
+    if (r.method === 'POST' && r.uri !== SIGN_IN && type !== undefined && !BODY.test(type)) {
         return 'media';
     }
     return kept(r) === undefined ? '' : 'connection';

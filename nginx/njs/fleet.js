@@ -16,7 +16,7 @@ const counters = ngx.shared.counters;
 const REQUEST = 2 ** 32;   // what a request in flight adds to a replica's number: the rest is characters of prompt
 
 const ALL = 1e9;   // keys; a shared dictionary gives 1,024 unless told otherwise
-const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys', 'limits', 'end_users', 'slots'];   // those that can be full: nothing is evicted from them
+const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys', 'limits', 'end_users', 'slots', 'usage'];   // those that can be full: nothing is evicted from them
 
 const worker = ` ${process.pid}`;   // asking for it costs more than counting
 

@@ -66,15 +66,6 @@ function limitsOf(value, where) {
     return limits;
 }
 
-// Of two sets of limits the lower of each.
-function lower(one, other) {
-    const limits = Object.assign({}, one);
-    for (const name of Object.keys(other)) {
-        limits[name] = limits[name] === undefined ? other[name] : Math.min(limits[name], other[name]);
-    }
-    return limits;
-}
-
 // What the text of keys.json says: {holders: by hash, roles: each one's limits, endUsers: the limits of each}.
 function parse(text) {
     const file = object(JSON.parse(text), FIELDS.file, 'the file');
@@ -102,7 +93,8 @@ function parse(text) {
             `${where}: "priority" is no whole number from -${PRIORITY} to ${PRIORITY}`);
         must(Array.isArray(key.hashes) && key.hashes.length && key.hashes.length <= HASHES,
             `${where}: "hashes" is no list of 1 to ${HASHES}`);
-        const limits = lower(limitsOf(key.limits, where), roles[key.role]);
+        // The role's is what a key has that says nothing else.
+        const limits = Object.assign({}, roles[key.role], limitsOf(key.limits, where));
         const expires = key.expires === null ? null : number(key.expires, 0, `${where}: "expires"`);
         key.hashes.forEach((hash) => {
             const { sha256, until } = object(hash, FIELDS.hash, `${where}: a hash`);
@@ -326,4 +318,4 @@ async function admins(r, handle, open) {
     }
 }
 
-export default { parse, refresh, required, holderOf, caller, may, refuse, admins, lower, LIMITS };
+export default { parse, refresh, required, holderOf, caller, may, refuse, admins };

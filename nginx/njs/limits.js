@@ -13,6 +13,8 @@ const BYTES = 4;            // of a request's text for a token
 const MEDIA = 1500;         // tokens for a picture or a sound
 const RATE = 200;           // tokens a second, at most, that a replica makes of one answer
 const ROUNDS = 8;
+const LANE = 1000;          // between the priorities of two lanes
+const UNSIZED = { prompt: 0, answer: 0, answers: 1, given: true };
 
 // name: letter of its counters, how long they are kept
 const WINDOWS = {
@@ -192,7 +194,7 @@ function duration(ms) {
 // Those whose limits a request has to keep: the key's holder, and the end user that it names.
 function partiesOf(holder, endUser) {
     const parties = [];
-    if (holder.name && Object.keys(holder.limits).length) {
+    if (holder.name) {
         parties.push({ who: holder.name, called: `The key ${holder.name}`, limits: holder.limits, zone: 'limits' });
     }
     if (endUser) {
@@ -278,14 +280,20 @@ function admit(r, holder, asked, model) {
         return {};
     }
     const now = Date.now();
+    const limited = parties.some((party) => Object.keys(party.limits).length);
     const bytes = Number(r.headersIn['Content-Length'] ?? r.variables.request_length);
-    const size = sizeOf(r.uri, asked.body, bytes, model && fleet.card(model).max_model_len || Infinity);
+    const size = limited ? sizeOf(r.uri, asked.body, bytes, model && fleet.card(model).max_model_len || Infinity) : UNSIZED;
     const taken = [];
     const refused = takeAll(parties, size, now, taken);
     if (refused) {
         giveBack(taken, now);
     } else {
         r.variables.taken = JSON.stringify({ prompt: size.prompt, answers: size.answers, list: taken });
+        // Within its lane each of a holder's requests comes after as many as it has already: who floods sinks by itself.
+        r.variables.priority = holder.priority * LANE + Math.min(ngx.shared.slots.get(holder.name) || 0, LANE - 1);
+    }
+    if (!limited) {
+        return {};
     }
     tell(r, 'requests', tightest(seenBy(parties, ['requests_per_minute'], now)));
     tell(r, 'tokens', tightest(seenBy(parties, TOKENS, now)));
@@ -302,8 +310,9 @@ function takeAll(parties, size, now, taken) {
     }
     for (const party of parties) {
         const { limits } = party;
-        if (limits.parallel_requests !== undefined) {
-            const slot = enter(party, limits.parallel_requests);
+        // A holder's are counted in any case.
+        if (limits.parallel_requests !== undefined || party.zone === 'limits') {
+            const slot = enter(party, limits.parallel_requests ?? Infinity);
             if (!slot) {
                 return refusal(429, 'rate_limit_exceeded', `${party.called} may have ${limits.parallel_requests} requests at once `
                     + '(parallel_requests), and has them.', { after: 1 });
@@ -370,8 +379,9 @@ function settle(text, used, refused, began, seconds) {
 }
 
 // A holder's limits in force and what is used of them, for people.
-function show(holder, endUser, now) {
+function show(holder, endUser) {
     const found = {};
+    const now = Date.now();
     for (const party of partiesOf(holder, endUser)) {
         const shown = {};
         for (const name of Object.keys(party.limits)) {

@@ -7,8 +7,8 @@ import fleet from './fleet.js';
 
 const counters = ngx.shared.counters;
 
+const REQUEST = fleet.REQUEST;
 const ANSWER = 1000;         // characters of prompt that take a replica about as long as its part in one answer
-const ALIKE = 3000;          // characters: no reason to prefer one replica to the other
 // How many requests a replica may have beyond the one with fewest, or how many times the mean of the others, whichever is
 // more, before all that comes goes elsewhere: affinity overloads nobody.
 const MOST = [8, 2];
@@ -21,41 +21,28 @@ function loads(list) {
     let fewest = Infinity;
     let sum = 0;
     for (let i = 0; i < count; i++) {
-        const { name, weight } = list[i];
-        const number = fleet.number(name);
-        const one = busy[i] = Math.floor(number / fleet.REQUEST) / weight;
-        todo[i] = ANSWER * one + number % fleet.REQUEST / weight;
+        const replica = list[i];
+        const number = fleet.number(replica.name);
+        const requests = Math.floor(number / REQUEST);
+        const one = requests / replica.weight;
+        busy.push(one);
+        todo.push((ANSWER * requests + number - REQUEST * requests) / replica.weight);
         sum += one;
         if (one < fewest) {
             fewest = one;
         }
     }
+    // Held against the others: of a mean with itself, one of two never has twice as much.
+    const most = count > 1 ? fewest + MOST[0] : Infinity;
     let least = Infinity;
     for (let i = 0; i < count; i++) {
-        // Held against the others: of a mean with itself, one of two never has twice as much.
-        if (count > 1 && busy[i] > Math.max(fewest + MOST[0], MOST[1] * (sum - busy[i]) / (count - 1))) {
+        if (busy[i] > most && busy[i] > MOST[1] * (sum - busy[i]) / (count - 1)) {
             todo[i] = Infinity;
         } else if (todo[i] < least) {
             least = todo[i];
         }
     }
     return { todo, least };
-}
-
-// Of those with this index that have about as little to do as the i-th, the next in turn. Requests that end together are
-// followed by requests that begin together: in turn they meet fewer others that begin.
-function inTurn(list, loads, alike, i) {
-    const most = loads.todo[i] + ALIKE;
-    const found = alike.filter((one) => loads.todo[one] <= most);
-    if (found.length === 1) {
-        return list[found[0]];
-    }
-    let turn = counters.incr('new', 1, 0) % found.reduce((sum, one) => sum + list[one].weight, 0);
-    let at = 0;
-    while ((turn -= list[found[at]].weight) >= 0) {
-        at++;
-    }
-    return list[found[at]];
 }
 
 // The next one in turn.
@@ -79,4 +66,4 @@ function leastBusy(list) {
     return best;
 }
 
-export default { loads, inTurn, next, leastBusy };
+export default { loads, next, leastBusy };

@@ -3,6 +3,7 @@
 // A request costs four additions: its series, its two histogram buckets (one counter holds both), and two sums.
 
 import fleet from './fleet.js';
+import usage from './usage.js';
 
 const counters = ngx.shared.counters;
 
@@ -210,6 +211,18 @@ async function text(send) {
     for (const place of ['memory', 'disk']) {
         out += line('gateway_body_bytes', { place }, fleet.number(`body:${place}`));
     }
+    const counts = usage.all();
+    const labelled = (kind) => counts.filter((one) => kind === 'requests' ? one.kind === kind : usage.KINDS.includes(one.kind));
+    out += head('gateway_key_requests_total', 'counter', 'Requests that a replica answered, by whose key it was.');
+    labelled('requests').forEach(({ key, end_user: user, model, replica, value }) => {
+        out += line('gateway_key_requests_total', { key, end_user: user, model, replica }, value);
+    });
+    out += head('gateway_tokens_total', 'counter', "Tokens by the engine's word; the cached ones are among the prompt's.");
+    labelled('tokens').forEach(({ key, end_user: user, model, replica, kind, value }) => {
+        out += line('gateway_tokens_total', { key, end_user: user, model, replica, kind }, value);
+    });
+    out += head('gateway_unmetered_total', 'counter', 'Answers whose replica did not say what they used.');
+    out += line('gateway_unmetered_total', {}, counters.get('unmetered') || 0);
     out += head('gateway_secrets_refused_total', 'counter', 'Looks at a file of secrets/ that is wrong; the one before stays in force.');
     for (const file of FILES) {
         out += line('gateway_secrets_refused_total', { file }, count('broken', file));

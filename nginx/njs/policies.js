@@ -8,8 +8,11 @@ import load from './load.js';
 import metrics from './metrics.js';
 import prompts from './prefix.js';
 
+const counters = ngx.shared.counters;
+
 // What a replica would compute that another one knows counts twice: it takes time, and it takes room in one more cache.
 const AGAIN = 2;
+const ALIKE = 3000;          // characters of prompt: no reason to prefer the replica that has less to do
 const MOST_WORK = 1e6;       // characters that one request counts for
 
 // Where the session was, or where the prompt is computed soonest: waiting for what a replica has to do is weighed against
@@ -61,11 +64,6 @@ function group(list, share) {
     return Math.random() < share ? canary : others;
 }
 
-// The characters of the prompt that come before its i-th cut.
-function before(prompt, i) {
-    return i < 0 ? 0 : Math.floor(prompt.cuts[i] / 4);
-}
-
 // The packed ids of the replicas that were sent the prompt up to its i-th cut.
 function holders(prompt, i) {
     return prompt.holders[i] = prompts.holders(prompts.key(prompt, i));
@@ -73,38 +71,51 @@ function holders(prompt, i) {
 
 // The replica that will have computed this prompt soonest. `own`: only one that knows its conversation, or null.
 function soonest(list, loads, prompt, own) {
-    const end = prompt.cuts.length - 1;
-    const all = before(prompt, end);
-    const every = list.map((_, i) => i);
+    const { todo, least } = loads;
+    const cuts = prompt.cuts;
+    const end = cuts.length - 1;
     let cost = Infinity;
     let chosen = -1;
-    let knowing = every;
-    // Who knows only less than this is no better, however idle.
-    for (let at = end; at >= 0 && loads.least + AGAIN * (all - before(prompt, at)) < cost; at--) {
-        if (own && !(prompt.cuts[at] & prompts.OWN)) {
+    for (let at = end; at >= 0 && !(own && !(cuts[at] & prompts.OWN)); at--) {
+        const again = AGAIN * (cuts[end] - cuts[at]) / 4;
+        // Who knows only less than this is no better, however idle.
+        if (least + again >= cost) {
             break;
         }
         const packed = holders(prompt, at);
-        if (!packed) {
-            continue;
-        }
-        const knows = every.filter((i) => prompts.holds(packed, list[i].id));
-        for (const i of knows) {
-            const one = loads.todo[i] + AGAIN * (all - before(prompt, at));
-            if (one < cost) {
-                cost = one;
+        for (let i = 0; packed && i < list.length; i++) {
+            if (todo[i] + again < cost && prompts.holds(packed, list[i].id)) {
+                cost = todo[i] + again;
                 chosen = i;
-                knowing = knows;
                 prompt.at = at;
             }
         }
     }
-    if (!own && loads.least + AGAIN * all < cost) {
-        chosen = loads.todo.indexOf(loads.least);
-        knowing = every;
+    if (!own && least + AGAIN * cuts[end] / 4 < cost) {
+        chosen = todo.indexOf(least);
         prompt.at = -1;
     }
-    return chosen < 0 ? null : load.inTurn(list, loads, knowing, chosen);
+    return chosen < 0 ? null : inTurn(list, todo, chosen, prompt.at < 0 ? 0 : prompt.holders[prompt.at]);
+}
+
+// Of those that have about as little to do as the i-th, and were sent as much, the next in turn. Requests that end together are
+// followed by requests that begin together: in turn they meet fewer others that begin.
+function inTurn(list, todo, i, packed) {
+    const found = [];
+    let weights = 0;
+    for (let one = 0; one < list.length; one++) {
+        if (todo[one] <= todo[i] + ALIKE && (!packed || prompts.holds(packed, list[one].id))) {
+            found.push(list[one]);
+            weights += list[one].weight;
+        }
+    }
+    let at = 0;
+    if (found.length > 1) {
+        for (let turn = counters.incr('new', 1, 0) % weights; turn >= found[at].weight; at++) {
+            turn -= found[at].weight;
+        }
+    }
+    return found[at];
 }
 
 // The replica is sent this prompt now. What comes before the match it was sent already. Gives the characters that it does not
@@ -115,11 +126,12 @@ function remember(prompt, replica) {
     for (let i = Math.max(0, at); i <= end; i++) {
         // The end is set each time, so that what is in use stays.
         if (prompt.cuts[i] & prompts.KEPT && (i !== at || i === end)) {
-            prompts.keep(prompts.key(prompt, i), replica.id, prompt.holders[i] === undefined ? holders(prompt, i) : prompt.holders[i]);
+            const packed = prompt.holders[i] === undefined ? holders(prompt, i) : prompt.holders[i];
+            prompts.keep(prompts.key(prompt, i), replica.id, packed);
         }
     }
     metrics.blocks(at + 1, end - at);
-    return Math.min(MOST_WORK, before(prompt, end) - before(prompt, at) + prompt.more);
+    return Math.min(MOST_WORK, Math.floor((prompt.cuts[end] - (at < 0 ? 0 : prompt.cuts[at])) / 4) + prompt.more);
 }
 
 // A session stays where it was last, unless that one is too busy: one key may name all that an application asks. A new one

@@ -24,8 +24,10 @@ const HOLDERS = 6;       // replicas remembered a key, eight bits each
 const KEPT = 1;   // worth remembering; the others are only looked up
 const OWN = 2;    // a match here is the same conversation: its first answer follows
 
-function sample(text) {
-    return text.length <= 2 * SAMPLE ? text : text.length + text.slice(0, SAMPLE) + text.slice(-SAMPLE);
+// What stands for a part of a text. It takes little of a long one, as cutting strings is cheap and copying them is not.
+function sample(text, from, to) {
+    return to - from <= 2 * SAMPLE ? text.slice(from, to)
+        : (to - from) + text.slice(from, from + SAMPLE) + text.slice(to - SAMPLE, to);
 }
 
 // What a message says, as one string: images, sounds and tool results by all of their data.
@@ -33,14 +35,15 @@ function contentOf(message) {
     const content = message.content;
     const calls = message.tool_calls ? JSON.stringify(message.tool_calls) : '';
     if (typeof content === 'string') {
-        return content + calls;
+        return calls ? content + calls : content;
     }
     if (!Array.isArray(content)) {
         return calls || JSON.stringify(message);
     }
     let text = calls;
     for (const part of content) {
-        text += (part && typeof part.text === 'string' ? sample(part.text) : hash(JSON.stringify(part) || '')) + '\n';
+        const said = part && part.text;
+        text += (typeof said === 'string' ? sample(said, 0, said.length) : hash(JSON.stringify(part) || '')) + '\n';
     }
     return text;
 }
@@ -62,20 +65,20 @@ function grow(prompt, text, said, before, early) {
     const length = said.length;
     let from = 0;
     for (let to = FIRST_CUT; to < length; to *= 2) {
-        text += sample(said.slice(from, to));
+        text += sample(said, from, to);
         from = to;
         if (early) {
             prompt.cuts.push((before + to) * 4 + KEPT);
             prompt.texts.push(text);
         }
     }
-    return text + (from ? sample(said.slice(from)) : said);
+    return text + (from ? sample(said, from, length) : said);
 }
 
 // The cuts of a request's body, from the start of its prompt to the end, or null where it has no prompt that is cached:
-// {cuts, texts, keys, holders, at, more}. A cut is the length of all that comes before it, times four, plus what it is; its text is
-// what its key is made of; `more` is what a batch's other prompts add. Keys, holders and `at` are filled when a replica is chosen: the keys and holders that were looked up, and
-// which cut matched.
+// {cuts, texts, keys, holders, at, more}. A cut is the length of all that comes before it, times four, plus what it is; its text
+// is what its key is made of; `more` is what a batch's other prompts add. Keys, holders and `at` are filled when a replica is
+// chosen: the keys and holders that were looked up, and which cut matched.
 function cutsOf(body, model) {
     const cuts = [];
     const texts = [];
@@ -107,13 +110,15 @@ function cutsOf(body, model) {
         if (!message) {
             continue;
         }
-        const said = `\n${typeof message.role === 'string' ? message.role : ''}\n${contentOf(message)}`;
+        const role = message.role;
+        const said = contentOf(message);
         const early = i < 2 || i === last;
-        if (!own && (message.role === 'assistant' || i < last && messages[i + 1] && messages[i + 1].role === 'assistant')) {
+        if (!own && (role === 'assistant' || i < last && messages[i + 1] && messages[i + 1].role === 'assistant')) {
             own = OWN;
         }
+        text += `\n${typeof role === 'string' ? role : ''}\n`;
         text = said.length > FIRST_CUT ? grow(prompt, text, said, length, early) : text + said;
-        length += said.length;
+        length += said.length + 1;
         if (early || i >= last - LOOK_BACK) {
             cuts.push(length * 4 + own + (early ? KEPT : 0));
             texts.push(text);

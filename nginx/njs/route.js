@@ -10,6 +10,7 @@ import load from './load.js';
 import metrics from './metrics.js';
 import policies from './policies.js';
 import settings from './settings.js';
+import usage from './usage.js';
 
 const policy = policies[settings.policy];
 const TRIES = 7;       // Nginx allows ten internal redirects, and a long body takes two
@@ -43,13 +44,13 @@ function alike(table) {
 
 // `chosen` is what the log phase needs; it is nearer there than the variables are. `work`: the characters of its prompt that
 // the replica has to compute.
-function send(r, replica, model, reason, work) {
+function send(r, replica, model, reason, work, stream) {
     const name = replica.name;
     const variables = r.variables;
     variables.replica = name;
     variables.reason = reason;
     variables.work = work;
-    r.chosen = { replica: name, model, reason, work };
+    r.chosen = { replica: name, model, reason, work, stream };
     fleet.enter(name, work);
 }
 
@@ -140,15 +141,6 @@ async function long(r) {
     }
 }
 
-// js_access of @chosen: what a redirect forgets.
-function chosen(r) {
-    r.chosen = recalled(r.variables);
-}
-
-function recalled(variables) {
-    return { replica: variables.replica, model: variables.model || '', reason: variables.reason, work: Number(variables.work) };
-}
-
 function undecided(r, e) {
     ngx.log(ngx.ERR, `choosing: ${e.message} ${e.stack}`);
     refuse(r, 'none_ready', 503, 'gateway_error', 'The gateway could not choose a replica.');
@@ -186,6 +178,13 @@ async function pick(r, holder) {
     if (known) {
         r.variables.model = model;
     }
+    const wants = usage.wanted(asked.body);
+    if (wants) {
+        r.variables.wants = wants;
+    }
+    if (asked.body.n > 1) {
+        r.variables.many = '1';
+    }
     const { refused } = limits.admit(r, holder, asked, name);
     if (refused) {
         refuse(r, refused.cause, refused.status, refused.code, refused.message, refused.param, refused.after, refused.never);
@@ -193,7 +192,7 @@ async function pick(r, holder) {
     }
     if (list[0].state === 'ready') {
         const [replica, reason, work] = policy(list, asked, table.canary);
-        send(r, replica, name, reason, work);
+        send(r, replica, name, reason, work, asked.body.stream);
     } else {
         send(r, load.leastBusy(list), name, 'fallback', 0);
     }
@@ -269,7 +268,7 @@ function done(r) {
     let chosen = r.chosen;
     // An error page in place of a replica's own answer (408, 413) has lost it; the variables stay.
     if (!chosen && variables.replica) {
-        chosen = recalled(variables);
+        chosen = { replica: variables.replica, model: variables.model || '', reason: variables.reason, work: Number(variables.work) };
     }
     if (chosen) {
         let firstByte = NaN;
@@ -278,10 +277,14 @@ function done(r) {
             fleet.answered(chosen.replica, r.status);
             firstByte = Number(last(variables.upstream_header_time));
         }
+        const used = chosen.replica ? usage.used(r) : null;
+        if (chosen.replica && (r.status === 200 || r.status === 499)) {
+            usage.record(chosen.replica, variables.key || '', variables.end_user || '', chosen.model, used);
+        }
         if (variables.taken) {
             // What came to nothing counts to no limit; a client that hung up is no refusal.
             const refused = !chosen.replica || r.status >= 400 && r.status !== 499;
-            limits.settle(variables.taken, r.used, refused, firstByte >= 0, Number(variables.request_time));
+            limits.settle(variables.taken, used, refused, firstByte >= 0, Number(variables.request_time));
         }
         metrics.served(chosen.replica, chosen.model, r.status, chosen.reason, firstByte, Number(variables.request_time));
     }
@@ -316,4 +319,4 @@ async function models(r) {
     }
 }
 
-export default { choose, long, chosen, retry, done, models };
+export default { choose, long, retry, done, models };

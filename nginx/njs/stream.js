@@ -8,6 +8,7 @@ import answers from './answers.js';
 import budget from './budget.js';
 import fleet from './fleet.js';
 import metrics from './metrics.js';
+import usage from './usage.js';
 
 const NEWLINE = 10;
 const RETURN = 13;
@@ -31,12 +32,13 @@ function end(bytes) {
     return 0;
 }
 
-// js_header_filter. A stream's header comes with its first token, so the replica has computed the prompt. Nginx' own page about
+// js_header_filter. A stream's header comes with its first token, so the replica has computed the prompt; a
+// whole answer's comes with its end. Nginx' own page about
 // a body that it could not read is the only 400 that neither a replica nor njs gave.
 function begin(r) {
     budget.begun(r);
     const chosen = r.chosen;
-    if (chosen && chosen.work) {
+    if (chosen && chosen.stream && chosen.work) {
         fleet.begun(chosen.replica, chosen.work);
         chosen.work = 0;
     }
@@ -70,7 +72,7 @@ function forward(r, data) {
         return r.size <= MOST;
     }
     const whole = at === data.length ? data : data.subarray(0, at);
-    const more = send(r, r.size ? Buffer.concat([...r.held, whole]) : whole);
+    const more = send(r, usage.events(r, r.size ? Buffer.concat([...r.held, whole]) : whole));
     const rest = Buffer.from(data.subarray(at));
     r.held = rest.length ? [rest] : [];
     r.size = rest.length;
@@ -87,14 +89,18 @@ function pass(r, data, flags) {
     if (r.held === undefined) {
         if (!(r.headersOut['Content-Type'] || '').startsWith('text/event-stream')) {
             r.sendBuffer(data, flags);
-            r.done();
+            if (r.status === 200) {
+                usage.piece(r, data);
+            } else {
+                r.done();
+            }
             return;
         }
         r.held = [];
         r.size = r.passed = r.asked = 0;
     }
     if (flags.last) {
-        r.sendBuffer(Buffer.concat([...r.held, data]), flags);
+        r.sendBuffer(usage.events(r, Buffer.concat([...r.held, data])), flags);
     } else if (!data.length) {
         if (lost(r)) {
             metrics.cut(r.variables.replica);

@@ -4,12 +4,13 @@
 // neither `none` nor to be checked with a public key as if that were a secret.
 
 import hashes from 'crypto';
+import ed25519 from './ed25519.js';
 
 const ALGORITHMS = {
     HS256: { kty: 'oct' },
     RS256: { kty: 'RSA', name: 'RSASSA-PKCS1-v1_5', hash: 'SHA-256' },
     ES256: { kty: 'EC', name: 'ECDSA', hash: 'SHA-256', namedCurve: 'P-256' },
-    EdDSA: { kty: 'OKP', name: 'Ed25519' },
+    EdDSA: { kty: 'OKP' },
 };
 const FIELDS = ['issuer', 'audience', 'algorithms', 'keys', 'jwks_uri', 'name_claim', 'role_claim'];
 const ISSUERS = 16;
@@ -139,6 +140,9 @@ function same(one, other) {
 async function signed(algorithm, jwk, said, signature) {
     if (jwk.kty === 'oct') {
         return same(hashes.createHmac('sha256', bytes(jwk.k)).update(said).digest('base64url'), signature);
+    }
+    if (jwk.kty === 'OKP') {
+        return ed25519.verify(bytes(jwk.x), bytes(signature), Buffer.from(said));
     }
     const { kid, alg, until, ...bare } = jwk;
     const how = ALGORITHMS[algorithm];

@@ -4,7 +4,8 @@
 const WINDOW = 1 << 16;   // bytes searched at a time
 const PARTS = 2000;       // at most: the replica takes a thousand fields and a thousand files
 const HEAD = 4096;        // bytes, at most, of a part's headers
-const VALUE = 4096;       // bytes, at most, of a model's name
+const VALUE = 4096;       // bytes, at most, of a field's value
+const FIELDS = ['model', 'stream_include_usage', 'stream_continuous_usage_stats'];
 
 const TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+";
 const QUOTED = String.raw`"(?:[^"\\]|\\"|\\(?!"))*"`;
@@ -47,7 +48,7 @@ function disposition(lines) {
     return found;
 }
 
-// {model}, or {unreadable: why} where the replica might read something else.
+// {model and other FIELDS}, or {unreadable: why} where the replica might read something else.
 async function fields(body, type, turn) {
     const given = parameters(type);
     const boundary = given && given.boundary;
@@ -79,13 +80,14 @@ async function fields(body, type, turn) {
         if (at < 0) {
             break;
         }
-        if (named.name === 'model' && named.filename === undefined) {
-            found.model = at - begin <= VALUE ? text(begin, at - begin) : '';
-            if (named['filename*'] !== undefined || found.model.includes('\uFFFD')) {
-                return { unreadable: 'how it writes the model' };
+        const name = named.name;
+        if (FIELDS.includes(name) && named.filename === undefined) {
+            found[name] = at - begin <= VALUE ? text(begin, at - begin) : '';
+            if (named['filename*'] !== undefined || found[name].includes('\uFFFD')) {
+                return { unreadable: `how it writes ${name}` };
             }
-        } else if (named.name === 'model') {
-            found.model = '';
+        } else if (FIELDS.includes(name)) {
+            found[name] = '';
         }
         at += delimiter.length;
         if (/[ \t]/.test(text(at, 1))) {

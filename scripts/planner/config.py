@@ -482,7 +482,7 @@ class Config:
         routed = matrices * narrow * width * experts * routing
         alone = sum(widths) if "moe" in self.kinds else dense * (layers - routing)
         rest = matrices * hidden * (shared * routing + alone)
-        mlp = Mlp(width, max(used * width + shared, dense if routing < layers else 0))
+        mlp = Mlp(width, max(shared, dense if routing < layers else 0), used)
         router = (hidden * experts + (2 * hidden * narrow if narrow < hidden else 0)) * routing // layers
         # those without experts are the first, or spread evenly
         kinds = self.text.get("mlp_layer_types") or ["dense"] * self.number("first_dense", 0) + ["sparse"]

@@ -4,7 +4,8 @@ The account is vLLM's own (`determine_available_memory` in vllm/v1/worker/gpu_wo
 
     KV cache = utilization x total - weights - peak activations - what is not torch's - CUDA graphs
 
-Sizes are bytes a GPU, lengths are tokens. The constants were fitted on two H200 (docs/benchmarks/gpu.md)."""
+Sizes are bytes a GPU, lengths are tokens. The constants were fitted on two H200 (`REPORTED` in
+tests/unit/test_plan.py); docs/benchmarks/gpu.md holds them against other models on four."""
 
 from dataclasses import dataclass
 from math import ceil, floor
@@ -199,20 +200,30 @@ def request_bytes(model: Model, tp: int, layers: int, length: int, settings: Set
 
 def activation_bytes(model: Model, tp: int, last_stage: bool, settings: Settings) -> int:
     """Peak of one step at full batch: the widest layer, or on the last stage the sampler over the vocabulary. A sampled
-    row takes 4 bytes a word, 6 where tp gathers the logits: measured."""
-    attention = model.attention
+    row takes 4 bytes a word, 6 where tp gathers the logits: measured.
+
+    Experts have room of their own that stays (`WorkspaceManager` in vllm/v1/worker/workspace.py): every token once for
+    each expert that it uses, as it enters or leaves the first matrices and again the last
+    (`TritonExperts.workspace_shapes` in vllm/model_executor/layers/fused_moe/experts/triton_moe.py; the other kernels
+    want about as much). MXFP4's make theirs as they go."""
+    attention, mlp, found = model.attention, model.mlp, model.quantization
     heads = (
         attention.heads * max(attention.head_dim, attention.latent // 8) + 2 * attention.kv_heads * attention.head_dim
     )
-    widest = max(3 * model.mlp.active_width, 2 * heads) / tp
-    forward = 2 * settings.max_batched_tokens * (6 * model.hidden + widest)
+    plain, room = mlp.plain_width, 0.0
+    if found and found.method in MXFP4_METHODS:
+        plain += mlp.used * mlp.width
+    else:
+        entering, leaving = max(2 * mlp.width / tp, model.hidden), max(mlp.width / tp, model.hidden)
+        room = 2 * settings.max_batched_tokens * mlp.used * (entering + leaving)
+    forward = 2 * settings.max_batched_tokens * (6 * model.hidden + max(3 * plain, 2 * heads) / tp)
     if model.tower:
         # vLLM lets the tower see a full step of pictures first, and keeps what comes out while the model computes
         patches = max(model.tower.patches, PATCHES_A_TOKEN * settings.max_batched_tokens)
         forward = max(forward, 2 * patches * model.tower.width) + 2 * patches // 4 * model.hidden
-    if model.pooling or not last_stage:
-        return round(forward)
-    return round(max(forward, settings.max_num_seqs * model.vocabulary * (4 if tp == 1 else 6)))
+    if not model.pooling and last_stage:
+        forward = max(forward, settings.max_num_seqs * model.vocabulary * (4 if tp == 1 else 6))
+    return round(forward + room)
 
 
 def graph_bytes(model: Model, layers: int, settings: Settings) -> int:

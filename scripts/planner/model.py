@@ -69,7 +69,8 @@ class Mlp:
     """The widths of the MLPs."""
 
     width: int  # of one MLP or one expert, which tp has to divide
-    active_width: int  # widest that one token goes through, summed over the experts it uses
+    plain_width: int  # of the widest that is no routed expert: a dense one, or all shared experts
+    used: int = 0  # routed experts that one token goes through
 
 
 @dataclass(frozen=True)

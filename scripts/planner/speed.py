@@ -1,7 +1,7 @@
 """How fast a layout would be: a roofline over memory bandwidth, arithmetic and the links, enough to rank layouts.
 
-Times in seconds. The constants were fitted on two H200 (docs/benchmarks/gpu.md); elsewhere they only have to keep the
-order."""
+Times in seconds. The constants were fitted on two H200; elsewhere they only have to keep the order, as they do on four
+(docs/benchmarks/gpu.md)."""
 
 from dataclasses import dataclass, replace
 

@@ -3,6 +3,7 @@
 import fs from 'fs';
 import answers from './answers.js';
 import body from './body.js';
+import ed25519 from './ed25519.js';
 import fleet from './fleet.js';
 import health from './health.js';
 import keys from './keys.js';
@@ -10,6 +11,16 @@ import metrics from './metrics.js';
 import prefix from './prefix.js';
 import settings from './settings.js';
 import stream from './stream.js';
+
+// Whether a signature is one, and the milliseconds of a check; all in hex.
+async function signatures(rows) {
+    const began = Date.now();
+    const found = [];
+    for (const row of rows) {
+        found.push(await ed25519.verify(...row.map((text) => Buffer.from(text, 'hex'))));
+    }
+    return [found, (Date.now() - began) / rows.length];
+}
 
 const MODULES = { answers, body, fleet, health, keys, metrics, prefix, settings, stream };
 
@@ -90,6 +101,7 @@ async function call(r) {
     const value = asked.name === 'filtered' ? filtered(...asked.arguments)
         : asked.name === 'overtaken' ? overtaken(...asked.arguments)
         : asked.name === 'read' ? await read(...asked.arguments)
+        : asked.name === 'signatures' ? await signatures(...asked.arguments)
         : asked.name === 'complaint' ? complaint(MODULES[asked.module], ...asked.arguments)
         : asked.name === undefined ? MODULES[asked.module]
             : MODULES[asked.module][asked.name](...asked.arguments);

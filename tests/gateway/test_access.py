@@ -280,7 +280,7 @@ def test_a_key_for_some_models_has_to_name_one(client: httpx.Client) -> None:
 DESIGN = (ROOT / "docs/design.md").read_text()
 ROWS = re.findall(r"^\| (`/[^|]*) \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", DESIGN, re.MULTILINE)
 BELOW = {"/status/": "/status/status.js", "/v1/models/": "/v1/models/sim", "/replicas/": "/replicas/vllm-0/drain"}
-WORDS = {"yes": 200, "those it may use": 200}
+WORDS = {"yes": 200, "those it may use": 200, "its own": 200, "a form": 503}
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,9 @@ def test_the_table_of_roles_names_every_path_of_the_gateway() -> None:
     public = (ROOT / "nginx/conf.d/public.conf").read_text()
     status = (ROOT / "nginx/conf.d/status.conf").read_text()
     own = re.findall(
-        r"^ *location (?:= )?(/\S+) +\{(?! include conf.d/generate)(?! internal)", public + status, re.MULTILINE
+        r"^ *location (?:= )?(/\S+) +\{(?! include conf.d/generate)(?! internal)",
+        public + status,
+        re.MULTILINE,
     )
     assert sorted(own) == sorted(path for row in ROWS for path in re.findall("`([^`]+)`", row[0]))
 

@@ -68,7 +68,7 @@ def test_every_field_of_a_key_is_taken(gateway: Gateway, secrets: Secrets) -> No
     settled(gateway, {full: 401, bare: 401, new: 401, newest: 200})
 
 
-@pytest.mark.parametrize("algorithm", ["HS256", "RS256", "ES256"])
+@pytest.mark.parametrize("algorithm", ["HS256", "RS256", "ES256", "EdDSA"])
 def test_a_token_of_the_service_is_taken_while_its_key_is_in_force(
     gateway: Gateway, secrets: Secrets, algorithm: Algorithm
 ) -> None:

@@ -14,7 +14,7 @@ from lab.sim.gateway import Gateway
 from lab.sim.replicas import Replicas
 from lab.waiting import until
 from stack.shell import ROOT
-from tests.gateway.conftest import chat
+from tests.gateway.conftest import chat, seen_by
 from tests.gateway.test_access import CHAT, bearer, entry, keys_file, new_key
 from tests.gateway.test_public import error_of
 
@@ -203,6 +203,26 @@ def test_the_largest_request_of_each_kind(keys: Keys, client: httpx.Client) -> N
             assert error_of(answer)["code"] == "limit_exceeded"
 
 
+def test_a_key_goes_later_the_more_it_has_in_flight(keys: Keys, fleet: Replicas, client: httpx.Client) -> None:
+    """And in its lane, whatever the client says of its priority."""
+
+    def priority(text: str, key: str) -> int:
+        headers = {**bearer(key), "X-Vllm-Priority": "-5"}
+        assert client.post(CHAT, json=chat(text, priority=-5), headers=headers).status_code == 200
+        (seen,) = (request for sim in fleet for request in seen_by(sim, text))
+        return int(re.findall(r"(?im)^x-vllm-priority: (-?\d+)\r?$", seen["head"])[0])
+
+    flood, other, batch = keys.make(), keys.make(), keys.make(priority=10)
+    assert priority("alone", flood) == 1
+    with httpx.Client(base_url=keys.gateway.url) as more:
+        for _ in range(8):
+            body = chat("flood", stream=True, max_tokens=3000)
+            more.send(more.build_request("POST", CHAT, json=body, headers=bearer(flood)), stream=True)
+        assert priority("ninth", flood) == 9
+        assert priority("first", other) == 1
+        assert priority("a batch", batch) == 10_001
+
+
 def test_zero_is_zero(keys: Keys, client: httpx.Client) -> None:
     for name in ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "parallel_requests"):
         assert client.post(CHAT, json=chat("hi"), headers=bearer(keys.make(limits={name: 0}))).status_code == 429
@@ -254,10 +274,10 @@ def test_roles_and_end_users_have_limits_of_their_own(keys: Keys) -> None:
         "roles": {"user": {"limits": {"requests_per_minute": 8}}},
         "end_users": {"limits": {"requests_per_minute": 3}},
     }
-    one, two = keys.make(), keys.make(limits={"requests_per_minute": 50})
+    one, two = keys.make(), keys.make(limits={"requests_per_minute": 10})
     front = keys.make(end_users=True)
-    # Each holder has the role's limit, and the lower counts.
-    assert [admitted(many(keys.gateway, key, 12)) for key in (one, two)] == [8, 8]
+    # Each holder has the role's limit, unless its own says else.
+    assert [admitted(many(keys.gateway, key, 12)) for key in (one, two)] == [8, 10]
     assert [admitted(many(keys.gateway, front, 6, **{"X-End-User": user})) for user in ("ann", "bob")] == [3, 3]
     assert admitted(many(keys.gateway, front, 6, **{"X-End-User": "cy"})) == 2
     keys.more = {}
@@ -290,7 +310,7 @@ def test_a_zone_without_room_neither_opens_nor_locks_the_gateway() -> None:
     """Those who find no room share one count; the log and a metric say so."""
     key = new_key()
     file = keys_file(entry("front", key, end_users=True), end_users={"limits": {"requests_per_minute": 2}})
-    http = (ROOT / "nginx/host/http.conf").read_text().replace("zone=end_users:32m", "zone=end_users:32k")
+    http = (ROOT / "nginx/host/http.conf").read_text().replace("zone=end_users:8m", "zone=end_users:32k")
     files = {"secrets/keys.json": file.encode(), "host/http.conf": http.encode()}
     with (
         Replicas(1) as replicas,

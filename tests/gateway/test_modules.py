@@ -4,12 +4,14 @@ import base64
 import itertools
 import json
 import re
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -444,5 +446,37 @@ def test_a_right_file_of_keys_gives_each_hash_its_holder(call: Call) -> None:
     assert call("keys", "complaint", text) == ""
     holders = call("keys", "parse", text)["holders"]
     assert [holder["until"] for holder in holders.values()] == [None, 5]
-    # Of the key's and the role's limits the lower counts, and a zero is a zero.
-    assert all(holder["limits"] == {"requests_per_minute": 9, "n": 0} for holder in holders.values())
+    # The key's own limit counts before the role's, and a zero is a zero.
+    assert all(holder["limits"] == {"requests_per_minute": 60, "n": 0} for holder in holders.values())
+
+
+# ---- ed25519.js
+
+
+def test_signatures_of_ed25519_are_told_from_all_others(call: Call) -> None:
+    """Against another implementation; each bit of one signature, and what RFC 8032 says to refuse."""
+    key = Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes_raw()
+    good = [(public, key.sign(message), message) for message in (b"", b"x", secrets.token_bytes(1000))]
+    _, signature, message = good[1]
+    flipped = [bytes([*signature[:n], signature[n] ^ 1 << n % 8, *signature[n + 1 :]]) for n in range(64)]
+    order = 2**252 + 27742317777372353535851937790883648493
+    again = signature[:32] + (int.from_bytes(signature[32:], "little") + order).to_bytes(32, "little")
+    other = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
+    bad = [
+        *((public, one, message) for one in flipped),
+        (public, signature, message + b"x"),
+        (other, signature, message),
+        (public, again, message),
+        (public, signature[:63], message),
+        (public, signature + b"x", message),
+        (public, b"", message),
+        (b"", signature, message),
+        # numbers that are no points: too large, and without a root
+        (public, b"\xff" * 32 + signature[32:], message),
+        (b"\xff" * 32, signature, message),
+        ((2).to_bytes(32, "little"), signature, message),
+    ]
+    found, took_ms = call("ed25519", "signatures", [[part.hex() for part in row] for row in good + bad])
+    assert found == [True] * len(good) + [False] * len(bad)
+    assert took_ms < 50

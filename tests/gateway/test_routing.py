@@ -134,6 +134,40 @@ def test_a_hot_prefix_overloads_no_replica(client: httpx.Client, gateway: Gatewa
     assert max(homes.values()) < 180, homes
 
 
+def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
+    """What a replica has still to compute counts, not how many requests it has."""
+    shape = ("--prefill-ms", "0.5", "--step-ms", "5")  # 2,000 tokens a second
+    with Replicas(2, *shape) as replicas, Gateway(replicas) as gateway:
+        gateway.wait_ready()
+        with httpx.Client(base_url=gateway.url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
+            short = f"a short one {WORDS}"
+            home = ask(client, short)
+            # The next is beside the home in turn or not: only a long prompt at home itself shows anything.
+            for n in range(20):
+                long = pool.submit(ask, client, f"{short} and much more {n} {WORDS * 30}", stream=True, max_tokens=1)
+                until(lambda: counted(gateway, "gateway_requests_in_flight") == 1, "the long prompt is computed")
+                at_home = counted(gateway, f'gateway_requests_in_flight{{replica="{home}"}}') == 1
+                went = ask(client, short)
+                assert not long.done()
+                assert long.result() in {"vllm-0", "vllm-1"}
+                if at_home:
+                    assert went != home
+                    return
+    pytest.fail("no long prompt went where its beginning is cached")
+
+
+def test_what_was_computed_is_no_load_any_more(fresh: Gateway) -> None:
+    """A long prompt that makes tokens keeps nobody from its replica, and one that is over has left nothing behind."""
+    with httpx.Client(base_url=fresh.url, timeout=60) as client:
+        begin = f"the beginning {WORDS * 40}"
+        body = chat(begin, stream=True, max_tokens=5000)
+        with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            home = answer.headers["x-replica"]
+            assert {ask(client, f"{begin[:9000]} {n}") for n in range(5)} == {home}
+        until(lambda: counted(fresh, "gateway_requests_in_flight") == 0, "all is over")
+        assert {ask(client, f"{begin[:9000]} again {n}") for n in range(5)} == {home}
+
+
 @pytest.mark.parametrize("kind", ["beginning", "header", "cache key"])
 def test_work_comes_back_to_a_drained_replica_within_two_turns(kind: str) -> None:
     """One of two was away while forty chats began: in their second next turn it has its part of them."""

@@ -10,12 +10,14 @@ from lab.gpu.engines import Engine, config_of
 from lab.waiting import until
 from stack.shell import ROOT
 
-# What vLLM says of its memory.
+# What vLLM says of its memory, as of two stages where the first has less to hold.
 LOG = """
 Model loading took 14.97 GiB memory and 2.5 seconds
 Available KV cache memory: 112.32 GiB
 GPU KV cache size: 920,144 tokens
 init engine (profile, create kv cache, warmup model) took 41.95 s (compilation: 19.29 s)
+Actual usage is 14.97 GiB for weight, 1.03 GiB for peak activation. Current kv cache memory in use is 112.32 GiB.
+Actual usage is 16.5 GiB for weight, 1.03 GiB for peak activation. Current kv cache memory in use is 110.79 GiB.
 """
 SHAPE = ["--step-ms", "10", "--prefill-ms", "0.02", "--kv-blocks", "60000", "--max-running", "256"]
 

@@ -9,7 +9,7 @@ import yaml
 from stack.settings import names_of_users
 from stack.shell import ROOT
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")])
 # What `make up`, `make plan` or a user makes; not in a clone.
 MADE = (".env", ".venv", "docker-compose.override.yml", "secrets/")
 

@@ -1,0 +1,194 @@
+"""Whose tokens the gateway takes, and that no attack on a JWT opens it."""
+
+import base64
+import hmac
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+from lab.sim.gateway import Gateway
+from lab.sim.replicas import Replicas
+from lab.waiting import until
+from tests.gateway.conftest import chat
+from tests.gateway.test_access import CHAT, bearer, keys_file
+from tests.gateway.test_public import error_of
+
+SECRET = b"0123456789abcdef0123456789abcdef"
+OLD_SECRET = b"an older secret, 32 bytes at the least"
+RSA = rsa.generate_private_key(65537, 2048)
+EC = ec.generate_private_key(ec.SECP256R1())
+ED = ed25519.Ed25519PrivateKey.generate()
+OTHER_EC = ec.generate_private_key(ec.SECP256R1())
+
+
+def b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def issuer(name: str, algorithms: list[str], *keys: dict[str, Any], **more: Any) -> dict[str, Any]:
+    plain = {"issuer": name, "audience": "fleet", "algorithms": algorithms, "keys": list(keys), "jwks_uri": None}
+    return {**plain, "name_claim": "sub", "role_claim": "role", **more}
+
+
+def oct_(kid: str, secret: bytes, **more: Any) -> dict[str, Any]:
+    return {"kty": "oct", "kid": kid, "alg": "HS256", "k": b64(secret), **more}
+
+
+RSA_JWK = {**RSAAlgorithm.to_jwk(RSA.public_key(), as_dict=True), "kid": "rsa", "alg": "RS256"}
+EC_JWK = {**ECAlgorithm.to_jwk(EC.public_key(), as_dict=True), "kid": "ec", "alg": "ES256"}
+ED_JWK = {**OKPAlgorithm.to_jwk(ED.public_key(), as_dict=True), "kid": "ed", "alg": "EdDSA"}
+ISSUERS = [
+    issuer("hs", ["HS256"], oct_("new", SECRET), oct_("old", OLD_SECRET), oct_("gone", SECRET, until=1)),
+    issuer("rs", ["RS256"], RSA_JWK),
+    issuer("es", ["ES256"], EC_JWK),
+]
+
+
+def tokens_file(*issuers: dict[str, Any]) -> str:
+    return json.dumps({"version": 1, "issuers": list(issuers)})
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[Gateway]:
+    files = {"secrets/tokens.json": tokens_file(*ISSUERS).encode(), "secrets/keys.json": keys_file().encode()}
+    with Replicas(1) as replicas, Gateway(replicas, files=files) as running:
+        until(lambda: httpx.get(running.url + "/ready").status_code == 200, "ready")
+        yield running
+
+
+def claims(iss: str, **more: Any) -> dict[str, Any]:
+    now = int(time.time())
+    return {"iss": iss, "aud": "fleet", "sub": "carol", "role": "user", "iat": now, "exp": now + 600, **more}
+
+
+def without(iss: str, name: str) -> dict[str, Any]:
+    return {claim: value for claim, value in claims(iss).items() if claim != name}
+
+
+def hs(payload: dict[str, Any], secret: bytes = SECRET, kid: str | None = "new", **head: Any) -> str:
+    headers = {"kid": kid, **head} if kid else head
+    return jwt.encode(payload, secret, "HS256", headers=headers)
+
+
+def by_hand(head: dict[str, Any], payload: object, secret: bytes = SECRET) -> str:
+    said = f"{b64(json.dumps(head).encode())}.{b64(json.dumps(payload).encode())}"
+    return f"{said}.{b64(hmac.digest(secret, said.encode(), 'sha256'))}"
+
+
+def unsigned(alg: str) -> str:
+    said = f"{b64(json.dumps({'alg': alg, 'typ': 'JWT'}).encode())}.{b64(json.dumps(claims('hs')).encode())}"
+    return said + "."
+
+
+def ask(gateway: Gateway, token: str) -> httpx.Response:
+    return httpx.post(gateway.url + CHAT, json=chat("hi"), headers=bearer(token))
+
+
+GOOD = {
+    "HS256": hs(claims("hs")),
+    "HS256, the key before": hs(claims("hs"), OLD_SECRET, "old"),
+    "RS256": jwt.encode(claims("rs"), RSA, "RS256", headers={"kid": "rsa"}),
+    "RS256, the only key": jwt.encode(claims("rs"), RSA, "RS256"),
+    "ES256": jwt.encode(claims("es"), EC, "ES256", headers={"kid": "ec"}),
+    "several audiences": hs(claims("hs", aud=["other", "fleet"])),
+    "no role": hs(without("hs", "role")),
+    "several roles": hs(claims("hs", role=["user", "other"])),
+}
+
+
+@pytest.mark.parametrize("token", GOOD.values(), ids=GOOD.keys())
+def test_a_token_of_a_known_issuer_opens(gateway: Gateway, token: str) -> None:
+    assert ask(gateway, token).status_code == 200
+
+
+PEM = RSA.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+HEAD, BODY, SIGNATURE = GOOD["HS256"].split(".")
+BAD = {
+    "alg none": unsigned("none"),
+    "alg None": unsigned("None"),
+    "alg nOnE, signed": by_hand({"alg": "nOnE", "kid": "new"}, claims("hs")),
+    "no alg": by_hand({"kid": "new"}, claims("hs")),
+    "alg is a list": by_hand({"alg": ["HS256"], "kid": "new"}, claims("hs")),
+    "a method of objects as alg": by_hand({"alg": "toString", "kid": "new"}, claims("hs")),
+    "no signature": f"{HEAD}.{BODY}.",
+    "HS256 with the RSA key as its secret": by_hand({"alg": "HS256", "kid": "rsa"}, claims("rs"), PEM),
+    "HS256 with the modulus as secret": by_hand({"alg": "HS256", "kid": "rsa"}, claims("rs"), RSA_JWK["n"].encode()),
+    "HS256 with the EC key as its secret": by_hand({"alg": "HS256", "kid": "ec"}, claims("es"), EC_JWK["x"].encode()),
+    "another's ES256": jwt.encode(claims("es"), OTHER_EC, "ES256", headers={"kid": "ec"}),
+    "its own key in the header": jwt.encode(
+        claims("es"), OTHER_EC, "ES256", headers={"jwk": ECAlgorithm.to_jwk(OTHER_EC.public_key(), as_dict=True)}
+    ),
+    "a key at an address in the header": hs(claims("hs"), b"x" * 32, jku="http://127.0.0.1/jwks"),
+    "another issuer's key": jwt.encode(claims("hs"), RSA, "RS256", headers={"kid": "rsa"}),
+    "tampered payload": f"{HEAD}.{b64(json.dumps(claims('hs', role='admin')).encode())}.{SIGNATURE}",
+    "tampered header": f"{b64(json.dumps({'alg': 'HS256', 'kid': 'old'}).encode())}.{BODY}.{SIGNATURE}",
+    "tampered signature": f"{HEAD}.{BODY}.{SIGNATURE[:-2]}{'AA' if SIGNATURE[-2:] != 'AA' else 'BB'}",
+    "empty ES256 signature": ".".join(GOOD["ES256"].split(".")[:2]) + "." + b64(bytes(64)),
+    "wrong secret": hs(claims("hs"), b"x" * 32),
+    "a key that has ended": hs(claims("hs"), SECRET, "gone"),
+    "unknown kid": hs(claims("hs"), SECRET, "other"),
+    "no kid with two keys": hs(claims("hs"), SECRET, None),
+    "kid is a path": by_hand({"alg": "HS256", "kid": "../../../dev/null"}, claims("hs"), b""),
+    "wrong audience": hs(claims("hs", aud="other")),
+    "no audience": hs(without("hs", "aud")),
+    "unknown issuer": hs(claims("evil")),
+    "no issuer": hs(without("hs", "iss")),
+    "not yet": hs(claims("hs", nbf=int(time.time()) + 600)),
+    "no end": hs(without("hs", "exp")),
+    "end is a text": by_hand({"alg": "HS256", "kid": "new"}, claims("hs", exp="9999999999")),
+    "unknown role": hs(claims("hs", role="root")),
+    "role of an object": hs(claims("hs", role={"admin": True})),
+    "no name": hs(without("hs", "sub")),
+    "empty name": hs(claims("hs", sub="")),
+    "a name with a line break": hs(claims("hs", sub="a\nb")),
+    "a crit that nobody knows": by_hand({"alg": "HS256", "kid": "new", "crit": ["x"], "x": 1}, claims("hs")),
+    "claims are a list": by_hand({"alg": "HS256", "kid": "new"}, [1]),
+    "claims are null": by_hand({"alg": "HS256", "kid": "new"}, None),
+    "four parts": GOOD["HS256"] + ".x",
+    "huge": hs(claims("hs", more="x" * 9000)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("token", BAD.values(), ids=BAD.keys())
+def test_no_other_token_does(gateway: Gateway, token: str) -> None:
+    answer = ask(gateway, token)
+    assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
+    assert token not in gateway.log()
+
+
+def test_a_token_ends_and_is_not_taken_after(gateway: Gateway) -> None:
+    token = hs(claims("hs", exp=int(time.time()) + 2))
+    assert ask(gateway, token).status_code == 200
+    until(lambda: ask(gateway, token).status_code == 401, "the token has ended", 4)
+    assert error_of(ask(gateway, token))["code"] == "expired_api_key"
+
+
+def test_a_tokens_role_counts(gateway: Gateway) -> None:
+    for role, status in (("user", 403), ("admin", 200)):
+        assert httpx.get(gateway.url + "/replicas", headers=bearer(hs(claims("hs", role=role)))).status_code == status
+
+
+WRONG = [
+    "{", "[]", '{"version": 2, "issuers": []}', tokens_file(issuer("a", ["none"], oct_("k", SECRET))),
+    tokens_file(issuer("a", [], oct_("k", SECRET))), tokens_file(issuer("a", ["HS256"])),
+    tokens_file(issuer("a", ["HS256"], oct_("k", b"short"))), tokens_file(issuer("a", ["HS256"], more=1)),
+    tokens_file(issuer("a", ["RS256"], RSA_JWK, jwks_uri="http://keys.example.com/")),
+    tokens_file(issuer("a", ["HS256"], oct_("k", SECRET), jwks_uri="https://keys.example.com/")),
+    tokens_file(issuer("a", ["RS256"], RSA_JWK), issuer("a", ["RS256"], RSA_JWK)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_file_changes_nothing(gateway: Gateway, text: str) -> None:
+    before = gateway.log().count("secrets/tokens.json is not taken")
+    gateway.write_secret("tokens.json", text)
+    until(lambda: gateway.log().count("secrets/tokens.json is not taken") > before, "a complaint", 4)
+    assert ask(gateway, GOOD["HS256"]).status_code == 200
