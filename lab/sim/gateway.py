@@ -201,6 +201,7 @@ class Gateway(Nginx):
             (r"/etc/fleet/tls\b", f"{self.conf_seen}/tls"),
             (r"/tmp\b", self.tmp_seen),  # noqa: S108
             (r"/var/lib/fleet\b", self.state_seen),
+            (r"/var/cache/bodies\b", f"{self.tmp_seen}/bodies"),
         ]
         if modules := os.environ.get("NGINX_MODULES"):
             swaps.append((r"/usr/lib/nginx/modules\b", modules))

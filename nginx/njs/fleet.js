@@ -271,22 +271,25 @@ function unreachable(name) {
     publish();
 }
 
+// Adds to a count of all workers, which is given, and to this worker's part of it.
+function count(name, more) {
+    load.incr(name + worker, more, 0);
+    return load.incr(name, more, 0);
+}
+
 // A request goes to the replica, which has to compute so many characters of its prompt.
 function enter(name, work) {
-    load.incr(name, REQUEST + work, 0);
-    load.incr(name + worker, REQUEST + work, 0);
+    count(name, REQUEST + work);
 }
 
 // Its answer has begun.
 function begun(name, work) {
-    load.incr(name, -work, 0);
-    load.incr(name + worker, -work, 0);
+    count(name, -work);
 }
 
 // It is over; `work` is what of its prompt was not computed.
 function leave(name, work) {
-    load.incr(name, -REQUEST - work, 0);
-    load.incr(name + worker, -REQUEST - work, 0);
+    count(name, -REQUEST - work);
 }
 
 // A replica answered a request: counts its answers of 5xx in a row. Those of 4xx are the client's matter.
@@ -327,5 +330,5 @@ function forgetDeadWorkers() {
 
 export default {
     ALL, ZONES, REQUEST, read, parse, get, set, put, lost, record, publish, table, serving, grouped, learn, card, clock, started,
-    unreachable, enter, begun, leave, answered, failures, number, inFlight, forgetDeadWorkers,
+    unreachable, count, enter, begun, leave, answered, failures, number, inFlight, forgetDeadWorkers,
 };

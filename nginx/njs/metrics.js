@@ -10,7 +10,7 @@ const counters = ngx.shared.counters;
 const STATES = ['ready', 'loading', 'wedged', 'draining', 'unreachable'];
 const CAUSES = { retry: ['connect', 'reset', 'timeout', 'failed', 'refused', 'draining'],
     refusal: ['full', 'none_ready', 'failed', 'unknown_model', 'closed', 'key', 'role', 'limit', 'quota', 'url', 'host', 'origin',
-        'media', 'connection'] };
+        'media', 'connection', 'bodies'] };
 const FILES = ['keys.json', 'tokens.json', 'jwks'];
 const FIRST_BYTE = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
 const SERIES = 10000;   // of gateway_requests_total; with the longest names they take 6 MiB of the zone's 8
@@ -206,6 +206,10 @@ async function text(send) {
     out += head('gateway_refusals_total', 'counter', 'Requests that the gateway itself refused.');
     for (const cause of CAUSES.refusal) {
         out += line('gateway_refusals_total', { cause }, count('refusal', cause));
+    }
+    out += head('gateway_body_bytes', 'gauge', 'Bytes of requests\' bodies that lie in the gateway, by where.');
+    for (const place of ['memory', 'disk']) {
+        out += line('gateway_body_bytes', { place }, fleet.number(`body:${place}`));
     }
     const counts = usage.all();
     const labelled = (kind) => counts.filter((one) => kind === 'requests' ? one.kind === kind : usage.KINDS.includes(one.kind));

@@ -2,6 +2,7 @@
 
 import answers from './answers.js';
 import body from './body.js';
+import budget from './budget.js';
 import fleet from './fleet.js';
 import keys from './keys.js';
 import limits from './limits.js';
@@ -12,7 +13,7 @@ import settings from './settings.js';
 import usage from './usage.js';
 
 const policy = policies[settings.policy];
-const TRIES = 9;       // Nginx allows ten internal redirects
+const TRIES = 7;       // Nginx allows ten internal redirects, and a long body takes two
 const DELIVERED = 2;   // replicas that one request may break
 
 // ---- choosing
@@ -111,53 +112,91 @@ async function choose(r) {
             keys.refuse(r, holder.refused);
             return;
         }
-        const asked = await body.read(r);
-        const model = asked.model;
-        const table = fleet.table();
-        const known = keys.may(holder, model) ? fleet.serving(table, model) : undefined;
-        // Under whatever name, it is one cache.
-        asked.model = table.names[model] || model;
-        if (model && !known && (holder.models !== null || Object.keys(table.models).length)) {
-            refuseModel(r, table, model, holder);
-            return;
-        }
-        if (!model && (holder.models !== null || !alike(table))) {
-            refuse(r, 'unknown_model', 400, 'model_required', `No model could be read from this request. Name one of: ${
-                modelsFor(table, holder).join(', ')}.`, 'model');
-            return;
-        }
-        // Most requests find the same replicas: those of a model are listed once for each table.
-        const name = known ? model : '';
-        const list = table.lists[name] || (table.lists[name] = candidates(table, known, null));
-        if (!list.length) {
-            refuseNone(r, table);
-            return;
-        }
-        if (known) {
-            r.variables.model = model;
-        }
-        const wants = usage.wanted(asked.body);
-        if (wants) {
-            r.variables.wants = wants;
-        }
-        if (asked.body.n > 1) {
-            r.variables.many = '1';
-        }
-        const { refused } = limits.admit(r, holder, asked, name);
-        if (refused) {
-            refuse(r, refused.cause, refused.status, refused.code, refused.message, refused.param, refused.after, refused.never);
-            return;
-        }
-        if (list[0].state === 'ready') {
-            const [replica, reason, work] = policy(list, asked, table.canary);
-            send(r, replica, name, reason, work, asked.body.stream);
+        const place = budget.take(r);
+        if (place === 'memory') {
+            await pick(r, holder);
+        } else if (place === 'disk') {
+            r.internalRedirect('@long');
         } else {
-            send(r, load.leastBusy(list), name, 'fallback', 0);
+            refuse(r, 'bodies', 429, 'bodies_full', 'Too many bytes of other requests are on their way. Try again later.');
         }
     } catch (e) {
-        ngx.log(ngx.ERR, `choosing: ${e.message} ${e.stack}`);
-        refuse(r, 'none_ready', 503, 'gateway_error', 'The gateway could not choose a replica.');
+        undecided(r, e);
     }
+}
+
+// js_content of @long: Nginx has read the body by now, and left it in its file.
+async function long(r) {
+    try {
+        // The key may have been withdrawn while the body came.
+        const holder = await keys.caller(r);
+        if (holder.refused) {
+            mark(r);
+            keys.refuse(r, holder.refused);
+        } else if (await pick(r, holder)) {
+            r.internalRedirect('@chosen');
+        }
+    } catch (e) {
+        undecided(r, e);
+    }
+}
+
+function undecided(r, e) {
+    ngx.log(ngx.ERR, `choosing: ${e.message} ${e.stack}`);
+    refuse(r, 'none_ready', 503, 'gateway_error', 'The gateway could not choose a replica.');
+}
+
+// Chooses a replica by what the body says, or refuses; says whether it chose.
+async function pick(r, holder) {
+    const asked = await body.read(r);
+    if (asked.unreadable) {
+        refuse(r, 'unknown_model', 400, 'model_unreadable', `The model of this upload can't be read for certain, because of ${
+            asked.unreadable}.`, 'model');
+        return false;
+    }
+    const model = asked.model;
+    const table = fleet.table();
+    const known = keys.may(holder, model) ? fleet.serving(table, model) : undefined;
+    // Under whatever name, it is one cache.
+    asked.model = table.names[model] || model;
+    if (model && !known && (holder.models !== null || Object.keys(table.models).length)) {
+        refuseModel(r, table, model, holder);
+        return false;
+    }
+    if (!model && (holder.models !== null || !alike(table))) {
+        refuse(r, 'unknown_model', 400, 'model_required', `No model could be read from this request. Name one of: ${
+            modelsFor(table, holder).join(', ')}.`, 'model');
+        return false;
+    }
+    // Most requests find the same replicas: those of a model are listed once for each table.
+    const name = known ? model : '';
+    const list = table.lists[name] || (table.lists[name] = candidates(table, known, null));
+    if (!list.length) {
+        refuseNone(r, table);
+        return false;
+    }
+    if (known) {
+        r.variables.model = model;
+    }
+    const wants = usage.wanted(asked.body);
+    if (wants) {
+        r.variables.wants = wants;
+    }
+    if (asked.body.n > 1) {
+        r.variables.many = '1';
+    }
+    const { refused } = limits.admit(r, holder, asked, name);
+    if (refused) {
+        refuse(r, refused.cause, refused.status, refused.code, refused.message, refused.param, refused.after, refused.never);
+        return false;
+    }
+    if (list[0].state === 'ready') {
+        const [replica, reason, work] = policy(list, asked, table.canary);
+        send(r, replica, name, reason, work, asked.body.stream);
+    } else {
+        send(r, load.leastBusy(list), name, 'fallback', 0);
+    }
+    return true;
 }
 
 // What the last try added to one of $upstream_…: '0.001', or '-' where it never came so far.
@@ -225,6 +264,7 @@ function retry(r) {
 // $done, in the log phase: counts the request out, however it ended. Never logs.
 function done(r) {
     const variables = r.variables;
+    budget.over(r);
     let chosen = r.chosen;
     // An error page in place of a replica's own answer (408, 413) has lost it; the variables stay.
     if (!chosen && variables.replica) {
@@ -279,4 +319,4 @@ async function models(r) {
     }
 }
 
-export default { choose, retry, done, models };
+export default { choose, long, retry, done, models };

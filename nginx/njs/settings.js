@@ -16,6 +16,13 @@ function list(name, shape, what) {
     return entries.filter((entry) => shape.test(entry));
 }
 
+// MiB of disk for bodies; one of the largest must fit.
+const bodies = process.env.GATEWAY_BODIES_MB || '1024';
+const fits = /^\d{1,9}$/.test(bodies) && bodies >= 64;
+if (!fits) {
+    complaints.push(`GATEWAY_BODIES_MB=${bodies} is no number of MiB from 64 on; 1024 is used`);
+}
+
 // scripts/stack/settings.py has the same.
 const NAME = '([a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\\[[0-9a-f:.]+\\])';
 const HOST = new RegExp(`^${NAME}$`);
@@ -40,5 +47,7 @@ export default {
     hosts: list('GATEWAY_HOSTS', HOST, 'name without scheme and port').concat(list('HTTPS_DOMAIN', HOST, 'name')),
     // Origins, as browsers write them, whose pages may use the gateway.
     origins: list('CORS_ORIGINS', ORIGIN, 'origin as browsers write it'),
+    // Bytes on disk that bodies may take.
+    bodies: (fits ? Number(bodies) : 1024) * 1024 * 1024,
     complaint: complaints.join('; '),
 };

@@ -5,6 +5,7 @@
 // Only whole events are passed on, so that the error does not end up inside one that was cut.
 
 import answers from './answers.js';
+import budget from './budget.js';
 import fleet from './fleet.js';
 import metrics from './metrics.js';
 import usage from './usage.js';
@@ -35,6 +36,7 @@ function end(bytes) {
 // whole answer's comes with its end. Nginx' own page about
 // a body that it could not read is the only 400 that neither a replica nor njs gave.
 function begin(r) {
+    budget.begun(r);
     const chosen = r.chosen;
     if (chosen && chosen.stream && chosen.work) {
         fleet.begun(chosen.replica, chosen.work);

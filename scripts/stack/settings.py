@@ -75,6 +75,7 @@ class Settings(BaseModel):
         None, alias="CORS_ORIGINS"
     )
     route_policy: Literal["prefix", "least_busy", "round_robin", "session"] | None = Field(None, alias="ROUTE_POLICY")
+    gateway_bodies_mb: int = Field(1024, alias="GATEWAY_BODIES_MB", ge=64, lt=10**9)
     user_list: str | None = Field(None, alias="USER_LIST")
     jwt_key: SecretStr | None = Field(None, alias="JWT_KEY")
     access_token_expire_minutes: int = Field(30, alias="ACCESS_TOKEN_EXPIRE_MINUTES", ge=1, le=1440)

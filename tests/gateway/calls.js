@@ -80,6 +80,7 @@ function read(type, data) {
     return body.read({
         uri: '/v1/completions',
         headersIn: { 'Content-Type': type, 'Content-Length': String(bytes.length) },
+        variables: {},
         readRequestText: async () => String(bytes),
         readRequestArrayBuffer: async () => new Uint8Array(bytes).buffer,
     });

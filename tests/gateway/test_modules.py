@@ -159,7 +159,7 @@ def test_a_long_body_keeps_its_session_and_where_its_prompt_begins(call: Call) -
     }
     found = call("body", "read", "application/json", base64.b64encode(json.dumps(long).encode()).decode())
     assert (found["model"], found["session"]) == ("m", "k")
-    assert found["body"]["prompt"].startswith(' [1] [{"content": "zzz')
+    assert found["body"]["prompt"].startswith('[1][{"content": "zzz')
 
 
 UPLOAD = "multipart/form-data; boundary=b"
@@ -425,7 +425,7 @@ def test_what_is_no_stream_is_left_alone(call: Call) -> None:
 
 def test_settings_have_safe_defaults(call: Call) -> None:
     found = call("settings")
-    known = {"policy": "prefix", "auth": "loopback", "hosts": [], "origins": [], "complaint": ""}
+    known = {"policy": "prefix", "auth": "loopback", "hosts": [], "origins": [], "bodies": 1 << 30, "complaint": ""}
     assert {name: found[name] for name in known} == known
 
 

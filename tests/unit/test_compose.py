@@ -134,6 +134,7 @@ def test_what_is_dear_to_make_again_is_kept(services: dict[str, Any]) -> None:
         for name, service in services.items()
     }
     assert kept["vllm-0"] == kept["vllm-1"] == {"/cache/hub", "/cache/compiled"}
+    assert kept["gateway"] == {"/var/cache/bodies", "/var/lib/fleet"}
     assert kept["prometheus"] == {"/prometheus"}
     assert kept["grafana"] == {"/var/lib/grafana"}
 

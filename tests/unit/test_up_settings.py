@@ -88,6 +88,7 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         ({"MODEL": "models/tiny"}, r"MODEL=models/tiny will not do: .* MODEL=tiny: correct MODEL"),
         ({"MODEL": "./models/a/b"}, r"will not do: .* MODEL=a/b: "),
         ({"ROUTE_POLICY": "random"}, "ROUTE_POLICY=random will not do: .*'least_busy', 'round_robin' or 'session'"),
+        ({"GATEWAY_BODIES_MB": "63"}, "GATEWAY_BODIES_MB=63 will not do"),
         ({"GATEWAY_HOSTS": "*"}, r"GATEWAY_HOSTS=\* will not do: \* is no name without scheme and port"),
         ({"GATEWAY_HOSTS": "a.example, b.example:80"}, r"b.example:80 is no name"),
         ({"GATEWAY_HOSTS": "https://a.example"}, r"https://a.example is no name"),
