@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from stack.checks import dotted, version
@@ -201,6 +202,8 @@ def other_version(official: str, base: str) -> str:
 def build_over(base: str, image: str, build: Build, say: Say) -> bool:
     """Builds an image over a base; says whether it changed. What is built already comes from BuildKit's cache."""
     before = image_id(image)
+    if official_base(build).startswith("docker.io/library/python:"):
+        lay_wheels(build, base == TOKENS.tag, say)
     # not `docker build`, which is BuildKit only in newer clients
     command = ["docker", "buildx", "build", "--load", "--progress=plain", f"--label={BASE_LABEL}={base}"]
     command += [f"--label={RECIPE_LABEL}={recipe(build)}"]
@@ -286,17 +289,34 @@ def build_debian(base: DebianBase, say: Say) -> None:
             )
 
 
+def lay_wheels(build: Build, needed: bool, say: Say) -> None:
+    """Makes `wheels` beside the token service's Dockerfile hold its packages, for Debian's Python, or none of them."""
+    folder, packages = build.context / "wheels", build.args["PACKAGES"].split()
+    wanted, complete = "\n".join(packages), folder / "complete"
+    if needed and complete.exists() and complete.read_text() == wanted:
+        return
+    for old in (complete, *folder.glob("*.whl")):
+        old.unlink(missing_ok=True)
+    if needed:
+        work([*fetch_wheels(folder), *packages], say, fix="check the network, or pip's configuration, and run it again")
+        complete.write_text(wanted)
+
+
+def fetch_wheels(folder: Path) -> list[str]:
+    """A `pip download` into a folder for Debian's Python: it decides which wheels fit, not the one that runs this."""
+    platforms = ["manylinux1", "manylinux2010", "manylinux2014", *(f"manylinux_2_{minor}" for minor in range(5, 37))]
+    fetch = [sys.executable, "-m", "pip", "download", "--only-binary=:all:", "--disable-pip-version-check"]
+    fetch += [f"--dest={folder}", "--implementation=cp", f"--python-version={PYTHON_OF_THE_WHEELS}"]
+    return fetch + [f"--platform={name}_x86_64" for name in platforms]
+
+
 def gather_wheels(say: Say) -> None:
     """Fetches the wheels of the replica's base image into WHEELS, once. A Problem where no index gives them."""
     wanted = WHEEL_LIST.read_text()
     complete = WHEELS / WHEEL_LIST.name
     if complete.exists() and complete.read_text() == wanted:
         return
-    # The image's Python decides which wheels fit, not the one that runs this.
-    platforms = ["manylinux1", "manylinux2010", "manylinux2014", *(f"manylinux_2_{minor}" for minor in range(5, 37))]
-    fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-    fetch += [f"--dest={WHEELS}", "--implementation=cp", f"--python-version={PYTHON_OF_THE_WHEELS}"]
-    fetch += [f"--platform={name}_x86_64" for name in platforms]
+    fetch = [*fetch_wheels(WHEELS), "--no-deps"]
     torch = re.search(r"^torch==\S+", wanted, re.MULTILINE)
     assert torch
     others = CACHE / "wheels-without-torch.txt"
