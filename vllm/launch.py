@@ -446,7 +446,7 @@ def serve_command(settings: Settings, model: str, chat_template: str | None) -> 
         command.append("--trust-remote-code")
     # The gateway and Prometheus ask for these every second or so.
     # the gateway meters by it, and takes out of a stream what the client did not ask for
-    command.append("--enable-force-include-usage")
+    command += ["--enable-force-include-usage", "--enable-prompt-tokens-details"]
     # by the priority that the gateway sets; of the same priority who came first
     command += ["--scheduling-policy", "priority"]
     command += ["--disable-access-log-for-endpoints", "/health,/metrics"]
