@@ -15,7 +15,7 @@ const BEGINNING = 1 << 18;   // characters of a long body's prompt that are take
 const NUMBER = 64;           // characters, at most, of a number in it
 const NAME = 1 << 15;        // characters, at most, of a model's name or a session's key in a long body
 
-const NAMES = ['model', 'prompt_cache_key', 'stream_options'];
+const NAMES = ['model', 'prompt_cache_key', 'stream', 'stream_options'];
 // what limits.js asks for
 const NUMBERS = ['max_tokens', 'max_completion_tokens', 'max_output_tokens', 'n', 'best_of'];
 // in the order of the rendered prompt
