@@ -311,6 +311,36 @@ def test_each_role_reaches_what_the_table_says(keyed: Gateway, unkeyed: Gateway,
             assert answer.status_code == WORDS.get(says) or str(answer.status_code) == says, (path, says)
 
 
+def test_who_changes_the_fleet_stands_in_a_log_of_its_own(keyed: Gateway) -> None:
+    """By the key's name or, from inside the container, as the operator; who only looks is not in it."""
+    drain = "/replicas/vllm-0/drain"
+    for method, path in (("GET", "/replicas"), ("PUT", drain), ("DELETE", drain)):
+        assert httpx.request(method, keyed.url + path, headers=bearer(ADMIN)).status_code == 200
+    assert httpx.put(keyed.url + drain, headers=bearer(USER)).status_code == 403
+    keyed.admin("PUT", drain)
+    keyed.admin("DELETE", drain)
+    log = keyed.folder / "state" / "audit.jsonl"
+
+    def lines() -> list[tuple[str, str, int]]:
+        read = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [(line["who"], line["action"], line["status"]) for line in read if drain in line["action"]][-5:]
+
+    until(
+        lambda: (
+            lines()
+            == [
+                ("root", f"PUT {drain}", 200),
+                ("root", f"DELETE {drain}", 200),
+                ("alice", f"PUT {drain}", 403),
+                ("operator", f"PUT {drain}", 200),
+                ("operator", f"DELETE {drain}", 200),
+            ]
+        ),
+        "each change is in the log",
+    )
+    assert '"GET' not in log.read_text()
+
+
 @pytest.mark.parametrize(
     "path",
     re.findall(r"location = (/\S+) +\{ include conf.d/generate.conf", (ROOT / "nginx/conf.d/public.conf").read_text()),
