@@ -84,8 +84,8 @@ async function scan(body, turn) {
     }
     for (const name of NUMBERS) {
         const [begin, end] = looked.found[name] || [0, 0];
-        const number = parseFloat(body.text(begin, Math.min(end, begin + NUMBER)));
-        found[name] = number >= 0 ? number : undefined;
+        // '' is no number, and refused as such.
+        found[name] = end - begin <= NUMBER ? (parse(`[${body.text(begin, end)}]`) || [''])[0] : '';
     }
     let left = BEGINNING;
     found.prompt = '';

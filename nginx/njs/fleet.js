@@ -15,8 +15,9 @@ const counters = ngx.shared.counters;
 
 const REQUEST = 2 ** 32;   // what a request in flight adds to a replica's number: the rest is characters of prompt
 
+const GONE = 1000;         // ms that a count of 0 is kept
 const ALL = 1e9;   // keys; a shared dictionary gives 1,024 unless told otherwise
-const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys', 'limits', 'end_users', 'slots', 'usage'];   // those that can be full: nothing is evicted from them
+const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys', 'limits', 'end_users', 'slots', 'user_slots', 'usage'];   // those that can be full: nothing is evicted from them
 
 const worker = ` ${process.pid}`;   // asking for it costs more than counting
 
@@ -318,17 +319,36 @@ function inFlight(name) {
 
 // A worker that was killed never counted its requests out.
 function forgetDeadWorkers() {
-    for (const zone of [load, ngx.shared.slots]) {
-        for (const key of zone.keys(ALL)) {
+    for (const zone of ['load', 'slots', 'user_slots', 'beyond']) {
+        const dictionary = ngx.shared[zone];
+        for (const key of dictionary.keys(ALL)) {
             const [name, pid] = key.split(' ');
             if (pid && !fs.existsSync(`/proc/${pid}`)) {
-                zone.incr(name, -zone.pop(key), 0);
+                const amount = dictionary.pop(key) || 0;
+                if (zone === 'load') {
+                    load.incr(name, -amount, 0);
+                } else {
+                    drop(zone, name, amount);
+                }
             }
         }
     }
 }
 
+// Takes from a count of these zones. One that comes to 0 goes soon, so that it takes no room; not at once, as another may be
+// adding to it.
+function drop(zone, key, amount) {
+    const dictionary = ngx.shared[zone];
+    try {
+        if (dictionary.incr(key, -amount, 0) <= 0 && dictionary.incr(key, 0, 0, GONE) > 0) {
+            dictionary.incr(key, 0, 0);
+        }
+    } catch (e) {
+        lost(zone, e);
+    }
+}
+
 export default {
     ALL, ZONES, REQUEST, read, parse, get, set, put, lost, record, publish, table, serving, grouped, learn, card, clock, started,
-    unreachable, count, enter, begun, leave, answered, failures, number, inFlight, forgetDeadWorkers,
+    unreachable, count, enter, begun, leave, answered, failures, number, inFlight, forgetDeadWorkers, drop,
 };

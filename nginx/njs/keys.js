@@ -1,7 +1,8 @@
 // Who calls: the key or the token that a request brings.
 //
 // `refresh` reads secrets/keys.json and secrets/tokens.json when they change, and lays each key's holder under its hash into
-// the shared dictionary `keys`, for all workers. A file that cannot be read, or holds something unknown, changes nothing.
+// the shared dictionary `keys`, for all workers. A file that cannot be read, is gone, or holds something unknown, changes nothing.
+// The zone `keyed` outlasts a restart and has a mark for each file that was ever there: without it the gateway stays closed.
 
 import fs from 'fs';
 import crypto from 'crypto';
@@ -12,11 +13,13 @@ import settings from './settings.js';
 import tokens from './tokens.js';
 
 const shared = ngx.shared.keys;
+const marks = ngx.shared.keyed;
 
 const KEY = /^sk-fleet-[A-Za-z0-9_-]{43}$/;
 const TOKEN = /^eyJ[\w-]*\.[\w-]+\.[\w-]*$/;
 const TOKEN_BYTES = 8192;
-const END_USER = /^[!-~]{1,128}$/;
+// It stands in logs and metrics, so it must be no key and no token.
+const END_USER = /^(?!.*sk-fleet-|eyJ)[!-~]{1,128}$/;
 
 const FILES = ['keys.json', 'tokens.json'];
 const LARGEST = 1 << 22;   // bytes of a file
@@ -127,9 +130,9 @@ function textOf(name) {
     return text;
 }
 
-// Lays down what keys.json says, and takes away what it no longer does.
-function takeKeys() {
-    const { holders, roles, endUsers } = shared.get('seen:keys.json')
+// Lays down what keys.json says, if it is there, and takes away what it no longer does.
+function takeKeys(there) {
+    const { holders, roles, endUsers } = there
         ? parse(textOf('keys.json')) : { holders: {}, roles: { user: {}, admin: {} }, endUsers: {} };
     for (const entry of shared.keys(fleet.ALL)) {
         if (entry.startsWith('key:') && !holders[entry.slice(4)]) {
@@ -144,8 +147,8 @@ function takeKeys() {
     return Object.keys(holders).length;
 }
 
-function takeTokens() {
-    const issuers = shared.get('seen:tokens.json') ? tokens.parse(textOf('tokens.json')) : [];
+function takeTokens(there) {
+    const issuers = there ? tokens.parse(textOf('tokens.json')) : [];
     fleet.put('keys', 'issuers', JSON.stringify(issuers));
     return issuers.length;
 }
@@ -156,16 +159,27 @@ const TAKE = { 'keys.json': takeKeys, 'tokens.json': takeTokens };
 function refresh() {
     if (settings.auth === 'off') {
         fleet.put('keys', 'state', 'open');
+        FILES.filter((name) => marks.has(name)).forEach((name) => marks.delete(name));
         return;
     }
     for (const name of FILES) {
         const now = stamp(name);
-        if (shared.get(`seen:${name}`) === now && !shared.has(`wrong:${name}`)) {
+        const seen = shared.get(`seen:${name}`);
+        if (now && !marks.has(name)) {
+            marks.set(name, 1);
+        } else if (!now && marks.has(name)) {
+            metrics.broken(name);
+            ngx.log(ngx.ERR, `secrets/${name} is gone: what was in force stays so, and nothing is opened; put it back`);
+            if (seen) {
+                continue;
+            }
+        }
+        if (seen === now && !shared.has(`wrong:${name}`)) {
             continue;
         }
-        fleet.put('keys', `seen:${name}`, now);
         try {
-            fleet.put('keys', `count:${name}`, String(TAKE[name]()));
+            fleet.put('keys', `count:${name}`, String(TAKE[name](now !== '')));
+            fleet.put('keys', `seen:${name}`, now);
             shared.delete(`wrong:${name}`);
         } catch (e) {
             fleet.put('keys', `wrong:${name}`, '1');
@@ -212,13 +226,17 @@ function issuers() {
     return found;
 }
 
-// Whether a key is asked for: `open` (no), `keys` (yes), `none` (yes, but there is none), `broken` (nobody can be let in).
+// Whether a key is asked for: `open` (no), `keys` (yes), `none` (yes, but there is none), `broken` and `gone` (nobody can
+// be let in).
 function state() {
     const count = FILES.map((name) => shared.get(`count:${name}`));
     if (FILES.some((name, i) => shared.has(`wrong:${name}`) && count[i] === undefined)) {
         return 'broken';
     }
     const there = FILES.some((name) => shared.get(`seen:${name}`) || shared.has(`wrong:${name}`));
+    if (!there && FILES.some((name) => marks.has(name))) {
+        return 'gone';
+    }
     if (!there) {
         return settings.auth === 'loopback' ? 'open' : 'none';
     }
@@ -305,6 +323,9 @@ async function caller(r) {
         return refusal(401, 'no_keys', settings.closed);
     case 'broken':
         return refusal(503, 'keys_unreadable', 'The gateway cannot read its keys, and lets nobody in until it can.');
+    case 'gone':
+        return refusal(503, 'keys_gone', 'This gateway had keys, and their file is gone: put secrets/gateway/keys.json back, make a '
+            + 'key with `make key`, or set GATEWAY_AUTH=off to let everyone in.');
     }
     const key = presented(r);
     if (key.refused) {

@@ -1,15 +1,18 @@
 // What callers may use: requests and tokens a minute, tokens a day and a month, requests at once, and the size of one request.
 //
 // `admit` takes from each limit what a request may need at most, or gives all back and says which limit stands against it.
-// `settle` puts right what was taken when the request is over. Adding is atomic, and what is taken is added first and looked at
-// then: so all workers together never let in more than a limit says. Windows are the clock's: minutes, days and months of UTC.
+// Tokens are only reserved then, apart from those used, as places are; `settle` makes of them what was used when the request is
+// over. Reservations end with their worker, while what was used is kept in a file. Adding is atomic, and what is taken is added
+// first and looked at then: so all workers together never let in more than a limit says. Windows are the clock's: minutes, days
+// and months of UTC.
 
 import fleet from './fleet.js';
 
 const MINUTE = 60000;
 const DAY = 86400000;
-const SLOT = 2 * 3600000;   // ms that a count of requests at once is kept after the last change
+const HELD = 62 * DAY;      // ms that a count of what is held is kept after the last change
 const BYTES = 4;            // of a request's text for a token
+const ID = 8;               // bytes, at most, of a token that is given as a number
 const MEDIA = 1500;         // tokens for a picture or a sound
 const RATE = 200;           // tokens a second, at most, that a replica makes of one answer
 const ROUNDS = 8;
@@ -38,13 +41,18 @@ const LONGEST = {
     '/v1/audio/translations': ['max_completion_tokens'],
 };
 const OTHERWISE = { '/v1/completions': 16 };   // as vLLM has it; of the others: as far as the context goes
+// The field of a prompt that may be given as tokens' numbers.
+const PROMPT = { '/v1/completions': 'prompt', '/v1/embeddings': 'input', '/pooling': 'input', '/classify': 'input' };
 const UNCOUNTED = /tokenize$|\/count_tokens$/;
 
 // ---- how large a request is
 
-function wholeNumber(value) {
-    const number = Number(value);
-    return value === null || value === undefined || !Number.isFinite(number) || number < 0 ? undefined : number;
+// The number that a field gives, as the replica reads it: undefined if it gives none, NaN if that is not certain.
+function numberIn(value) {
+    if (value === null || value === undefined) {
+        return undefined;
+    }
+    return typeof value === 'number' || typeof value === 'string' && /^\s*\d+\s*$/.test(value) ? Number(value) : NaN;
 }
 
 // Bytes of pictures and sounds in the parts of messages, and how many there are: no text.
@@ -67,43 +75,50 @@ function media(messages) {
 }
 
 // How many prompts a body holds, and how many tokens where they are given as numbers.
-function prompts(body) {
-    const given = body.prompt ?? body.input;
-    if (Array.isArray(given) && typeof given[0] === 'number') {
-        return { count: 1, tokens: given.length };
+function prompts(uri, body) {
+    if (uri.endsWith('/batch')) {
+        return { count: Array.isArray(body.messages) ? body.messages.length : 1, tokens: 0 };
     }
-    // The parts of one conversation are objects.
-    if (!Array.isArray(given) || !given.length || typeof given[0] === 'object' && !Array.isArray(given[0])) {
+    const given = body[PROMPT[uri]];
+    if (!Array.isArray(given) || !given.length) {
         return { count: 1, tokens: 0 };
+    }
+    if (typeof given[0] === 'number') {
+        return { count: 1, tokens: given.length };
     }
     return { count: given.length, tokens: given.reduce((sum, one) => sum + (Array.isArray(one) ? one.length : 0), 0) };
 }
 
 // {bytes, prompt: tokens, answer: tokens of each at most, given: whether the request says so, answers: how many}. The prompt is
-// estimated, and no longer than the model's context: a replica refuses what is longer.
+// estimated, and no longer than the model's context: a replica refuses what is longer. `wrong`: the first field that is no number.
 function sizeOf(uri, body, bytes, context) {
     const fields = LONGEST[uri];
-    const { count, tokens } = prompts(body);
+    const { count, tokens } = prompts(uri, body);
     let prompt = 0;
     if (!UNCOUNTED.test(uri) && !uri.startsWith('/v1/audio/')) {
         const { count: pieces, size } = media(body.messages || body.input);
-        prompt = tokens || Math.ceil(Math.max(bytes - size, 0) / BYTES) + pieces * MEDIA;
+        // Whatever is no token's number may be text of the prompt.
+        prompt = tokens + Math.ceil(Math.max(bytes - size - tokens * ID, 0) / BYTES) + pieces * MEDIA;
     }
     if (!fields) {
         return { bytes, prompt, answer: 0, given: true, answers: 1 };
     }
     // Several prompts may each be as long as the context.
     prompt = Math.min(prompt, context * count);
-    const said = fields.map((field) => wholeNumber(body[field])).find((value) => value !== undefined);
+    const wrong = fields.concat('n', 'best_of').find((field) => Number.isNaN(numberIn(body[field])));
+    if (wrong) {
+        return { bytes, prompt, answer: 0, given: true, answers: 1, wrong };
+    }
+    // One below 0 is refused by the replica.
+    const said = fields.map((field) => numberIn(body[field])).find((value) => value >= 0);
     const otherwise = OTHERWISE[uri];
-    const each = wholeNumber(body.n) ?? 1;
-    const batch = uri.endsWith('/batch') && Array.isArray(body.messages) ? body.messages.length : 1;
+    const each = numberIn(body.n) ?? 1;
     return {
         bytes,
         prompt,
         answer: Math.min(said ?? otherwise ?? Infinity, Math.max(context - (count === 1 ? prompt : 0), 1)),
         given: said !== undefined || otherwise !== undefined,
-        answers: Math.max(each, wholeNumber(body.best_of) ?? 0, 1) * count * batch,
+        answers: Math.max(each, numberIn(body.best_of) ?? 0, 1) * count,
         each,
     };
 }
@@ -139,15 +154,16 @@ function valueOf(counter) {
     return ngx.shared[counter.zone].get(counter.key) || 0;
 }
 
-// Takes between `least` and `most` from a limit; how much, or -1. Another may take and give back in between, so it is tried
-// again as long as there seems to be room.
-function take(counter, limit, least, most) {
+// Takes between `least` and `most` from a limit of which another counter may have used some; how much, or -1. Another may take
+// and give back in between, so it is tried again as long as there seems to be room.
+function take(counter, limit, least, most, used) {
     for (let round = 0; round < ROUNDS; round++) {
-        const amount = Math.min(most, limit - valueOf(counter));
+        const amount = Math.min(most, limit - valueOf(counter) - (used ? valueOf(used) : 0));
         if (amount < least) {
             return -1;
         }
-        if (add(counter, amount) <= limit) {
+        // `settle` adds to what is used first, and gives back then: this order misses neither.
+        if (add(counter, amount) + (used ? valueOf(used) : 0) <= limit) {
             return amount;
         }
         add(counter, -amount);
@@ -163,20 +179,42 @@ function counterOf(party, name, now) {
 
 const pid = ` ${process.pid}`;
 
-// A place among the requests at once. The worker counts its own beside, to be taken back if it is killed.
-function enter(party, limit) {
-    const counter = { zone: 'slots', key: party.who, shared: 'slots', kept: SLOT };
-    if (take(counter, limit, 1, 1) < 0) {
-        return null;
+// Counts what this worker holds of a counter, to be taken back if it is killed (fleet.forgetDeadWorkers).
+function note({ zone, key }, amount) {
+    const dictionary = ngx.shared[zone];
+    const value = (dictionary.get(key + pid) || 0) + amount;
+    if (value > 0) {
+        try {
+            dictionary.set(key + pid, value);
+        } catch (e) {
+            fleet.lost(zone, e);
+        }
+    } else {
+        dictionary.delete(key + pid);
     }
-    add({ zone: counter.zone, key: counter.key + pid, shared: 'slots of workers', kept: SLOT }, 1);
-    return counter;
 }
 
-function leave(zone, key) {
-    for (const one of [key, key + pid]) {
-        add({ zone, key: one, shared: one, kept: SLOT }, -1);
+// Takes as `take` does what `release` gives back.
+function hold(counter, limit, least, most, used) {
+    const amount = take(counter, limit, least, most, used);
+    if (amount > 0) {
+        note(counter, amount);
     }
+    return amount;
+}
+
+function release(counter, amount) {
+    note(counter, -amount);
+    fleet.drop(counter.zone, counter.key, amount);
+}
+
+function slotOf(party) {
+    return { zone: party.held, key: party.who, shared: 'slots', kept: HELD };
+}
+
+// The tokens reserved in the window of this counter.
+function reservedOf(party, { key, shared }) {
+    return { zone: party.held, key, shared: `reserved-${shared}`, kept: HELD };
 }
 
 // ---- one request
@@ -195,12 +233,12 @@ function duration(ms) {
 function partiesOf(holder, endUser) {
     const parties = [];
     if (holder.name) {
-        parties.push({ who: holder.name, called: `The key ${holder.name}`, limits: holder.limits, zone: 'limits' });
+        parties.push({ who: holder.name, called: `The key ${holder.name}`, limits: holder.limits, zone: 'limits', held: 'slots' });
     }
     if (endUser) {
         const limits = JSON.parse(ngx.shared.keys.get('end_users') || '{}');
         if (Object.keys(limits).length) {
-            parties.push({ who: `${holder.name}/${endUser}`, called: 'This end user', limits, zone: 'end_users' });
+            parties.push({ who: `${holder.name}/${endUser}`, called: 'This end user', limits, zone: 'end_users', held: 'user_slots' });
         }
     }
     return parties;
@@ -213,6 +251,9 @@ function refusal(status, code, message, more) {
 // What of one request is larger than may be.
 function oversize(party, size) {
     const { limits, called } = party;
+    if (size.wrong && Object.keys(limits).length) {
+        return refusal(400, 'invalid_number', `${size.wrong} is no whole number: write it in digits.`, { param: size.wrong });
+    }
     if (size.bytes > limits.body_bytes) {
         return refusal(413, 'limit_exceeded', `${called} may send bodies of ${limits.body_bytes} bytes at most, and this one has ${size.bytes}.`);
     }
@@ -230,13 +271,17 @@ function oversize(party, size) {
     return null;
 }
 
-function spent(party, name, limit, counter, need, now) {
+function spent(party, name, limit, counter, used, need, now) {
     const left = counter.ends - now;
     const quota = name === 'tokens_per_day' || name === 'tokens_per_month';
     const span = SPANS[name];
     if (name !== 'requests_per_minute' && need > limit) {
         return refusal(429, 'rate_limit_exceeded', `${party.called} may use ${limit} tokens ${span}, and this request may need ${need}: `
             + 'make it shorter, or set a lower max_tokens.', { never: true });
+    }
+    if (name !== 'requests_per_minute' && used + need <= limit) {
+        return refusal(429, 'rate_limit_exceeded', `${party.called} may use ${limit} tokens ${span} (${name}), and its requests on `
+            + 'their way may need what is left: try again when one is over.', { after: 1 });
     }
     const unit = name === 'requests_per_minute' ? 'requests' : 'tokens';
     return refusal(429, quota ? 'insufficient_quota' : 'rate_limit_exceeded', `${party.called} may use ${limit} ${unit} ${span} (${name}), `
@@ -266,7 +311,8 @@ function seenBy(parties, names, now) {
             const limit = party.limits[name];
             if (limit !== undefined) {
                 const counter = counterOf(party, name, now);
-                seen.push([limit, limit - valueOf(counter), counter.ends - now]);
+                const held = WINDOWS[name].letter === 'r' ? 0 : valueOf(reservedOf(party, counter));
+                seen.push([limit, limit - valueOf(counter) - held, counter.ends - now]);
             }
         }
     }
@@ -312,15 +358,15 @@ function takeAll(parties, size, now, taken) {
         const { limits } = party;
         // A holder's are counted in any case.
         if (limits.parallel_requests !== undefined || party.zone === 'limits') {
-            const slot = enter(party, limits.parallel_requests ?? Infinity);
-            if (!slot) {
+            const held = slotOf(party);
+            if (hold(held, limits.parallel_requests ?? Infinity, 1, 1) < 0) {
                 return refusal(429, 'rate_limit_exceeded', `${party.called} may have ${limits.parallel_requests} requests at once `
                     + '(parallel_requests), and has them.', { after: 1 });
             }
-            taken.push(['slot', slot.zone, slot.key]);
+            taken.push({ held, amount: 1 });
         }
     }
-    const most = size.prompt + size.answer * size.answers;
+    const most = Math.max(size.prompt + size.answer * size.answers, 1);
     const least = size.given ? most : size.prompt + 1;
     for (const party of parties) {
         for (const name of Object.keys(WINDOWS)) {
@@ -328,31 +374,40 @@ function takeAll(parties, size, now, taken) {
             if (limit === undefined) {
                 continue;
             }
-            const counter = counterOf(party, name, now);
-            const requests = name === 'requests_per_minute';
-            const amount = take(counter, limit, requests ? 1 : Math.max(least, 1), requests ? 1 : Math.max(most, 1));
-            if (amount < 0) {
-                return spent(party, name, limit, counter, least, now);
+            const counted = counterOf(party, name, now);
+            if (name === 'requests_per_minute') {
+                if (take(counted, limit, 1, 1) < 0) {
+                    return spent(party, name, limit, counted, 0, 1, now);
+                }
+                taken.push({ counted, amount: 1 });
+                continue;
             }
-            taken.push([requests ? 'request' : 'tokens', counter.zone, counter.key, amount, counter.ends, counter.kept]);
+            // What is used needs its place before it is: where there is none, all share one.
+            const used = add(counted, 0);
+            const held = reservedOf(party, counted);
+            const amount = hold(held, limit, least, most, counted);
+            if (amount < 0) {
+                return spent(party, name, limit, counted, used, least, now);
+            }
+            taken.push({ held, counted, amount });
         }
     }
     return null;
 }
 
-// Puts right one count of what was taken, if its window still counts.
-function correct([, zone, key, , ends, kept], by, now) {
-    if (by && (now < ends || kept > 2 * MINUTE)) {
-        add({ zone, key, shared: key, kept }, by);
+// Adds to a count, if its window still counts.
+function correct(counted, by, now) {
+    if (by && (now < counted.ends || counted.kept > 2 * MINUTE)) {
+        add(counted, by);
     }
 }
 
 function giveBack(taken, now) {
-    for (const one of taken) {
-        if (one[0] === 'slot') {
-            leave(one[1], one[2]);
+    for (const { held, counted, amount } of taken) {
+        if (held) {
+            release(held, amount);
         } else {
-            correct(one, -one[3], now);
+            correct(counted, -amount, now);
         }
     }
 }
@@ -366,14 +421,14 @@ function settle(text, used, refused, began, seconds) {
         giveBack(list, now);
         return;
     }
-    for (const one of list) {
-        if (one[0] === 'slot') {
-            leave(one[1], one[2]);
-        } else if (one[0] === 'tokens') {
+    for (const { held, counted, amount } of list) {
+        if (held && counted) {
             // Of one that broke off without a word: its prompt, and what can have been made in its time.
             const guess = prompt + (began ? Math.ceil(seconds * RATE) * answers : 0);
-            const spentTokens = used ? used.prompt + used.completion : Math.min(one[3], guess);
-            correct(one, spentTokens - one[3], now);
+            correct(counted, used ? used.prompt + used.completion : Math.min(amount, guess), now);
+        }
+        if (held) {
+            release(held, amount);
         }
     }
 }
@@ -389,9 +444,10 @@ function show(holder, endUser) {
             if (WINDOWS[name]) {
                 const counter = counterOf(party, name, now);
                 const used = valueOf(counter);
-                shown[name] = { limit, used, remaining: Math.max(limit - used, 0), reset: duration(counter.ends - now) };
+                const reserved = WINDOWS[name].letter === 'r' ? 0 : valueOf(reservedOf(party, counter));
+                shown[name] = { limit, used, reserved, remaining: Math.max(limit - used - reserved, 0), reset: duration(counter.ends - now) };
             } else if (name === 'parallel_requests') {
-                const used = ngx.shared.slots.get(party.who) || 0;
+                const used = valueOf(slotOf(party));
                 shown[name] = { limit, used, remaining: Math.max(limit - used, 0) };
             } else {
                 shown[name] = { limit };

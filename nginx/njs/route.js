@@ -182,7 +182,8 @@ async function pick(r, holder) {
     if (wants) {
         r.variables.wants = wants;
     }
-    if (asked.body.n > 1) {
+    // However it is written: one answer may be read as several.
+    if ((asked.body.n ?? 1) !== 1) {
         r.variables.many = '1';
     }
     const { refused } = limits.admit(r, holder, asked, name);

@@ -234,7 +234,7 @@ def test_the_log_names_the_keys_holder(keyed: Gateway, client: httpx.Client) -> 
     assert line(forged.headers["x-request-id"])["end_user"] == ""
 
 
-@pytest.mark.parametrize("user", ["", "a b", "x" * 129, "\xe9"])
+@pytest.mark.parametrize("user", ["", "a b", "x" * 129, "\xe9", USER, f"me-{USER}", "eyJhbGciOiJFUzI1NiJ9.e30.c2ln"])
 def test_an_end_users_name_is_plain(client: httpx.Client, user: str) -> None:
     headers = [(b"Authorization", f"Bearer {FRONT}".encode()), (b"X-End-User", user.encode("latin-1"))]
     answer = client.post(CHAT, json=chat("hi"), headers=headers)
@@ -532,6 +532,59 @@ def test_with_nothing_before_a_wrong_file_lets_nobody_in(bad: str) -> None:
         assert (answer.status_code, error_of(answer)["code"]) == (503, "keys_unreadable")
         gateway.write_secret("keys.json", keys_file(entry("a", USER)))
         until(lambda: status_of(gateway, USER) == 200, "the right file is in force", 3)
+
+
+@pytest.mark.parametrize("kind", ["keys.json", "secrets"])
+def test_a_file_of_keys_that_vanishes_opens_nothing(kind: str) -> None:
+    """Neither the file alone nor its folder, also not after a restart; the operator has a way back."""
+    files = {"secrets/keys.json": keys_file(entry("a", USER, role="admin")).encode()}
+    with Replicas(1) as replicas, Gateway(replicas, files=files, key=USER) as gateway:
+        gateway.wait_ready()
+        # What marks that there were keys is written within a second of the start.
+        until(lambda: list((gateway.folder / "state").glob("keyed.json")), "the mark is written", 5)
+        folder = gateway.conf / "secrets"
+        gone = folder / "keys.json" if kind == "keys.json" else folder
+        aside = gateway.folder / "aside"
+        gone.rename(aside)
+        until(lambda: gateway.log().count("secrets/keys.json is gone") > 1, "the log says so", 5)
+        assert httpx.post(gateway.url + CHAT, json=chat("hi")).status_code == 401
+        assert status_of(gateway, USER) == 200
+        metrics = httpx.get(gateway.metrics_url + "/metrics").text
+        assert 'gateway_secrets_refused_total{file="keys.json"} 0' not in metrics
+        gateway.reload()
+        assert status_of(gateway, USER) == 200
+        gateway.restart()
+        answer = httpx.post(gateway.url + CHAT, json=chat("hi"))
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "keys_gone")
+        assert "GATEWAY_AUTH=off" in answer.text
+        assert status_of(gateway, USER) == 503
+        aside.rename(gone)
+        until(lambda: status_of(gateway, USER) == 200, "the key is in force again", 5)
+        assert httpx.post(gateway.url + CHAT, json=chat("hi")).status_code == 401
+
+
+def test_gateway_auth_off_opens_a_gateway_whose_keys_are_gone() -> None:
+    files = {"secrets/keys.json": keys_file(entry("a", USER, role="admin")).encode()}
+    with Replicas(1) as replicas, Gateway(replicas, files=files, key=USER) as gateway:
+        gateway.wait_ready()
+        until(lambda: list((gateway.folder / "state").glob("keyed.json")), "the mark is written", 5)
+        (gateway.conf / "secrets" / "keys.json").unlink()
+        gateway.env["GATEWAY_AUTH"] = "off"
+        gateway.restart()
+        until(lambda: httpx.get(gateway.url + "/v1/models").status_code == 200, "it is open", 5)
+        until(lambda: "keys.json" not in (gateway.folder / "state" / "keyed.json").read_text(), "the mark is gone", 5)
+        del gateway.env["GATEWAY_AUTH"]
+        gateway.restart()
+        until(lambda: httpx.get(gateway.url + "/v1/models").status_code == 200, "it is open as a fresh one", 5)
+
+
+def test_a_wrong_file_that_is_taken_away_opens_nothing() -> None:
+    with Replicas(1) as replicas, Gateway(replicas, files={"secrets/keys.json": b"{"}) as gateway:
+        assert status_of(gateway, USER) == 503
+        (gateway.conf / "secrets" / "keys.json").unlink()
+        until(lambda: "secrets/keys.json is gone" in gateway.log(), "the log says so", 5)
+        answer = httpx.get(gateway.url + "/v1/models")
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "keys_gone")
 
 
 def test_gateway_auth_off_asks_for_no_key() -> None:

@@ -1,6 +1,9 @@
 """What a key may use: each limit is reached at its value, by all workers together, and only admitted requests count."""
 
+import json
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +17,7 @@ from lab.sim.gateway import Gateway
 from lab.sim.replicas import Replicas
 from lab.waiting import until
 from stack.shell import ROOT
-from tests.gateway.conftest import chat, seen_by
+from tests.gateway.conftest import chat, resized, seen_by
 from tests.gateway.test_access import CHAT, bearer, entry, keys_file, new_key
 from tests.gateway.test_public import error_of
 
@@ -29,6 +32,8 @@ def workers(count: int) -> dict[str, bytes]:
 
 class Keys:
     """A gateway of four workers, and keys as tests ask for them."""
+
+    strict = ""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
@@ -149,6 +154,91 @@ def test_a_killed_worker_gives_its_places_back(keys: Keys) -> None:
     until(lambda: admitted(many(keys.gateway, key, 3, chat("slow", max_tokens=30))) == 3, "all places are free", 5)
 
 
+def test_what_was_only_reserved_ends_with_its_worker_and_with_its_gateway() -> None:
+    key = new_key()
+    file = keys_file(entry("a", key, limits={"tokens_per_month": 100_000}))
+    with Replicas(1) as replicas, Gateway(replicas, files={"secrets/keys.json": file.encode()}) as gateway:
+
+        def quota() -> dict[str, int]:
+            found: dict[str, int] = httpx.get(gateway.url + "/v1/usage", headers=bearer(key)).json()["limits"]["key"][
+                "tokens_per_month"
+            ]
+            return found
+
+        def stream() -> None:
+            body = chat("x", stream=True, max_tokens=30_000)
+            with httpx.Client(base_url=gateway.url) as client:
+                client.send(client.build_request("POST", CHAT, json=body, headers=bearer(key)), stream=True)
+                assert quota()["remaining"] < 70_000
+                for _ in gateway.serving_workers():
+                    gateway.kill_worker()
+
+        until(lambda: httpx.get(gateway.url + "/ready").status_code == 200, "ready")
+        stream()
+        until(lambda: quota()["remaining"] > 99_000, "the room is free again", 5)
+        until(lambda: httpx.post(gateway.url + CHAT, json=chat("x"), headers=bearer(key)).status_code == 200, "ready")
+        with httpx.Client(base_url=gateway.url) as client:
+            body = chat("x", stream=True, max_tokens=30_000)
+            client.send(client.build_request("POST", CHAT, json=body, headers=bearer(key)), stream=True)
+            assert quota()["remaining"] < 70_000
+            time.sleep(1.2)  # longer than a write of the state file waits: what it holds is what this is about
+            os.kill(gateway.master(), signal.SIGKILL)
+            for pid in gateway.workers():
+                os.kill(pid, signal.SIGKILL)
+        state = json.loads((gateway.folder / "state" / "limits.json").read_text())
+        assert 0 < max(one["value"] if isinstance(one, dict) else one for one in state.values()) < 1000
+
+
+def test_room_that_is_only_reserved_is_no_spent_quota(keys: Keys, client: httpx.Client) -> None:
+    for name in ("tokens_per_minute", "tokens_per_day", "tokens_per_month"):
+        early_in_a_minute()
+        headers = bearer(keys.make(limits={name: 5000}))
+        with client.stream("POST", CHAT, json=chat("x", stream=True, max_tokens=4000), headers=headers) as stream:
+            assert stream.status_code == 200
+            with httpx.Client(base_url=keys.gateway.url) as other:
+                answer = other.post(CHAT, json=chat("x", max_tokens=2000), headers=headers)
+            assert (answer.status_code, error_of(answer)["code"]) == (429, "rate_limit_exceeded")
+            assert answer.headers["retry-after"] == "1"
+            assert "x-should-retry" not in answer.headers
+        again = partial(client.post, CHAT, json=chat("x", max_tokens=2000), headers=headers)
+        until(lambda ask=again: ask().status_code == 200, "room again", 5)  # type: ignore[misc]
+
+
+def test_many_end_users_take_no_place_of_other_keys() -> None:
+    front, one, plain = new_key(), new_key(), new_key()
+    entries = [
+        entry("front", front, end_users=True),
+        entry("one", one, limits={"parallel_requests": 1}),
+        entry("plain", plain),
+    ]
+    file = keys_file(*entries, end_users={"limits": {"parallel_requests": 5, "tokens_per_minute": 10**6}})
+    files = {"secrets/keys.json": file.encode(), **resized(slots="32k", user_slots="32k")}
+    with (
+        Replicas(1) as replicas,
+        Gateway(replicas, files=files) as gateway,
+        httpx.Client(base_url=gateway.url, timeout=30) as client,
+    ):
+        until(lambda: client.get("/ready").status_code == 200, "ready")
+
+        def lost() -> str:
+            metrics = httpx.get(gateway.metrics_url + "/metrics").text
+            return str(re.findall(r'gateway_writes_lost_total\{zone="user_slots"\} (\d+)', metrics)[0])
+
+        def users(first: int, last: int) -> None:
+            for n in range(first, last):
+                headers = {**bearer(front), "X-End-User": f"{n:0120}"}
+                assert client.post(CHAT, json=chat("x", max_tokens=1), headers=headers).status_code == 200
+
+        # In turns of few at once far more come than have room: who has left takes none.
+        for first in range(0, 240, 20):
+            users(first, first + 20)
+            time.sleep(1.1)  # who has left is kept for a second
+        assert lost() == "0"
+        body = chat("x", stream=True, max_tokens=2000)
+        with client.stream("POST", CHAT, json=body, headers=bearer(plain)):
+            assert httpx.post(gateway.url + CHAT, json=chat("x"), headers=bearer(one)).status_code == 200
+
+
 def test_only_what_is_admitted_counts(keys: Keys, fleet: Replicas, client: httpx.Client) -> None:
     """Not what another limit refuses, nor an unknown model, a bad request, or a replica that fails."""
     early_in_a_minute()
@@ -201,6 +291,73 @@ def test_the_largest_request_of_each_kind(keys: Keys, client: httpx.Client) -> N
         assert answer.status_code == status, (body, answer.text)
         if status != 200:
             assert error_of(answer)["code"] == "limit_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {**chat("word " * 2000), "prompt": [1]}),
+        (CHAT, {**chat("word " * 2000), "input": ["a"]}),
+        ("/v1/messages", {**chat("word " * 2000), "prompt": [1]}),
+        ("/v1/completions", {"model": "sim", "max_tokens": 2, "prompt": "word " * 2000, "input": [1]}),
+        ("/v1/completions", {"model": "sim", "max_tokens": 2, "prompt": [[1], "word " * 2000]}),
+        ("/v1/completions", {"model": "sim", "max_tokens": 2, "prompt": [7] * 2500}),
+        ("/v1/embeddings", {"model": "sim", "input": "word " * 2000, "prompt": [1]}),
+    ],
+)
+def test_no_further_field_makes_a_prompt_seem_short(
+    keys: Keys, client: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    answer = client.post(path, json=body, headers=bearer(keys.make(limits={"prompt_tokens": 100})))
+    assert (answer.status_code, "prompts of 100 tokens" in answer.text) == (400, True), answer.text
+
+
+def test_a_prompt_of_token_numbers_has_as_many(keys: Keys, client: httpx.Client) -> None:
+    headers = bearer(keys.make(limits={"prompt_tokens": 100}))
+    body = {"model": "sim", "max_tokens": 2, "prompt": [50_000] * 80}
+    assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
+
+
+LONG = {"pad": [[1]] * 60_000}
+
+
+@pytest.mark.parametrize("more", [{}, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("field", ["n", "max_tokens", "max_completion_tokens", "best_of"])
+@pytest.mark.parametrize("value", ["2_0", "+20", "20.0", "x", "", [20], {"toString": 1, "valueOf": 1}, " " * 99])
+def test_a_number_that_cannot_be_read_for_certain_is_refused(
+    keys: Keys, client: httpx.Client, field: str, value: object, more: dict[str, Any]
+) -> None:
+    if not keys.strict:
+        keys.strict = keys.make(limits={"n": 2, "max_tokens": 10})
+    answer = client.post(CHAT, json={**chat("hi"), field: value, **more}, headers=bearer(keys.strict))
+    assert answer.status_code == 400
+    error = error_of(answer)
+    assert (error["code"], error["param"]) == ("invalid_number", field)
+
+
+@pytest.mark.parametrize("more", [{}, LONG], ids=["short", "long"])
+def test_a_number_written_as_text_counts(keys: Keys, client: httpx.Client, more: dict[str, Any]) -> None:
+    headers = bearer(keys.make(limits={"n": 2, "max_tokens": 10}))
+    rows: list[tuple[bool, dict[str, object]]] = [
+        (True, {"n": "20"}),
+        (False, {"n": " 2 "}),
+        (False, {"n": None}),
+        (True, {"max_tokens": "11"}),
+        (False, {"max_tokens": "10"}),
+    ]
+    for refused, field in rows:
+        answer = client.post(CHAT, json={**chat("hi"), **field, **more}, headers=headers)
+        # The replica may refuse it in its own words.
+        assert ("limit_exceeded" in answer.text, "invalid_number" in answer.text) == (refused, False), (
+            field,
+            answer.text,
+        )
+
+
+def test_without_limits_no_value_of_n_makes_the_gateway_fail(keys: Keys, client: httpx.Client) -> None:
+    headers = bearer(keys.make())
+    for value in ({"toString": 1, "valueOf": 1}, "2_0", [[]], True):
+        assert client.post(CHAT, json=chat("hi", n=value), headers=headers).status_code != 503
 
 
 def test_a_key_goes_later_the_more_it_has_in_flight(keys: Keys, fleet: Replicas, client: httpx.Client) -> None:

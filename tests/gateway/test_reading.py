@@ -107,7 +107,8 @@ def test_model_and_session_are_what_python_reads(read: Read, text: str, long: in
 
 @pytest.mark.parametrize("size", [0, 2_000_000])
 @pytest.mark.parametrize(
-    ("written", "number"), [("5", 5), (" 2e3 ", 2000), ('7,"n":8', 8), ('"7"', None), ('1,"n":null', None)]
+    ("written", "number"),
+    [("5", 5), (" 2e3 ", 2000), ('7,"n":8', 8), ('"7"', None), ('"2_0"', None), ("[5]", None), ('1,"n":null', None)],
 )
 def test_the_numbers_that_limits_go_by_are_read(read: Read, written: str, number: int | None, size: int) -> None:
     for body in (f'{{"n":{written}}}', f'{{"n":{written},"x":1}}'):
