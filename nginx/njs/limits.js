@@ -52,7 +52,8 @@ function numberIn(value) {
     if (value === null || value === undefined) {
         return undefined;
     }
-    return typeof value === 'number' || typeof value === 'string' && /^\s*\d+\s*$/.test(value) ? Number(value) : NaN;
+    const number = typeof value === 'number' || typeof value === 'string' && /^\s*\d+\s*$/.test(value) ? Number(value) : NaN;
+    return Number.isSafeInteger(number) ? number : NaN;
 }
 
 // Bytes of pictures and sounds in the parts of messages, and how many there are: no text.
@@ -90,7 +91,8 @@ function prompts(uri, body) {
 }
 
 // {bytes, prompt: tokens, answer: tokens of each at most, given: whether the request says so, answers: how many}. The prompt is
-// estimated, and no longer than the model's context: a replica refuses what is longer. `wrong`: the first field that is no number.
+// estimated, and no longer than the model's context: a replica refuses what is longer. `wrong`: the first field that is
+// no whole number.
 function sizeOf(uri, body, bytes, context) {
     const fields = LONGEST[uri];
     const { count, tokens } = prompts(uri, body);

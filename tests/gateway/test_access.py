@@ -563,6 +563,19 @@ def test_a_file_of_keys_that_vanishes_opens_nothing(kind: str) -> None:
         assert httpx.post(gateway.url + CHAT, json=chat("hi")).status_code == 401
 
 
+def test_a_damaged_mark_opens_nothing() -> None:
+    files = {"secrets/keys.json": keys_file(entry("a", USER)).encode()}
+    with Replicas(1) as replicas, Gateway(replicas, files=files) as gateway:
+        mark = gateway.folder / "state" / "keyed.json"
+        until(mark.exists, "the mark is written", 5)
+        (gateway.conf / "secrets" / "keys.json").unlink()
+        mark.unlink()
+        mark.write_text('{"keys')
+        gateway.restart()
+        answer = httpx.get(gateway.url + "/v1/models")
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "keys_gone")
+
+
 def test_gateway_auth_off_opens_a_gateway_whose_keys_are_gone() -> None:
     files = {"secrets/keys.json": keys_file(entry("a", USER, role="admin")).encode()}
     with Replicas(1) as replicas, Gateway(replicas, files=files, key=USER) as gateway:
