@@ -9,12 +9,12 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
-import httpx
 import psutil
 import typer
 
@@ -31,6 +31,7 @@ from stack.access import (
     own_key,
     take_environment,
 )
+from stack.certificate import Untrusted
 from stack.compose import (
     ACME_FILE,
     GPU_FILE,
@@ -50,6 +51,8 @@ from stack.shell import CACHE, LOG, ROOT, Say, ask, let_all_read, wait_for, work
 
 # An authority that answers has given one by then.
 CERTIFICATE_S = 120
+# The gateway reads a new pair within ten seconds.
+NEW_CERTIFICATE_S = 15
 QUESTION = "What is the capital of France?"
 
 
@@ -168,22 +171,58 @@ def wait_until_ready(compose: Compose, gateway: Gateway, services: list[str], sa
     wait_for(ready, every_s=1)
 
 
-def wait_for_certificate(compose: Compose, url: str) -> None:
-    """Returns when the gateway has a certificate; a Problem has the last words of what asks the authority for it."""
+def wait_for_certificate(compose: Compose, gateway: Gateway, before: Container | None) -> None:
+    """Returns when the gateway has a certificate that can be verified; a Problem says why it has none.
+
+    `before` is the container that asks the authority as it was before this command: it may have hours to sleep.
+    """
+    untrusted: list[Untrusted] = []
+
+    def served() -> bool:
+        untrusted.clear()
+        try:
+            return gateway.answers()
+        except Untrusted as problem:
+            untrusted.append(problem)
+            return False
+
+    if served():
+        return
+    now = compose.containers().get("acme")
+    if before and now and before.id == now.id:
+        compose.ask("restart", "acme")
+    if wait_for(served, CERTIFICATE_S):
+        return
+    if untrusted:
+        raise untrusted[0]
+    raise Problem(
+        f"no certificate after {CERTIFICATE_S} s: {compose.last_words('acme')}",
+        "HTTPS_DOMAIN has to point at this host, and port 80 has to be reachable from the authority;"
+        " see `docker compose logs acme`",
+    )
+
+
+def wait_for_own_certificate(gateway: Gateway) -> None:
+    """Returns when the gateway serves the certificate in secrets/, or does not answer yet; another one is a Problem."""
+    deadline = time.monotonic() + NEW_CERTIFICATE_S
 
     def served() -> bool:
         try:
-            httpx.get(f"{url}/health", verify=False, trust_env=False, timeout=5)  # noqa: S501 - asked for below
-        except httpx.HTTPError:
+            gateway.answers()
+        except Untrusted:
+            if time.monotonic() > deadline:
+                raise
             return False
         return True
 
-    if not wait_for(served, CERTIFICATE_S):
-        raise Problem(
-            f"no certificate after {CERTIFICATE_S} s: {compose.last_words('acme')}",
-            "HTTPS_DOMAIN has to point at this host, and port 80 has to be reachable from the authority;"
-            " see `docker compose logs acme`",
-        )
+    wait_for(served, every_s=1)
+
+
+def remove_left_out(compose: Compose, config: Config, say: Say) -> None:
+    """Stops and removes the token service where its profile is gone: Compose calls no such service an orphan."""
+    if "tokens" in compose.containers() and "tokens" not in config.services:
+        remove = ("--profile", "tokens", "rm", "--stop", "--force", "tokens")
+        work(compose.command(*remove), say, fix="see `docker compose logs`")
 
 
 @contextmanager
@@ -208,9 +247,18 @@ def give_back() -> None:
         ask("chown", "--recursive", "--no-dereference", "--from=root", owner, *made)
 
 
+def show_first_key(key: str) -> None:
+    """Shows the administrator's key."""
+    console.print("  The gateway is open to others, so it asks for a key. This is the administrator's, shown once:")
+    console.print(f"  [bold]{key}[/]", soft_wrap=True)
+    console.print("  `make key` makes one for each user. With GATEWAY_AUTH=off in .env it asks nobody.")
+
+
 def up() -> None:
     """All the steps, in their order. The first that cannot be done is a Problem."""
     with step("Settings") as shown:
+        # a clone leaves secrets/ open to this host's other users
+        SECRETS.prepare()
         wanted = settings.load()
         check_environment()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
@@ -255,26 +303,29 @@ def up() -> None:
     with step("Model") as shown:
         shown.result = served.bring(config, shown.say)
     with step("Keys") as shown:
-        made = first_key(wanted)
+        if made := first_key(wanted):
+            # before anything that can fail: it is never shown again
+            show_first_key(made)
         take_environment()
         if "tokens" in config.services:
             check_users()
         shown.result = "asked of everybody" if asks_for_keys(wanted) else "asked of nobody"
-    if made:
-        console.print("  The gateway is open to others, so it asks for a key. This is the administrator's, shown once:")
-        console.print(f"  [bold]{made}[/]", soft_wrap=True)
-        console.print("  `make key` makes one for each user. With GATEWAY_AUTH=off in .env it asks nobody.")
     open_mounts(config)
     with step("Settings of the replicas"):
         there = {name: config.services[name] for name in services}
         compose.check_launch(config.model_copy(update={"services": there}), "make up")
+    before = compose.containers()
     with step("Containers") as shown:
+        remove_left_out(compose, config, shown.say)
         start = ("--progress", "plain", "up", "--detach", "--remove-orphans", *services)
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)
-    if wanted.https_domain:
+    if wanted.https_port:
         with step("Certificate"):
-            wait_for_certificate(compose, wanted.url)
+            if wanted.https_domain:
+                wait_for_certificate(compose, gateway, before.get("acme"))
+            else:
+                wait_for_own_certificate(gateway)
     with step("Gateway's configuration") as shown:
         shown.result = gateway.reload_if_changed(config)
     with step("Ready") as shown:

@@ -15,6 +15,10 @@ FOLDER = ROOT / "secrets" / "gateway" / "tls"
 RENEW = "renew it, and put the new one there: the gateway reads it within ten seconds"
 
 
+class Untrusted(Problem):
+    """The gateway's certificate cannot be verified."""
+
+
 def check(folder: Path = FOLDER, now: datetime | None = None) -> str:
     """For whom and until when the certificate is, in words. A Problem where it, its key or its time will not do."""
     chain, key = folder / "fullchain.pem", folder / "privkey.pem"
@@ -63,7 +67,13 @@ def trusted(domain: str | None) -> ssl.SSLContext:
     whatever name this host reaches the gateway."""
     if domain:
         return ssl.create_default_context()
-    context = ssl.create_default_context(cafile=str(FOLDER / "fullchain.pem"))
+    chain = FOLDER / "fullchain.pem"
+    try:
+        context = ssl.create_default_context(cafile=str(chain))
+    except OSError:  # an ssl.SSLError too
+        raise Untrusted(
+            f"HTTPS_PORT is set, but {chain} cannot be read", "put the certificate there; docs/https.md says how"
+        ) from None
     context.check_hostname = False
     # the first certificate of the chain is enough: its authority need not be known here
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -85,6 +86,15 @@ def check_named(config: Config) -> None:
         )
 
 
+def certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """What is wrong with a certificate, if that is why a request failed."""
+    while error:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 class Replica(BaseModel):
     """A replica as the gateway sees it now. Counts are requests, `kv_usage` is the share of its KV cache in use."""
 
@@ -111,7 +121,10 @@ class Gateway:
         self._domain = domain
 
     def published(self) -> list[Replica] | None:
-        """All replicas, as the gateway tells at its port; None where it does not answer there."""
+        """All replicas, as the gateway tells at its port; None where it does not answer there.
+
+        A certificate that cannot be verified is a Problem: waiting would not help.
+        """
         try:
             answer = self._http("GET", "/status.json", timeout_s=5)
             if answer.status_code == httpx.codes.UNAUTHORIZED:
@@ -120,9 +133,19 @@ class Gateway:
             else:
                 said = answer.raise_for_status().json()
             return TypeAdapter(list[Replica]).validate_python(said["replicas"])
+        except certificate.Untrusted:
+            raise
         # or something else answers at that port
         except (httpx.HTTPError, ValueError, LookupError, TypeError, Problem):
             return None
+
+    def answers(self) -> bool:
+        """Whether it answers at its port. A certificate that cannot be verified is a Problem."""
+        try:
+            self._http("GET", "/health", timeout_s=5)
+        except httpx.HTTPError:
+            return False
+        return True
 
     def replicas(self) -> list[Replica]:
         """All replicas, in the order of the fleet's file, whatever port is published; a Problem without an answer."""
@@ -213,11 +236,26 @@ class Gateway:
         headers |= {"Host": name} if name else {}
         verify = certificate.trusted(self._domain) if self._url.startswith("https:") else False
         with httpx.Client(base_url=self._url, timeout=timeout_s, trust_env=False, verify=verify) as client:
-            return client.request(
-                method, path, json=body,
-                headers=headers,
-                extensions={"sni_hostname": name} if name else None,
-            )  # fmt: skip
+            try:
+                return client.request(
+                    method, path, json=body,
+                    headers=headers,
+                    extensions={"sni_hostname": name} if name else None,
+                )  # fmt: skip
+            except httpx.HTTPError as error:
+                if why := certificate_error(error):
+                    raise certificate.Untrusted(
+                        f"the certificate at {self._url} cannot be verified: {why.verify_message}", self._mend()
+                    ) from None
+                raise
+
+    def _mend(self) -> str:
+        if self._domain:
+            return (
+                "clients would refuse it too: take ACME_SERVER out of .env if it names a staging authority;"
+                " an authority of your own has to be one that this host trusts (update-ca-certificates)"
+            )
+        return f"the gateway serves another than {certificate.FOLDER / 'fullchain.pem'}: docker compose logs gateway"
 
     def _admin(self, method: str, path: str) -> Any:
         curl = ("curl", "--silent", "--show-error", "--max-time", "5", "--request", method, ADMIN + path)
