@@ -71,6 +71,7 @@ def check_ports(wanted: settings.Settings, own: set[int]) -> str:
         "GRAFANA_PORT": (ip_address("127.0.0.1"), wanted.grafana_port),
         "PROMETHEUS_PORT": (ip_address("127.0.0.1"), wanted.prometheus_port),
     }
+    checks.ports_differ(ports)
     for name, (address, port) in ports.items():
         if port not in own:
             checks.port_is_free(name, address, port, taken)
@@ -260,6 +261,7 @@ def up() -> None:
         # a clone leaves secrets/ open to this host's other users
         SECRETS.prepare()
         wanted = settings.load()
+        settings.check_private()
         check_environment()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
     with step("Docker") as shown:
@@ -279,6 +281,8 @@ def up() -> None:
             *[GPU_FILE] * gpu, *[TLS_FILE] * bool(wanted.https_port), *[ACME_FILE] * bool(wanted.https_domain)
         )
         config = compose.config()
+        profiles = compose.ask("config", "--profiles").split()
+        checks.profiles_are_known(settings.value_of("COMPOSE_PROFILES") or "", profiles)
         check_pins(config)
     check_named(config)
     gateway = Gateway(compose, wanted.url, wanted.https_domain)

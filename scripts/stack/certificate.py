@@ -23,6 +23,11 @@ def check(folder: Path = FOLDER, now: datetime | None = None) -> str:
     """For whom and until when the certificate is, in words. A Problem where it, its key or its time will not do."""
     chain, key = folder / "fullchain.pem", folder / "privkey.pem"
     for file in (chain, key):
+        if file.is_symlink() and (file.readlink().is_absolute() or not within(file, folder)):
+            raise Problem(
+                f"{file} is a link out of its folder, where the gateway's container cannot follow it",
+                f"put the file itself there: cp --remove-destination {file.readlink()} {file}",
+            )
         if not file.is_file():
             raise Problem(
                 f"HTTPS_PORT is set, but {file} is not there",
@@ -51,6 +56,11 @@ def check(folder: Path = FOLDER, now: datetime | None = None) -> str:
             "is this host's clock right? If it is, wait until then",
         )
     return f"for {', '.join(names(first))}, until {ends:%Y-%m-%d}"
+
+
+def within(file: Path, folder: Path) -> bool:
+    """Whether what a path leads to lies in a folder."""
+    return file.resolve().is_relative_to(folder.resolve())
 
 
 def names(certificate: x509.Certificate) -> list[str]:

@@ -186,7 +186,7 @@ class Gateway:
         # a folder's own time tells of files that went
         folders = [folder for target, folder in mounted(config).items() if Path(target).is_relative_to("/etc/nginx")]
         files = [path for folder in folders for path in (folder, *folder.rglob("*"))]
-        if max(path.stat().st_mtime for path in files) <= read:
+        if max(path.lstat().st_mtime for path in files) <= read:
             return "unchanged"
         check = ask(*self._compose.command(*NGINX, "-t"))
         if check.returncode:
