@@ -9,7 +9,6 @@ import fcntl
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
@@ -51,8 +50,6 @@ from stack.shell import CACHE, LOG, ROOT, Say, ask, let_all_read, wait_for, work
 
 # An authority that answers has given one by then.
 CERTIFICATE_S = 120
-# The gateway reads a new pair within ten seconds.
-NEW_CERTIFICATE_S = 15
 QUESTION = "What is the capital of France?"
 
 
@@ -203,22 +200,6 @@ def wait_for_certificate(compose: Compose, gateway: Gateway, before: Container |
     )
 
 
-def wait_for_own_certificate(gateway: Gateway) -> None:
-    """Returns when the gateway serves the certificate in secrets/, or does not answer yet; another one is a Problem."""
-    deadline = time.monotonic() + NEW_CERTIFICATE_S
-
-    def served() -> bool:
-        try:
-            gateway.answers()
-        except Untrusted:
-            if time.monotonic() > deadline:
-                raise
-            return False
-        return True
-
-    wait_for(served, every_s=1)
-
-
 def remove_left_out(compose: Compose, config: Config, say: Say) -> None:
     """Stops and removes the token service where its profile is gone: Compose calls no such service an orphan."""
     if "tokens" in compose.containers() and "tokens" not in config.services:
@@ -248,11 +229,17 @@ def give_back() -> None:
         ask("chown", "--recursive", "--no-dereference", "--from=root", owner, *made)
 
 
-def show_first_key(key: str) -> None:
-    """Shows the administrator's key."""
-    console.print("  The gateway is open to others, so it asks for a key. This is the administrator's, shown once:")
-    console.print(f"  [bold]{key}[/]", soft_wrap=True)
-    console.print("  `make key` makes one for each user. With GATEWAY_AUTH=off in .env it asks nobody.")
+def bring_keys(wanted: settings.Settings, config: Config) -> str:
+    """Makes the first key and takes the users of `.env`, where there is need; says in words who is asked for a key."""
+    if made := first_key(wanted):
+        # before anything that can fail: it is never shown again
+        console.print("  The gateway is open to others, so it asks for a key. This is the administrator's, shown once:")
+        console.print(f"  [bold]{made}[/]", soft_wrap=True)
+        console.print("  `make key` makes one for each user. With GATEWAY_AUTH=off in .env it asks nobody.")
+    take_environment()
+    if "tokens" in config.services:
+        check_users()
+    return "asked of everybody" if asks_for_keys(wanted) else "asked of nobody"
 
 
 def up() -> None:
@@ -307,13 +294,7 @@ def up() -> None:
     with step("Model") as shown:
         shown.result = served.bring(config, shown.say)
     with step("Keys") as shown:
-        if made := first_key(wanted):
-            # before anything that can fail: it is never shown again
-            show_first_key(made)
-        take_environment()
-        if "tokens" in config.services:
-            check_users()
-        shown.result = "asked of everybody" if asks_for_keys(wanted) else "asked of nobody"
+        shown.result = bring_keys(wanted, config)
     open_mounts(config)
     with step("Settings of the replicas"):
         there = {name: config.services[name] for name in services}
@@ -324,12 +305,9 @@ def up() -> None:
         start = ("--progress", "plain", "up", "--detach", "--remove-orphans", *services)
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)
-    if wanted.https_port:
+    if wanted.https_domain:
         with step("Certificate"):
-            if wanted.https_domain:
-                wait_for_certificate(compose, gateway, before.get("acme"))
-            else:
-                wait_for_own_certificate(gateway)
+            wait_for_certificate(compose, gateway, before.get("acme"))
     with step("Gateway's configuration") as shown:
         shown.result = gateway.reload_if_changed(config)
     with step("Ready") as shown:

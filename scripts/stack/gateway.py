@@ -27,6 +27,8 @@ ADMIN = "http://127.0.0.1:8081"
 ANSWER_SECONDS = 120
 # The gateway reads its keys once a second.
 NEW_KEY_SECONDS = 10
+# It reads a certificate that is new within ten.
+NEW_CERTIFICATE_SECONDS = 12
 # What vLLM says to a request that a model cannot answer: an embedding model to a chat, one without a chat template too.
 NOT_THIS_WAY = {httpx.codes.BAD_REQUEST, httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED}
 
@@ -230,24 +232,34 @@ class Gateway:
         raise Problem(said, fix)
 
     def _http(self, method: str, path: str, body: object = None, *, key: str = "", timeout_s: float) -> httpx.Response:
+        """The answer. A certificate that cannot be verified is a Problem, once each worker has had the time to read
+        one that is new."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # The gateway is on this host: the proxy that the environment may name is for others.
         name = self._domain
         headers |= {"Host": name} if name else {}
-        verify = certificate.trusted(self._domain) if self._url.startswith("https:") else False
-        with httpx.Client(base_url=self._url, timeout=timeout_s, trust_env=False, verify=verify) as client:
-            try:
-                return client.request(
-                    method, path, json=body,
-                    headers=headers,
-                    extensions={"sni_hostname": name} if name else None,
-                )  # fmt: skip
-            except httpx.HTTPError as error:
-                if why := certificate_error(error):
-                    raise certificate.Untrusted(
-                        f"the certificate at {self._url} cannot be verified: {why.verify_message}", self._mend()
-                    ) from None
-                raise
+        why = ""
+
+        def answer() -> httpx.Response | None:
+            nonlocal why
+            verify = certificate.trusted(name) if self._url.startswith("https:") else False
+            # The gateway is on this host: the proxy that the environment may name is for others.
+            with httpx.Client(base_url=self._url, timeout=timeout_s, trust_env=False, verify=verify) as client:
+                try:
+                    return client.request(
+                        method, path, json=body,
+                        headers=headers,
+                        extensions={"sni_hostname": name} if name else None,
+                    )  # fmt: skip
+                except httpx.HTTPError as error:
+                    refused = certificate_error(error)
+                    if not refused:
+                        raise
+                    why = refused.verify_message
+                    return None
+
+        if found := wait_for(answer, within_s=NEW_CERTIFICATE_SECONDS):
+            return found
+        raise certificate.Untrusted(f"the certificate at {self._url} cannot be verified: {why}", self._mend())
 
     def _mend(self) -> str:
         if self._domain:

@@ -100,7 +100,7 @@ def test_https_without_its_file_starts_no_gateway(files: tuple[Path, ...], port:
     """Plain `docker compose up` reads HTTPS_PORT too, and would publish plain HTTP."""
     environment = compose(BASE, *files, settings={"HTTPS_PORT": port})["services"]["gateway"]["environment"]
     given = {name: value for name, value in environment.items() if value is not None}
-    command = ["/bin/sh", ROOT / "nginx" / "start.sh", "true"]
+    command = ["/bin/sh", str(ROOT / "nginx" / "start.sh"), "true"]
     done = subprocess.run(command, env=given, text=True, capture_output=True, check=False)
     assert (done.returncode == 0) == starts
     assert ("HTTPS_PORT is set, but docker-compose.tls.yml" in done.stderr) != starts

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import up
-from stack import certificate
+from stack import certificate, gateway, settings
 from stack.certificate import Untrusted
 from stack.compose import Compose, Config, Container, Service
 from stack.console import Problem
@@ -33,7 +33,7 @@ def certify(folder: Path) -> None:
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> Iterator[str]:
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where something answers with a certificate of tmp_path."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -46,6 +46,7 @@ def url(tmp_path: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
+    monkeypatch.setattr(gateway, "NEW_CERTIFICATE_SECONDS", 0)
     certify(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "fullchain.pem", tmp_path / "privkey.pem")
@@ -58,8 +59,8 @@ def url(tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_certificate_of_an_authority_that_nobody_knows_is_a_problem(url: str) -> None:
-    gateway = Gateway(Compose(), url, "own.example")
-    for ask in (gateway.published, gateway.answers, lambda: gateway.first_answer("?")):
+    asked = Gateway(Compose(), url, "own.example")
+    for ask in (asked.published, asked.answers, lambda: asked.first_answer("?")):
         with pytest.raises(Problem, match=r"cannot be verified: self-signed certificate: .*staging authority"):
             ask()
 
@@ -75,6 +76,27 @@ def test_the_certificate_in_secrets_is_taken_as_it_is_and_no_other(
     (tmp_path / "fullchain.pem").unlink()
     with pytest.raises(Untrusted, match=r"fullchain\.pem cannot be read"):
         Gateway(Compose(), url).published()
+
+
+def test_a_certificate_that_a_worker_has_still_to_read_is_waited_for(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another lies in secrets/ than is served, until the gateway has looked again."""
+    monkeypatch.setattr(gateway, "NEW_CERTIFICATE_SECONDS", 60)
+    new = tmp_path / "new"
+    new.mkdir()
+    certify(new)
+    monkeypatch.setattr(certificate, "FOLDER", new)
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            monkeypatch.setattr(certificate, "FOLDER", tmp_path)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert Gateway(Compose(), url).answers()
+    assert len(waits) == 2
 
 
 class Fleet(Compose):
@@ -123,12 +145,9 @@ def test_what_just_began_to_ask_for_the_certificate_is_left_alone(monkeypatch: p
 
 def test_the_wait_for_a_certificate_ends_with_the_reason(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(up, "CERTIFICATE_S", 0)
-    monkeypatch.setattr(up, "NEW_CERTIFICATE_S", 0)
     fleet = Fleet("acme")
     with pytest.raises(Problem, match="cannot be verified"):
         up.wait_for_certificate(fleet, Gateway(fleet, url, "own.example"), None)
-    with pytest.raises(Problem, match="cannot be verified"):
-        up.wait_for_own_certificate(Gateway(fleet, url, "own.example"))
     with pytest.raises(Problem, match="no certificate after 0 s: acme: no such domain"):
         up.wait_for_certificate(fleet, Gateway(fleet, "https://127.0.0.1:9", "own.example"), None)
 
@@ -141,6 +160,19 @@ def test_the_token_service_goes_with_its_profile() -> None:
     del services["tokens"]
     up.remove_left_out(fleet, Config.model_validate({"services": services, "x-pins": {}}), print)
     assert fleet.said == [("--profile", "tokens", "rm", "--stop", "--force", "tokens")]
+
+
+def test_the_first_key_is_shown_though_what_comes_next_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise Problem("a user's role is wrong", "correct it")
+
+    monkeypatch.setattr(up, "first_key", lambda _: "sk-fleet-first")
+    monkeypatch.setattr(up, "take_environment", fails)
+    with pytest.raises(Problem, match="role is wrong"):
+        up.bring_keys(settings.check({}), Config.model_validate({"services": {}, "x-pins": {}}))
+    assert "sk-fleet-first" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changed", ["ACME_SERVER", "ACME_EMAIL"])
