@@ -17,7 +17,7 @@ const MEDIA = 1500;         // tokens for a picture or a sound
 const RATE = 200;           // tokens a second, at most, that a replica makes of one answer
 const ROUNDS = 8;
 const LANE = 1000;          // between the priorities of two lanes
-const UNSIZED = { prompt: 0, answer: 0, answers: 1, given: true };
+const UNSIZED = { prompt: 0, answer: 0, answers: 1, total: 0, given: true };
 
 // name: letter of its counters, how long they are kept
 const WINDOWS = {
@@ -78,7 +78,7 @@ function media(messages) {
 // How many prompts a body holds, and how many tokens where they are given as numbers.
 function prompts(uri, body) {
     if (uri.endsWith('/batch')) {
-        return { count: Array.isArray(body.messages) ? body.messages.length : 1, tokens: 0 };
+        return { count: Array.isArray(body.messages) && body.messages.length || 1, tokens: 0 };
     }
     const given = body[PROMPT[uri]];
     if (!Array.isArray(given) || !given.length) {
@@ -90,9 +90,9 @@ function prompts(uri, body) {
     return { count: given.length, tokens: given.reduce((sum, one) => sum + (Array.isArray(one) ? one.length : 0), 0) };
 }
 
-// {bytes, prompt: tokens, answer: tokens of each at most, given: whether the request says so, answers: how many}. The prompt is
-// estimated, and no longer than the model's context: a replica refuses what is longer. `wrong`: the first field that is
-// no whole number.
+// {bytes, prompt: tokens, answer: tokens of each at most, given: whether the request says so, answers: how many, total: tokens at
+// most, wrong: the first field that is no whole number}. The prompt is estimated, and no longer than the model's context: a
+// replica refuses what is longer.
 function sizeOf(uri, body, bytes, context) {
     const fields = LONGEST[uri];
     const { count, tokens } = prompts(uri, body);
@@ -103,24 +103,28 @@ function sizeOf(uri, body, bytes, context) {
         prompt = tokens + Math.ceil(Math.max(bytes - size - tokens * ID, 0) / BYTES) + pieces * MEDIA;
     }
     if (!fields) {
-        return { bytes, prompt, answer: 0, given: true, answers: 1 };
+        return { bytes, prompt, answer: 0, given: true, answers: 1, total: prompt };
     }
     // Several prompts may each be as long as the context.
     prompt = Math.min(prompt, context * count);
     const wrong = fields.concat('n', 'best_of').find((field) => Number.isNaN(numberIn(body[field])));
     if (wrong) {
-        return { bytes, prompt, answer: 0, given: true, answers: 1, wrong };
+        return { bytes, prompt, answer: 0, given: true, answers: 1, total: prompt, wrong };
     }
     // One below 0 is refused by the replica.
     const said = fields.map((field) => numberIn(body[field])).find((value) => value >= 0);
     const otherwise = OTHERWISE[uri];
     const each = numberIn(body.n) ?? 1;
+    // The prompt leaves less of the context, but padding could make it seem to leave none.
+    const answer = Math.min(said ?? otherwise ?? Infinity, context);
+    const answers = Math.max(each, numberIn(body.best_of) ?? 0, 1) * count;
     return {
         bytes,
         prompt,
-        answer: Math.min(said ?? otherwise ?? Infinity, Math.max(context - (count === 1 ? prompt : 0), 1)),
+        answer,
         given: said !== undefined || otherwise !== undefined,
-        answers: Math.max(each, numberIn(body.best_of) ?? 0, 1) * count,
+        answers,
+        total: answers === 1 ? Math.min(prompt + answer, context) : prompt + answer * answers,
         each,
     };
 }
@@ -368,8 +372,8 @@ function takeAll(parties, size, now, taken) {
             taken.push({ held, amount: 1 });
         }
     }
-    const most = Math.max(size.prompt + size.answer * size.answers, 1);
-    const least = size.given ? most : size.prompt + 1;
+    const most = Math.max(size.total, 1);
+    const least = size.given ? most : Math.min(size.prompt + 1, most);
     for (const party of parties) {
         for (const name of Object.keys(WINDOWS)) {
             const limit = party.limits[name];
