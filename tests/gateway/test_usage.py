@@ -140,7 +140,8 @@ def test_the_books_balance_for_mixed_traffic_with_hang_ups(metered: Gateway, fle
 
     def one(number: int) -> bool:
         path, body = kinds[number % len(kinds)]
-        hang_up = bool(body.get("stream")) and number % 4 == 0
+        # A stream of /v1/messages may tell the prompt's tokens only at its end.
+        hang_up = bool(body.get("stream")) and path != "/v1/messages" and number % 5 == 0
         with httpx.stream("POST", metered.url + path, json=body, headers=bearer(ALICE), timeout=30) as answer:
             assert answer.status_code == 200
             for count, _ in enumerate(answer.iter_lines()):
