@@ -23,6 +23,8 @@ from tests.gateway.conftest import chat
 from tests.gateway.test_access import CHAT, bearer, keys_file
 from tests.gateway.test_public import error_of
 
+# Tokens are made when the tests are collected, and used whenever their turn comes.
+LASTS_S = 24 * 3600
 SECRET = b"0123456789abcdef0123456789abcdef"
 OLD_SECRET = b"an older secret, 32 bytes at the least"
 RSA = rsa.generate_private_key(65537, 2048)
@@ -68,7 +70,7 @@ def gateway() -> Iterator[Gateway]:
 
 def claims(iss: str, **more: Any) -> dict[str, Any]:
     now = int(time.time())
-    return {"iss": iss, "aud": "fleet", "sub": "carol", "role": "user", "iat": now, "exp": now + 600, **more}
+    return {"iss": iss, "aud": "fleet", "sub": "carol", "role": "user", "iat": now, "exp": now + LASTS_S, **more}
 
 
 def without(iss: str, name: str) -> dict[str, Any]:
@@ -143,7 +145,7 @@ BAD = {
     "no audience": hs(without("hs", "aud")),
     "unknown issuer": hs(claims("evil")),
     "no issuer": hs(without("hs", "iss")),
-    "not yet": hs(claims("hs", nbf=int(time.time()) + 600)),
+    "not yet": hs(claims("hs", nbf=int(time.time()) + LASTS_S - 1)),
     "no end": hs(without("hs", "exp")),
     "end is a text": by_hand({"alg": "HS256", "kid": "new"}, claims("hs", exp="9999999999")),
     "unknown role": hs(claims("hs", role="root")),
