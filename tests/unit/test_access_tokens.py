@@ -327,6 +327,8 @@ SMALL: Jwk = RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 1024).public_ke
         ({"keys": [MADE["RS256"]]}, r"keys\[0\]: d is of a private key"),
         ({"keys": jwks(MADE["ES256"])}, "a key for ES256, which is not among"),
         ({"keys": [{"kty": "RSA"}]}, "it is no key of kind RSA"),
+        ({"keys": [{"kty": "oct"}], "algorithms": ["HS256"]}, "it is no key of kind oct"),
+        ({"keys": [{"kty": ["RSA"]}]}, "kty is oct, RSA, EC, OKP"),
         ({"keys": [SMALL]}, "has 1024 bits, less than 2048"),
         ({"keys": [{**MADE["HS256"], "k": "YWJj"}], "algorithms": ["HS256"]}, "has 3 bytes, less than 32"),
         ({"keys": [{**jwks(MADE["RS256"])[0], "alg": "HS256"}]}, "a key of kind RSA is for RS256"),
