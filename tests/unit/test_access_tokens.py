@@ -226,7 +226,12 @@ def test_what_signs_and_what_checks_change_together_or_not_at_all(secrets: Secre
     place = secrets.folder / broken
     place.unlink(missing_ok=True)
     place.mkdir()
-    for change in (lambda: store.rotate("ES256"), lambda: store.take(GOOD, 30), lambda: store.take(None, 60)):
+    changes: list[Callable[[], None]] = [
+        lambda: store.rotate("ES256"),
+        lambda: store.take(GOOD, 30),
+        lambda: store.take(None, 60),
+    ]
+    for change in changes:
         with pytest.raises(OSError, match=re.escape(place.name)):
             change()
         assert {path: path.read_bytes() for path in files} == files
