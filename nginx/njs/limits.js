@@ -239,7 +239,8 @@ function duration(ms) {
 function partiesOf(holder, endUser) {
     const parties = [];
     if (holder.name) {
-        parties.push({ who: holder.name, called: `The key ${holder.name}`, limits: holder.limits, zone: 'limits', held: 'slots' });
+        const called = `The ${holder.token ? 'user' : 'key'} ${holder.name}`;
+        parties.push({ who: holder.name, called, limits: holder.limits, zone: 'limits', held: 'slots' });
     }
     if (endUser) {
         const limits = JSON.parse(ngx.shared.keys.get('end_users') || '{}');
