@@ -3,7 +3,6 @@
 
 import interior from './admin.js';
 import answers from './answers.js';
-import gauges from './metrics.js';
 import keys from './keys.js';
 import limits from './limits.js';
 import usage from './usage.js';
@@ -13,8 +12,9 @@ function status(r) {
     return keys.admins(r, views.status, true);
 }
 
+// Lets admins through: what comes in pieces only js_content can send.
 function metrics(r) {
-    return keys.admins(r, gauges.show, false);
+    return keys.admins(r, () => {}, false);
 }
 
 function admin(r) {
