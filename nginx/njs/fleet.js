@@ -16,7 +16,7 @@ const counters = ngx.shared.counters;
 const REQUEST = 2 ** 32;   // what a request in flight adds to a replica's number: the rest is characters of prompt
 
 const ALL = 1e9;   // keys; a shared dictionary gives 1,024 unless told otherwise
-const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys', 'limits', 'end_users', 'slots', 'usage'];   // those that can be full: nothing is evicted from them
+const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys', 'limits', 'end_users', 'slots', 'bodies', 'usage'];   // those that can be full: nothing is evicted from them
 
 const worker = ` ${process.pid}`;   // asking for it costs more than counting
 
@@ -316,13 +316,21 @@ function inFlight(name) {
     return Math.floor(number(name) / REQUEST);
 }
 
+// Deletes a count of 0, and what another worker has added meanwhile stays.
+function forget(zone, name) {
+    const left = zone.pop(name);
+    if (left) {
+        zone.incr(name, left, 0);
+    }
+}
+
 // A worker that was killed never counted its requests out.
 function forgetDeadWorkers() {
-    for (const zone of [load, ngx.shared.slots]) {
+    for (const zone of [load, ngx.shared.slots, ngx.shared.bodies]) {
         for (const key of zone.keys(ALL)) {
             const [name, pid] = key.split(' ');
-            if (pid && !fs.existsSync(`/proc/${pid}`)) {
-                zone.incr(name, -zone.pop(key), 0);
+            if (pid && !fs.existsSync(`/proc/${pid}`) && !zone.incr(name, -zone.pop(key), 0)) {
+                forget(zone, name);
             }
         }
     }
@@ -330,5 +338,5 @@ function forgetDeadWorkers() {
 
 export default {
     ALL, ZONES, REQUEST, read, parse, get, set, put, lost, record, publish, table, serving, grouped, learn, card, clock, started,
-    unreachable, count, enter, begun, leave, answered, failures, number, inFlight, forgetDeadWorkers,
+    unreachable, count, worker, forget, enter, begun, leave, answered, failures, number, inFlight, forgetDeadWorkers,
 };

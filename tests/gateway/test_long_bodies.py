@@ -1,5 +1,6 @@
 """Long bodies hold up nobody: not by their shape, and not by their sum."""
 
+import contextlib
 import json
 import re
 import socket
@@ -104,7 +105,9 @@ def test_no_shape_holds_the_worker_for_long(one_worker: Gateway, shape: str) -> 
 ADMIN = new_key()
 CONF = ROOT / "nginx" / "conf.d"
 LOCATIONS = re.findall(
-    r"^location (?:= )?(/\S*)", "".join((CONF / f"{name}.conf").read_text() for name in ("public", "status")), re.M
+    r"^location (?:= )?(/\S*)",
+    "".join((CONF / f"{name}.conf").read_text() for name in ("public", "status")),
+    re.MULTILINE,
 )
 JSON = "Content-Type: application/json"
 
@@ -128,10 +131,9 @@ def answered_early(host: str, port: int, head: str, sent: int) -> str:
     """The answer to a request whose body stops after `sent` bytes, well before a body's time is over."""
     with socket.create_connection((host, port), 5) as connection:
         connection.sendall(f"{head}\r\nHost: localhost\r\n\r\n".encode())
-        try:
+        # It may have answered already, and closed.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(b"x" * sent)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it has answered, and closed
         return connection.recv(65536).decode()
 
 
@@ -150,7 +152,7 @@ def test_no_body_of_a_stranger_is_read_on_any_path(locked: Gateway, length: int,
 
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/canary", "/nothing"])
 def test_strangers_bodies_take_no_memory(locked: Gateway, path: str) -> None:
-    """Many at once, each as long as may lie in memory, with the last byte held back, take what those without bytes take."""
+    """Many at once, each as long as may lie in memory, but for the last byte, take what those without bytes take."""
 
     def held_back(sent: int) -> int:
         with ExitStack() as stack:
@@ -176,10 +178,7 @@ def test_no_body_is_read_where_clients_should_use_https(locked: Gateway, method:
 def test_an_admins_body_has_a_limit_where_none_is_asked_for(locked: Gateway) -> None:
     headers = {"Authorization": f"Bearer {ADMIN}"}
     for path in ("/metrics", "/canary"):
-        answer = httpx.put(
-            locked.url + path, content=b"x" * 20_000, headers={**headers, "Content-Type": "application/json"}
-        )
-        assert answer.status_code == 413
+        assert httpx.put(locked.url + path, content=b"x" * 20_000, headers=headers).status_code == 413
     assert "gateway_body_bytes" in httpx.get(locked.url + "/metrics", headers=headers).text
     assert httpx.get(locked.url + "/metrics").status_code == 401
 
@@ -342,6 +341,39 @@ def test_the_room_of_a_killed_worker_is_free_again(small: Gateway) -> None:
         small.kill_worker()
         until(lambda: held(small, "disk") == held(small, "memory") == 0, "their room is free")
     until(lambda: held(small, "disk") == held(small, "memory") == 0, "and nothing is counted out twice")
+
+
+def test_one_key_has_a_quarter_of_the_room_and_keeps_nobody_out(replicas: Replicas) -> None:
+    """It may have its bodies again when they are over, and when the worker that read them was killed."""
+    greedy, other = new_key(), new_key()
+    secrets = keys_file(entry("greedy", greedy), entry("other", other, role="admin")).encode()
+    env = {"GATEWAY_BODIES_MB": "64"}
+
+    def post(gateway: Gateway, key: str, size: int) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.post(gateway.url + PATH, json=chat("hi", x="y" * size), headers=headers, timeout=30)
+
+    with Gateway(replicas, env=env, files={"secrets/keys.json": secrets}, key=other) as gateway:
+        gateway.wait_ready()
+        for end in ("hung up", "killed"):
+            with ExitStack() as stack:
+                head = f"Authorization: Bearer {greedy}\r\nContent-Length: {MIB}"
+                for _ in range(90):
+                    stack.enter_context(begun(gateway, head))
+                until(
+                    lambda: (held(gateway, "memory"), held(gateway, "disk")) == (64 * MIB, 16 * MIB),
+                    "a quarter of each",
+                )
+                refused = post(gateway, greedy, 1)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "bodies_full")
+                assert "the key greedy's other requests" in refused.text
+                assert post(gateway, other, 1).status_code == post(gateway, other, 2 * MIB).status_code == 200
+                if end == "killed":
+                    gateway.kill_worker()
+                    gateway.kill_worker()
+            until(lambda: held(gateway, "disk") == held(gateway, "memory") == 0, "their room is free")
+            # One body may be longer than the quarter.
+            assert post(gateway, greedy, 40 * MIB).status_code == 200
 
 
 def test_sixty_uploads_at_once_cost_no_stream_and_no_worker(replicas: Replicas) -> None:
