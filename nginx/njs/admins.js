@@ -32,15 +32,9 @@ async function own(r) {
         keys.refuse(r, holder.refused);
         return;
     }
-    const tokens = {};
-    for (const { kind, key, value } of usage.all()) {
-        if (key === holder.name) {
-            tokens[kind] = (tokens[kind] || 0) + value;
-        }
-    }
     answers.json(r, {
         object: 'usage', key: holder.name, role: holder.role, models: holder.models,
-        limits: limits.show(holder, r.variables.end_user), tokens,
+        limits: limits.show(holder, r.variables.end_user), tokens: usage.of(holder.name),
     });
 }
 
