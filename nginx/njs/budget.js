@@ -1,4 +1,5 @@
-// The bytes of requests' bodies that lie here: each has a limit of its own, this is the limit of their sum.
+// The bytes of requests' bodies that lie here: each has a limit of its own, this is the limit of their sum. The holder of a key
+// has a quarter of it at most, or one body, so that it can't keep the others out.
 //
 // A body takes its room before it is read, or is refused. Up to 1 MiB it lies in memory until the request is over, else on disk
 // until the answer begins: then nobody needs it again, and Nginx closes its file, which has no name from the start.
@@ -6,38 +7,74 @@
 import fleet from './fleet.js';
 import settings from './settings.js';
 
+const shares = ngx.shared.bodies;
+
+const SHARE = 4;             // holders that fill a place
 const BUFFER = 1 << 20;      // bytes: client_body_buffer_size, up to which a body stays in memory
 const FILED = 1 << 17;       // bytes: from here on a file does as well, where memory has no room
 const MEMORY = 256 << 20;    // bytes in memory, of the gateway's 1 GiB
 const LARGEST = 64 << 20;    // bytes: client_max_body_size, and what a body without a length is taken for until it is there
 
-// Takes room for a body that is yet to be read. Gives where it will lie, '' where there is no room.
-function take(r) {
+// Takes room for a body that is yet to be read, for the holder of this name, '' where no keys are asked for. Gives where it will
+// lie; 'share' where the holder's other bodies are in its way, 'full' where those of others are.
+function take(r, who) {
     const said = r.headersIn['Content-Length'];
     const length = said !== undefined ? Number(said)
         : r.headersIn['Transfer-Encoding'] === undefined && r.httpVersion < '2' ? 0 : LARGEST;
-    if (length <= BUFFER && hold(r, 'memory', length, MEMORY)) {
-        return 'memory';
+    let found = length <= BUFFER ? hold(r, 'memory', length, MEMORY, who) : '';
+    if (found !== 'memory' && length > FILED) {
+        found = hold(r, 'disk', length, settings.bodies, who);
     }
-    return length > FILED && hold(r, 'disk', length, settings.bodies) ? 'disk' : '';
+    return found;
 }
 
-function hold(r, place, bytes, most) {
+function hold(r, place, bytes, most, who) {
+    const mine = change(place, bytes, who);
+    if (mine > most / SHARE && mine > bytes) {
+        change(place, -bytes, who);
+        return 'share';
+    }
     const key = 'body:' + place;
     if (fleet.count(key, bytes) > most) {
         fleet.count(key, -bytes);
-        return false;
+        change(place, -bytes, who);
+        return 'full';
     }
-    r.variables.body = place + ' ' + bytes;
-    return true;
+    r.variables.body = place + ' ' + bytes + ' ' + who;
+    return place;
+}
+
+// Adds to the bytes that a holder has in a place, and gives them. Who has none has no counter.
+function change(place, bytes, who) {
+    if (!who || !bytes) {
+        return 0;
+    }
+    const key = place + ':' + who;
+    const own = key + fleet.worker;
+    let sum;
+    try {
+        if (!shares.incr(own, bytes, 0)) {
+            shares.delete(own);
+        }
+        sum = shares.incr(key, bytes, 0);
+    } catch (e) {
+        // No room for another counter: only the sum of all counts.
+        fleet.lost('bodies', e);
+        return 0;
+    }
+    if (!sum) {
+        fleet.forget(shares, key);
+    }
+    return sum;
 }
 
 // The body is there, and so long.
 function settle(r, length) {
-    const [place, bytes] = (r.variables.body || '').split(' ');
+    const [place, bytes, who] = (r.variables.body || '').split(' ');
     if (bytes && Number(bytes) !== length) {
         fleet.count(`body:${place}`, length - bytes);
-        r.variables.body = `${place} ${length}`;
+        change(place, length - bytes, who);
+        r.variables.body = `${place} ${length} ${who}`;
     }
 }
 
@@ -60,8 +97,9 @@ function over(r) {
 }
 
 function free(held) {
-    const at = held.indexOf(' ');
-    fleet.count('body:' + held.slice(0, at), -held.slice(at));
+    const [place, bytes, who] = held.split(' ');
+    fleet.count('body:' + place, -bytes);
+    change(place, -bytes, who);
 }
 
 export default { take, settle, begun, over };

@@ -35,7 +35,12 @@ function unfolded(r) {
         if (KEY_IN_URL.test(text)) {
             return 'url';
         }
-        text = text.replace(/%([0-7][0-9a-f])/gi, (_, code) => String.fromCharCode(parseInt(code, 16)));
+        const before = text;
+        // What is no ASCII stays as it is spelt.
+        text = decodeURIComponent(text.replace(/%(?![0-7][0-9a-f])/gi, '%25'));
+        if (text === before) {
+            break;
+        }
     }
     return '';
 }

@@ -17,7 +17,7 @@ const REQUEST = 2 ** 32;   // what a request in flight adds to a replica's numbe
 
 const GONE = 1000;         // ms that a count of 0 is kept
 const ALL = 1e9;   // keys; a shared dictionary gives 1,024 unless told otherwise
-const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys', 'limits', 'end_users', 'slots', 'user_slots', 'usage'];   // those that can be full: nothing is evicted from them
+const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys', 'limits', 'end_users', 'slots', 'user_slots', 'bodies', 'usage'];   // those that can be full: nothing is evicted from them
 
 const worker = ` ${process.pid}`;   // asking for it costs more than counting
 
@@ -317,9 +317,17 @@ function inFlight(name) {
     return Math.floor(number(name) / REQUEST);
 }
 
+// Deletes a count of 0, and what another worker has added meanwhile stays.
+function forget(zone, name) {
+    const left = zone.pop(name);
+    if (left) {
+        zone.incr(name, left, 0);
+    }
+}
+
 // A worker that was killed never counted its requests out.
 function forgetDeadWorkers() {
-    for (const zone of ['load', 'slots', 'user_slots', 'beyond']) {
+    for (const zone of ['load', 'slots', 'user_slots', 'beyond', 'bodies']) {
         const dictionary = ngx.shared[zone];
         for (const key of dictionary.keys(ALL)) {
             const [name, pid] = key.split(' ');
@@ -327,6 +335,10 @@ function forgetDeadWorkers() {
                 const amount = dictionary.pop(key) || 0;
                 if (zone === 'load') {
                     load.incr(name, -amount, 0);
+                } else if (zone === 'bodies') {
+                    if (!dictionary.incr(name, -amount, 0)) {
+                        forget(dictionary, name);
+                    }
                 } else {
                     drop(zone, name, amount);
                 }
@@ -350,5 +362,5 @@ function drop(zone, key, amount) {
 
 export default {
     ALL, ZONES, REQUEST, read, parse, get, set, put, lost, record, publish, table, serving, grouped, learn, card, clock, started,
-    unreachable, count, enter, begun, leave, answered, failures, number, inFlight, forgetDeadWorkers, drop,
+    unreachable, count, worker, forget, enter, begun, leave, answered, failures, number, inFlight, forgetDeadWorkers, drop,
 };

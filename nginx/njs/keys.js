@@ -363,7 +363,7 @@ function refuse(r, { status, code, message }) {
     answers.send(r, status, code, message);
 }
 
-// js_content of what only admins may: `handle` answers them. Where no keys are asked for it is not there, but for `open`.
+// js_access of what only admins may: `handle` answers them. Where no keys are asked for it is not there, but for `open`.
 async function admins(r, handle, open) {
     if (!required() && !open) {
         answers.notFound(r);

@@ -17,6 +17,7 @@ const prefixes = ngx.shared.prefixes;
 
 const FIRST_CUT = 512;   // characters: some eight blocks of a replica's cache; a message up to this length is hashed whole
 const SAMPLE = 64;       // characters, at each end of a piece
+const PARTS = 32;        // of a message that are told apart by all of their data
 const LOOK_BACK = 6;     // messages: a turn adds two, a turn with tools some more
 const HOLDERS = 6;       // replicas remembered a key, eight bits each
 
@@ -41,9 +42,13 @@ function contentOf(message) {
         return calls || JSON.stringify(message);
     }
     let text = calls;
-    for (const part of content) {
+    for (const part of content.slice(0, PARTS)) {
         const said = part && part.text;
         text += (typeof said === 'string' ? sample(said, 0, said.length) : hash(JSON.stringify(part) || '')) + '\n';
+    }
+    if (content.length > PARTS) {
+        const rest = JSON.stringify(content.slice(PARTS));
+        text += sample(rest, 0, rest.length);
     }
     return text;
 }

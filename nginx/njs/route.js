@@ -112,13 +112,14 @@ async function choose(r) {
             keys.refuse(r, holder.refused);
             return;
         }
-        const place = budget.take(r);
+        const place = budget.take(r, holder.name);
         if (place === 'memory') {
             await pick(r, holder);
         } else if (place === 'disk') {
             r.internalRedirect('@long');
         } else {
-            refuse(r, 'bodies', 429, 'bodies_full', 'Too many bytes of other requests are on their way. Try again later.');
+            refuse(r, 'bodies', 429, 'bodies_full', `Too many bytes of ${place === 'share' ? `the key ${holder.name}'s ` : ''}other `
+                + 'requests are on their way. Try again later.');
         }
     } catch (e) {
         undecided(r, e);

@@ -4,13 +4,14 @@
 const WINDOW = 1 << 16;   // bytes searched at a time
 const PARTS = 2000;       // at most: the replica takes a thousand fields and a thousand files
 const HEAD = 4096;        // bytes, at most, of a part's headers
+const TYPE = 1024;        // characters, at most, of the upload's Content-Type
 const VALUE = 4096;       // bytes, at most, of a field's value
 const FIELDS = ['model', 'stream_include_usage', 'stream_continuous_usage_stats'];
 
 const TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+";
 const QUOTED = String.raw`"(?:[^"\\]|\\"|\\(?!"))*"`;
 const PARAMETER = new RegExp(String.raw`;[ \t]*(${TOKEN})=(${QUOTED}|[^\s;"\\<>]+)[ \t]*`, 'g');
-const PARAMETERS = new RegExp(String.raw`^[ \t]*${TOKEN}(?:/${TOKEN})?[ \t]*(?:${PARAMETER.source})*;?[ \t]*$`);
+const PARAMETERS = new RegExp(String.raw`^[ \t]*${TOKEN}(?:/${TOKEN})?[ \t]*(?:${PARAMETER.source})*(?:;[ \t]*)?$`);
 const HEADER = new RegExp(`^(${TOKEN}):(.*)$`);
 
 // The parameters of a header's value by name, in lower case; null if they can be read in more than one way.
@@ -50,7 +51,7 @@ function disposition(lines) {
 
 // {model and other FIELDS}, or {unreadable: why} where the replica might read something else.
 async function fields(body, type, turn) {
-    const given = parameters(type);
+    const given = type.length <= TYPE ? parameters(type) : null;
     const boundary = given && given.boundary;
     if (!boundary || !/^[\x21-\x7E ]{1,200}$/.test(boundary) || !/^(utf-?8|us-ascii)$/i.test(given.charset || 'utf-8')) {
         return { unreadable: 'its Content-Type' };

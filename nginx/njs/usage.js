@@ -152,11 +152,13 @@ function used(r) {
     return found;
 }
 
+// Adds to a counter, and gives it; nothing where it has no room.
 function add(key, value) {
     try {
-        shared.incr(key, value, 0);
+        return shared.incr(key, value, 0);
     } catch (e) {
         fleet.lost('usage', e);
+        return undefined;
     }
 }
 
@@ -173,13 +175,38 @@ function series(replica, key, endUser, model) {
     return `${replica} ${key} ${endUser ? OTHER : ''} ${OTHER}`;
 }
 
+// What a key has used over all of its series lies apart, under `kind:key`. What an older gateway has kept is summed once.
+function sum(kind, key, value) {
+    if (!shared.has('summed') && add('summed', 1) === 1) {
+        for (const one of all()) {
+            add(`${one.kind}:${one.key}`, one.value);
+        }
+    }
+    add(`${kind}:${key}`, value);
+}
+
+// {requests, prompt, cached, completion} of a key, of those that it has.
+function of(key) {
+    sum('requests', key, 0);
+    const found = {};
+    for (const kind of ['requests', ...KINDS]) {
+        const value = shared.get(`${kind}:${key}`);
+        if (value) {
+            found[kind] = value;
+        }
+    }
+    return found;
+}
+
 // Counts a request that a replica answered.
 function record(replica, key, endUser, model, found) {
     const labels = series(replica, key, endUser, model);
+    sum('requests', key, 1);
     add(`requests ${labels}`, 1);
     if (found) {
         for (const kind of KINDS) {
             if (found[kind]) {
+                sum(kind, key, found[kind]);
                 add(`${kind} ${labels}`, found[kind]);
             }
         }
@@ -200,4 +227,4 @@ function all() {
     return found;
 }
 
-export default { KINDS, wanted, events, piece, used, counts, record, all };
+export default { KINDS, wanted, events, piece, used, counts, record, of, all };

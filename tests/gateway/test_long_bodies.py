@@ -1,6 +1,8 @@
 """Long bodies hold up nobody: not by their shape, and not by their sum."""
 
+import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -18,6 +20,7 @@ from lab.sim.replicas import Replicas
 from lab.waiting import until
 from stack.shell import ROOT
 from tests.gateway.conftest import chat
+from tests.gateway.test_access import entry, keys_file, new_key
 
 MIB = 1 << 20
 PATH = "/v1/chat/completions"
@@ -97,6 +100,106 @@ def test_no_shape_holds_the_worker_for_long(one_worker: Gateway, shape: str) -> 
     assert min(longest) < 50
 
 
+# ---- strangers
+
+ADMIN = new_key()
+CONF = ROOT / "nginx" / "conf.d"
+LOCATIONS = re.findall(
+    r"^location (?:= )?(/\S*)",
+    "".join((CONF / f"{name}.conf").read_text() for name in ("public", "status")),
+    re.MULTILINE,
+)
+JSON = "Content-Type: application/json"
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Gateway]:
+    """A gateway that asks for keys."""
+    secrets = keys_file(entry("admin", ADMIN, role="admin")).encode()
+    with Replicas(1) as replicas, Gateway(replicas, files={"secrets/keys.json": secrets}, key=ADMIN) as gateway:
+        gateway.wait_ready()
+        yield gateway
+
+
+def memory(gateway: Gateway) -> int:
+    """The bytes that the workers hold."""
+    status = [Path(f"/proc/{worker}/status").read_text() for worker in gateway.serving_workers()]
+    return sum(int(text.split("RssAnon:")[1].split()[0]) << 10 for text in status)
+
+
+def answered_early(host: str, port: int, head: str, sent: int) -> str:
+    """The answer to a request whose body stops after `sent` bytes, well before a body's time is over."""
+    with socket.create_connection((host, port), 5) as connection:
+        connection.sendall(f"{head}\r\nHost: localhost\r\n\r\n".encode())
+        # It may have answered already, and closed.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(b"x" * sent)
+        return connection.recv(65536).decode()
+
+
+@pytest.mark.parametrize("more", [JSON, "Content-Type: text/plain", "Connection: X-Own", "Referer: /?api_key=a"])
+@pytest.mark.parametrize(("length", "sent"), [(10**10, MIB), (50 * MIB, MIB), (MIB, MIB - 1)])
+def test_no_body_of_a_stranger_is_read_on_any_path(locked: Gateway, length: int, sent: int, more: str) -> None:
+    host, port = locked.url.removeprefix("http://").split(":")
+    assert len(LOCATIONS) > 30
+    for path in [*LOCATIONS, "/nothing", "/replicas/vllm-0/drain"]:
+        for method in ("POST", "PUT", "GET"):
+            head = f"{method} {path} HTTP/1.1\r\n{more}\r\nContent-Length: {length}"
+            answer = answered_early(host, int(port), head, sent)
+            assert re.match(r"HTTP/1.1 (200|40[01345]|413|415|503) ", answer), (head, answer)
+            assert files(locked) == 0, head
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/canary", "/nothing"])
+def test_strangers_bodies_take_no_memory(locked: Gateway, path: str) -> None:
+    """Many at once, each as long as may lie in memory, but for the last byte, take what those without bytes take."""
+
+    def held_back(sent: int) -> int:
+        with ExitStack() as stack:
+            for _ in range(60):
+                connection = stack.enter_context(begun(locked, f"Content-Length: {MIB}", b"x" * sent, path))
+                assert connection.recv(65536).startswith(b"HTTP/1.1 4")
+            assert files(locked) == 0
+            return memory(locked)
+
+    # Each request has an njs context, which is kept for the next.
+    few = max(held_back(1) for _ in range(3))
+    assert held_back(MIB - 1) - few < 20 * MIB
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_no_body_is_read_where_clients_should_use_https(locked: Gateway, method: str) -> None:
+    head = f"{method} /v1/models HTTP/1.1\r\nContent-Length: {50 * MIB}"
+    answer = answered_early(locked.host, 8079, head, MIB)
+    assert answer.startswith("HTTP/1.1 403" if method == "POST" else "HTTP/1.1 308")
+    assert files(locked) == 0
+
+
+def test_an_admins_body_has_a_limit_where_none_is_asked_for(locked: Gateway) -> None:
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    for path in ("/metrics", "/canary"):
+        assert httpx.put(locked.url + path, content=b"x" * 20_000, headers=headers).status_code == 413
+    assert "gateway_body_bytes" in httpx.get(locked.url + "/metrics", headers=headers).text
+    assert httpx.get(locked.url + "/metrics").status_code == 401
+
+
+def test_a_body_may_come_slowly_but_not_stop() -> None:
+    text = (CONF / "http.conf").read_text()
+    assert "\nclient_body_timeout 15s;\n" in text
+    text = text.replace("client_body_timeout 15s;", "client_body_timeout 1s;")
+    body = json.dumps(chat("slow")).encode()
+    with Replicas(1) as replicas, Gateway(replicas, files={"conf.d/http.conf": text.encode()}) as gateway:
+        gateway.wait_ready()
+        with begun(gateway, f"Content-Length: {len(body)}", body[:1]) as slow:
+            for byte in body[1:6]:
+                time.sleep(0.4)  # a slow client's pace
+                slow.sendall(bytes([byte]))
+            slow.sendall(body[6:])
+            assert slow.recv(65536).startswith(b"HTTP/1.1 200")
+        with begun(gateway, f"Content-Length: {len(body)}", body[:1]) as stopped:
+            assert stopped.recv(65536) == b""
+
+
 # ---- sums
 
 
@@ -144,11 +247,11 @@ def files(gateway: Gateway) -> int:
 
 
 @contextmanager
-def begun(gateway: Gateway, length: str, sent: bytes = b"{") -> Iterator[socket.socket]:
+def begun(gateway: Gateway, length: str, sent: bytes = b"{", path: str = PATH) -> Iterator[socket.socket]:
     """A request whose body never comes whole; `length` is the header that says how long it is."""
     host, port = gateway.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 5) as connection:
-        connection.sendall(f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode() + sent)
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode() + sent)
         yield connection
 
 
@@ -240,6 +343,39 @@ def test_the_room_of_a_killed_worker_is_free_again(small: Gateway) -> None:
     until(lambda: held(small, "disk") == held(small, "memory") == 0, "and nothing is counted out twice")
 
 
+def test_one_key_has_a_quarter_of_the_room_and_keeps_nobody_out(replicas: Replicas) -> None:
+    """It may have its bodies again when they are over, and when the worker that read them was killed."""
+    greedy, other = new_key(), new_key()
+    secrets = keys_file(entry("greedy", greedy), entry("other", other, role="admin")).encode()
+    env = {"GATEWAY_BODIES_MB": "64"}
+
+    def post(gateway: Gateway, key: str, size: int) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.post(gateway.url + PATH, json=chat("hi", x="y" * size), headers=headers, timeout=30)
+
+    with Gateway(replicas, env=env, files={"secrets/keys.json": secrets}, key=other) as gateway:
+        gateway.wait_ready()
+        for end in ("hung up", "killed"):
+            with ExitStack() as stack:
+                head = f"Authorization: Bearer {greedy}\r\nContent-Length: {MIB}"
+                for _ in range(90):
+                    stack.enter_context(begun(gateway, head))
+                until(
+                    lambda: (held(gateway, "memory"), held(gateway, "disk")) == (64 * MIB, 16 * MIB),
+                    "a quarter of each",
+                )
+                refused = post(gateway, greedy, 1)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "bodies_full")
+                assert "the key greedy's other requests" in refused.text
+                assert post(gateway, other, 1).status_code == post(gateway, other, 2 * MIB).status_code == 200
+                if end == "killed":
+                    gateway.kill_worker()
+                    gateway.kill_worker()
+            until(lambda: held(gateway, "disk") == held(gateway, "memory") == 0, "their room is free")
+            # One body may be longer than the quarter.
+            assert post(gateway, greedy, 40 * MIB).status_code == 200
+
+
 def test_sixty_uploads_at_once_cost_no_stream_and_no_worker(replicas: Replicas) -> None:
     """Streams of others go on while 60 × 20 MB come; some are refused, and the workers' memory hardly grows."""
     with Gateway(replicas) as gateway:
@@ -267,17 +403,13 @@ def test_sixty_uploads_at_once_cost_no_stream_and_no_worker(replicas: Replicas) 
                 whole.append(stream())
             return whole
 
-        def memory() -> int:
-            status = [Path(f"/proc/{worker}/status").read_text() for worker in workers]
-            return sum(int(text.split("RssAnon:")[1].split()[0]) << 10 for text in status)
-
-        before = memory()
+        before = memory(gateway)
         most = 0
         with ThreadPoolExecutor(64) as pool:
             others = [pool.submit(streams) for _ in range(3)]
             uploads = [pool.submit(httpx.post, gateway.url + PATH, content=body, timeout=100) for _ in range(60)]
             while not all(one.done() for one in uploads):
-                most = max(most, memory())
+                most = max(most, memory(gateway))
                 time.sleep(0.01)
             over.set()
         statuses = [one.result().status_code for one in uploads]

@@ -162,6 +162,31 @@ def test_a_long_body_keeps_its_session_and_where_its_prompt_begins(call: Call) -
     assert found["body"]["prompt"].startswith('[1][{"content": "zzz')
 
 
+def test_odd_heads_and_bodies_take_no_time(call: Call) -> None:
+    """Each took a worker 0.1 to 0.8 s."""
+    for content_type in ("multipart/form-data; boundary=a" + " " * n + "x" for n in (900, 15_000)):
+        _, ms = call("body", "timed", content_type, base64.b64encode(b"x").decode())
+        assert ms < 20
+    parts: list[dict[str, Any]] = [{}] * 40_000
+    _, ms = call("prefix", "timed", {"messages": [{"role": "user", "content": parts}]}, "m")
+    assert ms < 50
+    for spelt in ("%41", "%2541", "%25252541", "%ff"):
+        found, ms = call("door", "timed", (spelt * 5000)[:16_000])
+        assert (found, ms < 5) == ("", True), ms
+    for key in ("api_key=", "%61pi_key=", "%2561pi%255Fkey%253D", "%ff&%61pi_key=%ff"):
+        assert call("door", "timed", f"/?{key}")[0] == "url"
+
+
+def test_parts_beyond_those_that_are_hashed_still_tell_prompts_apart(call: Call) -> None:
+    def last_of(*parts: object) -> str:
+        message = {"role": "user", "content": [{"type": "x", "n": n} for n in range(40)] + list(parts)}
+        texts: list[str] = call("prefix", "cutsOf", {"messages": [message]}, "m")["texts"]
+        return texts[-1]
+
+    assert last_of({"text": "a"}) == last_of({"text": "a"})
+    assert len({last_of(), last_of({"text": "a"}), last_of({"text": "b"}), last_of({"text": "a"}, {"text": "a"})}) == 4
+
+
 UPLOAD = "multipart/form-data; boundary=b"
 FILE = '--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n{}\r\n'
 
