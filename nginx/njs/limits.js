@@ -372,7 +372,7 @@ function settle(text, used, refused, began, seconds) {
         } else if (one[0] === 'tokens') {
             // Of one that broke off without a word: its prompt, and what can have been made in its time.
             const guess = prompt + (began ? Math.ceil(seconds * RATE) * answers : 0);
-            const spentTokens = used ? used.prompt + used.completion : Math.min(one[3], guess);
+            const spentTokens = used && used.prompt + used.completion >= 0 ? used.prompt + used.completion : Math.min(one[3], guess);
             correct(one, spentTokens - one[3], now);
         }
     }

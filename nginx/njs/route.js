@@ -182,8 +182,9 @@ async function pick(r, holder) {
     if (wants) {
         r.variables.wants = wants;
     }
-    if (asked.body.n > 1) {
-        r.variables.many = '1';
+    const many = usage.many(r.uri, asked.body);
+    if (many) {
+        r.variables.many = many;
     }
     const { refused } = limits.admit(r, holder, asked, name);
     if (refused) {

@@ -11,6 +11,7 @@ import metrics from './metrics.js';
 import prefix from './prefix.js';
 import settings from './settings.js';
 import stream from './stream.js';
+import usage from './usage.js';
 
 // Whether a signature is one, and the milliseconds of a check; all in hex.
 async function signatures(rows) {
@@ -22,7 +23,7 @@ async function signatures(rows) {
     return [found, (Date.now() - began) / rows.length];
 }
 
-const MODULES = { answers, body, fleet, health, keys, metrics, prefix, settings, stream };
+const MODULES = { answers, body, fleet, health, keys, metrics, prefix, settings, stream, usage };
 
 // Passes chunks through stream.js as Nginx would; `lost` is the chunk at which the connection to the replica was lost.
 function filtered(type, chunks, lost, uri, sent) {
@@ -51,6 +52,13 @@ function filtered(type, chunks, lost, uri, sent) {
         }
     });
     return out.toString('base64');
+}
+
+// What is metered of a stream that came in these pieces of whole events, and the text that its client gets.
+function metered(uri, many, pieces) {
+    const request = { uri, variables: { many } };
+    const passed = pieces.map((piece) => String(usage.events(request, Buffer.from(piece)))).join('');
+    return { used: usage.used(request), passed };
 }
 
 // Publishes the fleet's table while another worker begins to, `times` times, and learns of another canary's share each time. Gives
@@ -99,6 +107,7 @@ function complaint(module, text) {
 async function call(r) {
     const asked = JSON.parse(await r.readRequestText());
     const value = asked.name === 'filtered' ? filtered(...asked.arguments)
+        : asked.name === 'metered' ? metered(...asked.arguments)
         : asked.name === 'overtaken' ? overtaken(...asked.arguments)
         : asked.name === 'read' ? await read(...asked.arguments)
         : asked.name === 'signatures' ? await signatures(...asked.arguments)
