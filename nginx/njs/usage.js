@@ -186,9 +186,17 @@ function counts(uri, usage) {
 
 // What a request that is over has used, or null where the replica did not say.
 function used(r) {
-    if (r.each) {
-        return sum(r);
+    const found = r.each ? sum(r) : told(r);
+    if (found && r.left && r.taken) {
+        // stream.js stepped aside for a client that reads slowly: the rest had as many tokens in so many bytes as what it saw.
+        const rest = Math.max(Number(r.variables.bytes_sent) - r.passed, 0);
+        found.completion = Math.ceil(found.completion * (1 + rest / r.taken));
     }
+    return found;
+}
+
+// By the last usage of the one answer.
+function told(r) {
     const found = counts(r.uri, Object.assign({}, r.first && r.first !== r.usage ? parse(r.first) : null, parse(r.usage)));
     if (found && r.first && r.first === r.usage && r.events > 2) {
         // Left half-way, where only the prompt's tokens were told: an event is a token, but for those at the beginning.

@@ -61,6 +61,26 @@ function metered(uri, many, pieces) {
     return { used: usage.used(request), passed };
 }
 
+// The characters of prompt that a replica still has to compute when a stream has begun, and after each of its pieces; `waiting`:
+// what its header x-waiting says; `redirected`: an internal redirect has left the variables alone.
+function toCompute(waiting, pieces, redirected) {
+    const variables = { replica: 'counted', upstream_response_time: '-', bytes_sent: '0', upstream_http_x_waiting: waiting, stream: '1', work: '500' };
+    const request = {
+        uri: '/v1/responses', headersOut: { 'Content-Type': 'text/event-stream' }, variables, sendBuffer() {}, done() {},
+        chosen: redirected ? undefined : { replica: 'counted', stream: true, work: 500 },
+    };
+    const left = () => fleet.number('counted') % fleet.REQUEST;
+    fleet.enter('counted', 500);
+    stream.begin(request);
+    const found = [left()];
+    for (const piece of pieces) {
+        stream.pass(request, Buffer.from(piece), {});
+        found.push(left());
+    }
+    fleet.leave('counted', left());
+    return found;
+}
+
 // Publishes the fleet's table while another worker begins to, `times` times, and learns of another canary's share each time. Gives
 // the share in the table, and how often it was made.
 function overtaken(times) {
@@ -107,6 +127,7 @@ function complaint(module, text) {
 async function call(r) {
     const asked = JSON.parse(await r.readRequestText());
     const value = asked.name === 'filtered' ? filtered(...asked.arguments)
+        : asked.name === 'toCompute' ? toCompute(...asked.arguments)
         : asked.name === 'metered' ? metered(...asked.arguments)
         : asked.name === 'overtaken' ? overtaken(...asked.arguments)
         : asked.name === 'read' ? await read(...asked.arguments)

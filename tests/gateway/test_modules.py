@@ -416,6 +416,20 @@ def test_a_lost_stream_speaks_the_dialect_of_its_api(call: Call) -> None:
     )
 
 
+def test_a_stream_that_was_redirected_begins_like_others(call: Call) -> None:
+    """As with a long body or one of unknown length."""
+    assert call("stream", "toCompute", None, ["data: a\n\n"], True) == [0, 0]
+    assert call("stream", "toCompute", "1", [": wait\n\n", "data: a\n\n"], True) == [500, 500, 0]
+
+
+def test_a_comment_is_no_sign_that_the_prompt_is_computed(call: Call) -> None:
+    comment, opening, token = ": wait\n\n", "event: response.created\ndata: {}\n\n", "data: a\n\n"
+    assert call("stream", "toCompute", None, [token]) == [0, 0]
+    assert call("stream", "toCompute", "1", [comment, comment, token]) == [500, 500, 500, 0]
+    assert call("stream", "toCompute", "1", [opening + comment, ": wa", "it\n\n", token]) == [500, 500, 500, 500, 0]
+    assert call("stream", "toCompute", "1", [comment + token, comment]) == [500, 0, 0]
+
+
 def test_what_is_no_stream_is_left_alone(call: Call) -> None:
     assert filtered(call, [b'{"a":', b"1}", b""], lost=2, content_type="application/json") == b'{"a":1}'
 
