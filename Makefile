@@ -8,7 +8,7 @@ help:
 up: ## bring the stack up, from whatever this machine has
 	scripts/bootstrap.sh && PYTHONPATH=. .venv/bin/python scripts/up.py $(ARGS)
 down: ## stop the stack; models and metrics stay
-	docker compose down --remove-orphans $(ARGS)
+	docker compose --profile '*' down --remove-orphans $(ARGS)
 status: ## show each part's health and each replica's load
 	scripts/bootstrap.sh && .venv/bin/python scripts/status.py $(ARGS)
 key: ## make, list, rotate or revoke API keys, and set their limits

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,12 +33,13 @@ def line(action: str, name: str, details: dict[str, object]) -> str:
     return json.dumps({"time": now, "who": who(), "action": action, "name": name, **details}, ensure_ascii=False)
 
 
-def commit(secrets: Secrets, path: Path, data: Strict, action: str, name: str, **details: object) -> None:
-    """Replaces a file of `secrets`, and says so in the audit log. Call it under `secrets.locked()`.
+def commit(secrets: Secrets, files: Mapping[Path, Strict], action: str, name: str, **details: object) -> None:
+    """Replaces files of `secrets`, in their order, and says so in the audit log. Call it under `secrets.locked()`.
 
-    The line comes first: a change without its line cannot happen, a line without its change can, if the machine stops
-    in between. A Mistake or an OSError where either cannot be written; nothing has changed then.
+    The line comes before the first file changes: a change without its line cannot happen, a line without its change
+    can, if the machine stops in between. A Mistake or an OSError where one cannot be written; nothing has changed then.
     """
-    new = secrets.written(path, data)
+    new = {path: secrets.written(path, data) for path, data in files.items()}
     secrets.append(secrets.audit, line(action, name, details))
-    secrets.replace(new, path)
+    for path, written in new.items():
+        secrets.replace(written, path)

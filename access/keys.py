@@ -265,7 +265,7 @@ class KeyStore:
             raise Mistake(f"{key.name} would have expired already", "name a later time, such as --expires 30d")
 
     def _commit(self, keys: Keys, action: str, name: str, **details: object) -> None:
-        audit.commit(self._secrets, self._secrets.keys, keys, action, name, **details)
+        audit.commit(self._secrets, {self._secrets.keys: keys}, action, name, **details)
 
 
 def shown(key: Key) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def log(what: str, **details: object) -> None:
 
 
 class Watched(Generic[File, Made]):
-    """What is made of a file, made again when the file changes. A file with a mistake changes nothing, loudly."""
+    """What is made of a file, made again when the file changes. A file with a mistake changes nothing, loudly; one that
+    is gone leaves nothing: commands rename files, so it is never gone for a moment only."""
 
     def __init__(self, path: Path, kind: type[File], make: Callable[[File], Made]) -> None:
         self._path = path
@@ -58,7 +59,7 @@ class Watched(Generic[File, Made]):
         self._made: Made | None = None
 
     def __call__(self) -> Made | None:
-        """What is made of the file now; None where there has been no good one."""
+        """What is made of the file now; None where there is none, or has been no good one."""
         try:
             found = self._path.stat()
             seen = (found.st_mtime_ns, found.st_size, found.st_ino)
@@ -70,7 +71,7 @@ class Watched(Generic[File, Made]):
         except FileNotFoundError:
             if self._seen is not None:
                 log("file.gone", file=self._path.name)
-            self._seen = None
+            self._seen = self._made = None
         except (Mistake, OSError) as mistake:
             log("file.refused", file=self._path.name, why=str(mistake))
         return self._made

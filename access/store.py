@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,14 +56,24 @@ def why(error: ValidationError) -> str:
     return f"{place}: {said}" if place else said
 
 
+def read_whole(path: Path) -> bytes:
+    """All of a file. A Mistake where it is none, or too large, which is seen before it is read."""
+    # a pipe would else wait for somebody who writes
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise Mistake(f"{path} is no file", "put one there, or take it away")
+        if found.st_size > MAX_BYTES:
+            raise Mistake(f"{path} has {found.st_size} bytes, more than {MAX_BYTES}", "remove what nobody needs")
+        return file.read(MAX_BYTES)
+
+
 def read(path: Path, kind: type[File]) -> File | None:
     """A file's data; None where there is no file. A Mistake where it is not what it should be."""
     try:
-        text = path.read_bytes()
+        text = read_whole(path)
     except FileNotFoundError:
         return None
-    if len(text) > MAX_BYTES:
-        raise Mistake(f"{path} has {len(text)} bytes, more than {MAX_BYTES}", "remove what nobody needs any more")
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -48,7 +49,7 @@ Jwk = dict[str, Any]
 
 def checked_jwk(jwk: Jwk) -> Jwk:
     """A key that some algorithm here can use, for that alone. A ValueError says what is wrong with it."""
-    kind = jwk.get("kty")
+    kind = str(jwk.get("kty"))
     if kind not in KINDS:
         raise ValueError(f"kty is {', '.join(KINDS)}")
     if unknown := sorted(jwk.keys() - COMMON - PUBLIC[kind] - PRIVATE[kind]):
@@ -63,7 +64,7 @@ def checked_jwk(jwk: Jwk) -> Jwk:
         raise ValueError("kid is a text")
     try:
         key = jwt.PyJWK(jwk, algorithm=KINDS[kind]).key
-    except (jwt.PyJWTError, ValueError, TypeError):
+    except (jwt.PyJWTError, LookupError, ValueError, TypeError):
         raise ValueError(f"it is no key of kind {kind}") from None
     if kind == "RSA" and key.key_size < SMALLEST_RSA_BITS:
         raise ValueError(f"it has {key.key_size} bits, less than {SMALLEST_RSA_BITS}")
@@ -98,7 +99,9 @@ def usable_keys(jwks: list[Any], algorithms: list[str]) -> list[Jwk]:
     for jwk in jwks:
         kind = str(jwk.get("kty")) if isinstance(jwk, dict) else ""
         algorithm = KINDS.get(kind)
-        if algorithm in algorithms and jwk.get("use", "sig") == "sig" and jwk.get("alg", algorithm) == algorithm:
+        if algorithm not in algorithms or jwk.get("use", "sig") != "sig" or jwk.get("alg", algorithm) != algorithm:
+            continue
+        if kind not in CURVES or jwk.get("crv") == CURVES[kind]:
             kept.append({name: jwk[name] for name in ("kty", "kid", "alg", "use", *PUBLIC[kind]) if name in jwk})
     return kept
 
@@ -329,6 +332,9 @@ class TokenStore:
             if signing.minutes != minutes:
                 before, signing.minutes = signing.minutes, minutes
                 self._commit(signing, "tokens.minutes", before=before, after=minutes)
+            if own(signing) not in self.issuers().issuers:
+                # the machine stopped between the two files, or one was put back
+                self._commit(signing, "tokens.mend")
 
     def rotate(self, algorithm: Algorithm, overlap_s: int | None = None) -> None:
         """Signs with a new key. What the old ones signed is taken for `overlap_s` seconds, or as long as it works."""
@@ -346,7 +352,7 @@ class TokenStore:
             issuers = self.issuers()
             issuers.issuers = [*(one for one in issuers.issuers if one.issuer != issuer.issuer), issuer]
             shown = issuer.model_dump(exclude={"keys", "issuer"})
-            audit.commit(self._secrets, self._secrets.issuers, issuers, "issuer.trust", issuer.issuer, **shown)
+            audit.commit(self._secrets, {self._secrets.issuers: issuers}, "issuer.trust", issuer.issuer, **shown)
 
     def distrust(self, name: str) -> None:
         """Takes an issuer's tokens no longer."""
@@ -356,7 +362,7 @@ class TokenStore:
                 known = ", ".join(one.issuer for one in issuers.issuers) or "nobody's"
                 raise Mistake(f"the gateway takes no tokens of {name}", f"name one of these: {known}")
             issuers.issuers = [one for one in issuers.issuers if one.issuer != name]
-            audit.commit(self._secrets, self._secrets.issuers, issuers, "issuer.distrust", name)
+            audit.commit(self._secrets, {self._secrets.issuers: issuers}, "issuer.distrust", name)
 
     def _put_first(
         self, signing: Signing, jwk: Jwk, source: Literal["command", "environment"], overlap_s: int | None
@@ -373,11 +379,14 @@ class TokenStore:
 
     def _commit(self, signing: Signing, action: str, **details: object) -> None:
         """The gateway's file first: it has to know a key before something is signed with it."""
-        keys = [key.public() for key in signing.keys]
-        algorithms = sorted({key.algorithm for key in signing.keys})
-        own = made(Issuer, {"issuer": ISSUER, "audience": AUDIENCE, "algorithms": algorithms, "keys": keys})
         issuers = self.issuers()
-        issuers.issuers = [own, *(one for one in issuers.issuers if one.issuer != ISSUER)]
-        new = self._secrets.written(self._secrets.issuers, issuers)
-        self._secrets.replace(new, self._secrets.issuers)
-        audit.commit(self._secrets, self._secrets.signing, signing, action, ISSUER, **details)
+        issuers.issuers = [own(signing), *(one for one in issuers.issuers if one.issuer != ISSUER)]
+        files: dict[Path, Strict] = {self._secrets.issuers: issuers, self._secrets.signing: signing}
+        audit.commit(self._secrets, files, action, ISSUER, **details)
+
+
+def own(signing: Signing) -> Issuer:
+    """What the gateway has to know of this fleet's own keys."""
+    keys = [key.public() for key in signing.keys]
+    algorithms = sorted({key.algorithm for key in signing.keys})
+    return made(Issuer, {"issuer": ISSUER, "audience": AUDIENCE, "algorithms": algorithms, "keys": keys})

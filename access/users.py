@@ -114,9 +114,15 @@ def decoy(cost: argon2.Parameters) -> str:
 
 def hashed(password: str, name: str = "") -> str:
     """A password's hash. A Mistake where the password is too easy to guess."""
+    try:
+        size = len(password.encode())
+    except UnicodeEncodeError:
+        raise Mistake(
+            "the password is not UTF-8", "type it at a terminal that speaks UTF-8, or take other characters"
+        ) from None
     if len(password) < SHORTEST:
         raise Mistake(f"the password has {len(password)} characters", f"take one of at least {SHORTEST}")
-    if len(password.encode()) > LONGEST:
+    if size > LONGEST:
         raise Mistake("the password is too long", f"take one of at most {LONGEST} bytes")
     if len(set(password)) < 6 or (name and name in password.lower() and len(password) < SHORTEST + len(name)):
         raise Mistake("the password is easy to guess", "take several words that have nothing to do with each other")
@@ -226,4 +232,4 @@ class UserStore:
         return user
 
     def _commit(self, users: Users, action: str, name: str, **details: object) -> None:
-        audit.commit(self._secrets, self._secrets.users, users, action, name, **details)
+        audit.commit(self._secrets, {self._secrets.users: users}, action, name, **details)

@@ -6,6 +6,7 @@ On that host, which has Docker with Compose and Buildx, and Python 3.11 to 3.14:
     tar xpf vllm-fleet-DATE.tar && vllm-fleet/install.sh && cd vllm-fleet && make up"""
 
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
+from dotenv import dotenv_values
 from rich.markup import escape
 
 from models.hub import without_password
@@ -26,12 +28,13 @@ from models.served import of_fleet
 from stack.compose import Compose, Config, running_files
 from stack.console import Problem, console, one_line_for_mistakes, step
 from stack.images import RECIPE_LABEL, builds_of, label_of, present, recipe
-from stack.settings import value_of
+from stack.settings import names_of_users, value_of
 from stack.shell import ROOT, ask
 
 NAME = "vllm-fleet"
 # words in the names of settings that stay on this host
 SECRET = {"TOKEN", "KEY", "SECRET", "PASSWORD"}
+NO_SECRET = {"ACCESS_TOKEN_EXPIRE_MINUTES"}
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 INSTALL = """\
 #!/bin/sh
@@ -229,11 +232,15 @@ def _checkout() -> list[str]:
 
 
 def _settings(text: str) -> str:
-    """The lines of a .env that set something, without tokens, passwords and the like."""
+    """The lines of a .env that set something, without tokens, passwords and the like, and without users: one without a
+    password is none."""
     kept = []
+    users = dotenv_values(stream=io.StringIO(text), interpolate=False).get("USER_LIST") or ""
+    of_users = {"USER_LIST", *names_of_users(users)}
     for line in text.splitlines():
         if setting := re.match(r"\s*(?:export\s+)?(\w+)\s*=", line):
-            if SECRET & {*setting[1].upper().split("_")}:
+            words = {*setting[1].upper().split("_")}
+            if setting[1] in of_users or (SECRET & words and setting[1] not in NO_SECRET):
                 console.print(f"[yellow]{setting[1]} in .env is left out: it is yours[/]")
             else:
                 kept.append(without_password(line) + "\n")

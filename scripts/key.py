@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from access.keys import LANES, Key, Keys, KeyStore, Limits
 from stack import settings
-from stack.access import SECRETS, one_line
+from stack.access import SECRETS, OwnName, one_line
 from stack.compose import Compose, running_files
 from stack.console import Problem, console
 from stack.gateway import Gateway
@@ -28,6 +28,8 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich
 aside = Console(highlight=False, stderr=True)
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+# The last second that a date can name: 9999-12-31 23:59:59 UTC.
+LATEST = 253_402_300_799
 NO_LIMIT = "none"
 # The options that set limits, and the limits.
 LIMITS = {
@@ -62,10 +64,17 @@ Note = Annotated[str | None, typer.Option(help="Anything worth knowing about it.
 
 
 def duration(text: str) -> int:
-    """Seconds of a span such as 90s, 15m, 12h, 30d or 2w. A Problem where it is none."""
-    if match := re.fullmatch(r"(\d{1,9})([smhdw])", text):
-        return int(match[1]) * SECONDS[match[2]]
+    """Seconds of a span such as 90s, 15m, 12h, 30d or 2w. A Problem where it is none, or ends after the year 9999."""
+    if match := re.fullmatch(r"(\d{1,9})([smhdw])", text, re.ASCII):
+        return within_dates(int(match[1]) * SECONDS[match[2]], time.time(), text)
     raise Problem(f"{text!r} is no span of time", "write a number and s, m, h, d or w: 90s, 12h, 30d")
+
+
+def within_dates(seconds: int, start: float, text: str) -> int:
+    """These seconds, if that long after `start` there is still a date. A Problem where there is none."""
+    if start + seconds > LATEST:
+        raise Problem(f"{text!r} is after the year 9999", "write a shorter time")
+    return seconds
 
 
 def moment(text: str, now: float) -> int | None:
@@ -79,7 +88,7 @@ def moment(text: str, now: float) -> int | None:
     except ValueError:
         fix = "write a span (30d, 12h), a date (2027-01-31, which begins at 00:00 UTC), or never"
         raise Problem(f"{text!r} is no time", fix) from None
-    return max(0, int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()))
+    return within_dates(max(0, int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())), 0, text)
 
 
 def limits_of(given: dict[str, Any]) -> dict[str, int | None]:
@@ -102,7 +111,9 @@ def rights_of(given: dict[str, Any]) -> dict[str, Any]:
         names = [name.strip() for name in given["models"].split(",") if name.strip()]
         if not names:
             raise Problem("--models names none", "name some, with commas between, or write all")
-        rights["models"] = None if names == ["all"] else names
+        if "all" in names and set(names) != {"all"}:
+            raise Problem("--models names all and others", "write all alone, or take it out")
+        rights["models"] = None if "all" in names else names
     if given["priority"] is not None:
         lane = LANES.get(given["priority"])
         if lane is None and not re.fullmatch(r"-?\d{1,4}", given["priority"]):
@@ -135,8 +146,13 @@ def show_secret(name: str, secret: str) -> None:
 
 
 def when(seconds: int | None) -> str:
-    """A moment as people read it, in UTC."""
-    return "never" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M}"
+    """A moment as people read it, in UTC; as seconds where no date is that far away."""
+    if seconds is None:
+        return "never"
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M}"
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} s after 1970"
 
 
 def limits_text(limits: Limits) -> str:
@@ -172,6 +188,8 @@ def create(
     """Make a key. It is shown this once; the file has its hash."""
     given = locals()
     with one_line():
+        if name in get_args(OwnName):
+            raise Problem(f"{name} is what commands call a key of their own", "choose another name")
         asks_nobody = settings.value_of("GATEWAY_AUTH") == "off"
         rights, limits = rights_of(given), limits_of(given)
         store = KeyStore(SECRETS)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from stack import images, settings
+from stack.certificate import Untrusted
 from stack.compose import Compose, running_files
 from stack.console import Problem, console, one_line_for_mistakes
 from stack.docker import docker_version
@@ -20,7 +22,7 @@ def number(value: float | None, form: str = "{:g}") -> str:
 
 def coloured(text: str, *, well: bool) -> str:
     """Text for a table cell: green where all is well, else red."""
-    return f"[{'green' if well else 'red'}]{text}[/]"
+    return f"[{'green' if well else 'red'}]{escape(text)}[/]"
 
 
 def replica_table(replicas: list[Replica]) -> Table:
@@ -34,14 +36,14 @@ def replica_table(replicas: list[Replica]) -> Table:
     table.add_column("model", overflow="fold")
     for replica in replicas:
         table.add_row(
-            replica.name,
+            escape(replica.name),
             coloured(replica.state, well=replica.state == "ready"),
             number(replica.weight),
             number(replica.in_flight),
             number(replica.running),
             number(replica.waiting),
             number(replica.kv_usage, "{:.0%}"),
-            "\n".join(replica.models) or "–",
+            escape("\n".join(replica.models)) or "–",
         )
     return table
 
@@ -54,7 +56,11 @@ def status() -> bool:
     compose = Compose(*running_files())
     config = compose.config()
     containers = compose.containers()
-    replicas = Gateway(compose, wanted.url, wanted.https_domain).published()
+    no_answer = f"no answer from {wanted.url}"
+    try:
+        replicas = Gateway(compose, wanted.url, wanted.https_domain).published()
+    except Untrusted as problem:
+        replicas, no_answer = None, problem.what
     all_well = True
 
     parts = Table("part", "health", "", box=SIMPLE_HEAD)
@@ -69,13 +75,13 @@ def status() -> bool:
         note = container.status.partition(" (")[0] if container else "`make up` starts it"
         parts.add_row(name, coloured(health, well=well), note)
     if replicas is None:
-        console.print(parts, f"  [red]no answer from {wanted.url}[/]")
+        console.print(parts, f"  [red]{escape(no_answer)}[/]")
         return False
     console.print(parts, f"  [bold]{wanted.url}[/]")
     console.print(replica_table(replicas))
     unready = [replica for replica in replicas if replica.state != "ready"]
     for replica in unready:
-        console.print(f"  [red]{replica.name} is {replica.state}[/] {replica.reason or ''}")
+        console.print(f"  [red]{replica.name} is {replica.state}[/] {escape(replica.reason or '')}")
     return all_well and not unready
 
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
-import httpx
 import psutil
 import typer
 
@@ -31,6 +30,7 @@ from stack.access import (
     own_key,
     take_environment,
 )
+from stack.certificate import Untrusted
 from stack.compose import (
     ACME_FILE,
     GPU_FILE,
@@ -68,6 +68,7 @@ def check_ports(wanted: settings.Settings, own: set[int]) -> str:
         "GRAFANA_PORT": (ip_address("127.0.0.1"), wanted.grafana_port),
         "PROMETHEUS_PORT": (ip_address("127.0.0.1"), wanted.prometheus_port),
     }
+    checks.ports_differ(ports)
     for name, (address, port) in ports.items():
         if port not in own:
             checks.port_is_free(name, address, port, taken)
@@ -168,22 +169,42 @@ def wait_until_ready(compose: Compose, gateway: Gateway, services: list[str], sa
     wait_for(ready, every_s=1)
 
 
-def wait_for_certificate(compose: Compose, url: str) -> None:
-    """Returns when the gateway has a certificate; a Problem has the last words of what asks the authority for it."""
+def wait_for_certificate(compose: Compose, gateway: Gateway, before: Container | None) -> None:
+    """Returns when the gateway has a certificate that can be verified; a Problem says why it has none.
+
+    `before` is the container that asks the authority as it was before this command: it may have hours to sleep.
+    """
+    untrusted: list[Untrusted] = []
 
     def served() -> bool:
+        untrusted.clear()
         try:
-            httpx.get(f"{url}/health", verify=False, trust_env=False, timeout=5)  # noqa: S501 - asked for below
-        except httpx.HTTPError:
+            return gateway.answers()
+        except Untrusted as problem:
+            untrusted.append(problem)
             return False
-        return True
 
-    if not wait_for(served, CERTIFICATE_S):
-        raise Problem(
-            f"no certificate after {CERTIFICATE_S} s: {compose.last_words('acme')}",
-            "HTTPS_DOMAIN has to point at this host, and port 80 has to be reachable from the authority;"
-            " see `docker compose logs acme`",
-        )
+    if served():
+        return
+    now = compose.containers().get("acme")
+    if before and now and before.id == now.id:
+        compose.ask("restart", "acme")
+    if wait_for(served, CERTIFICATE_S):
+        return
+    if untrusted:
+        raise untrusted[0]
+    raise Problem(
+        f"no certificate after {CERTIFICATE_S} s: {compose.last_words('acme')}",
+        "HTTPS_DOMAIN has to point at this host, and port 80 has to be reachable from the authority;"
+        " see `docker compose logs acme`",
+    )
+
+
+def remove_left_out(compose: Compose, config: Config, say: Say) -> None:
+    """Stops and removes the token service where its profile is gone: Compose calls no such service an orphan."""
+    if "tokens" in compose.containers() and "tokens" not in config.services:
+        remove = ("--profile", "tokens", "rm", "--stop", "--force", "tokens")
+        work(compose.command(*remove), say, fix="see `docker compose logs`")
 
 
 @contextmanager
@@ -208,10 +229,26 @@ def give_back() -> None:
         ask("chown", "--recursive", "--no-dereference", "--from=root", owner, *made)
 
 
+def bring_keys(wanted: settings.Settings, config: Config) -> str:
+    """Makes the first key and takes the users of `.env`, where there is need; says in words who is asked for a key."""
+    if made := first_key(wanted):
+        # before anything that can fail: it is never shown again
+        console.print("  The gateway is open to others, so it asks for a key. This is the administrator's, shown once:")
+        console.print(f"  [bold]{made}[/]", soft_wrap=True)
+        console.print("  `make key` makes one for each user. With GATEWAY_AUTH=off in .env it asks nobody.")
+    take_environment()
+    if "tokens" in config.services:
+        check_users()
+    return "asked of everybody" if asks_for_keys(wanted) else "asked of nobody"
+
+
 def up() -> None:
     """All the steps, in their order. The first that cannot be done is a Problem."""
     with step("Settings") as shown:
+        # a clone leaves secrets/ open to this host's other users
+        SECRETS.prepare()
         wanted = settings.load()
+        settings.check_private()
         check_environment()
         shown.result = ".env" if settings.ENV_FILE.exists() else "the defaults; .env.example lists them"
     with step("Docker") as shown:
@@ -231,6 +268,8 @@ def up() -> None:
             *[GPU_FILE] * gpu, *[TLS_FILE] * bool(wanted.https_port), *[ACME_FILE] * bool(wanted.https_domain)
         )
         config = compose.config()
+        profiles = compose.ask("config", "--profiles").split()
+        checks.profiles_are_known(settings.value_of("COMPOSE_PROFILES") or "", profiles)
         check_pins(config)
     check_named(config)
     gateway = Gateway(compose, wanted.url, wanted.https_domain)
@@ -255,26 +294,20 @@ def up() -> None:
     with step("Model") as shown:
         shown.result = served.bring(config, shown.say)
     with step("Keys") as shown:
-        made = first_key(wanted)
-        take_environment()
-        if "tokens" in config.services:
-            check_users()
-        shown.result = "asked of everybody" if asks_for_keys(wanted) else "asked of nobody"
-    if made:
-        console.print("  The gateway is open to others, so it asks for a key. This is the administrator's, shown once:")
-        console.print(f"  [bold]{made}[/]", soft_wrap=True)
-        console.print("  `make key` makes one for each user. With GATEWAY_AUTH=off in .env it asks nobody.")
+        shown.result = bring_keys(wanted, config)
     open_mounts(config)
     with step("Settings of the replicas"):
         there = {name: config.services[name] for name in services}
         compose.check_launch(config.model_copy(update={"services": there}), "make up")
+    before = compose.containers()
     with step("Containers") as shown:
+        remove_left_out(compose, config, shown.say)
         start = ("--progress", "plain", "up", "--detach", "--remove-orphans", *services)
         work(compose.command(*start), shown.say, fix="see `docker compose logs`")
         shown.result = ", ".join(services)
     if wanted.https_domain:
         with step("Certificate"):
-            wait_for_certificate(compose, wanted.url)
+            wait_for_certificate(compose, gateway, before.get("acme"))
     with step("Gateway's configuration") as shown:
         shown.result = gateway.reload_if_changed(config)
     with step("Ready") as shown:

@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from access.store import made
+from access.store import made, read_whole
 from access.tokens import Algorithm, Issuer, TokenStore, usable_keys
 from access.users import UserStore, hashed
 from key import aside, duration, when
@@ -33,10 +33,11 @@ def password() -> str:
     """A password, asked for twice at a terminal, else the first line of the standard input."""
     if sys.stdin.isatty():
         return str(typer.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
-    line = sys.stdin.readline()
-    if not line.strip("\n"):
+    line = sys.stdin.buffer.readline().rstrip(b"\n")
+    if not line:
         raise Problem("no password came", "type it at a terminal, or put it into the standard input")
-    return line.rstrip("\n")
+    # what is no UTF-8 stays recognizable, and is refused like any other password that will not do
+    return line.decode(errors="surrogateescape")
 
 
 @app.command()
@@ -116,6 +117,8 @@ def trust(
 ) -> None:
     """Take the tokens of an identity provider elsewhere (OIDC) as well."""
     with one_line():
+        if "HS256" in algorithm:
+            raise Problem("HS256 has no public key", "name what the provider signs by: RS256, ES256 or EdDSA")
         fields: dict[str, Any] = {"issuer": issuer, "audience": audience, "algorithms": algorithm}
         fields |= {"name_claim": name_claim, "role_claim": role_claim}
         fields |= {"jwks_uri": keys} if "://" in keys else {"keys": keys_of(Path(keys), algorithm)}
@@ -127,8 +130,8 @@ def trust(
 def keys_of(file: Path, algorithms: list[str]) -> list[Any]:
     """The keys of a JWKS file that are of use here."""
     try:
-        keys = json.loads(file.read_text())["keys"]
-    except (ValueError, TypeError, LookupError):
+        keys = json.loads(read_whole(file))["keys"]
+    except (ValueError, TypeError, LookupError, RecursionError):
         keys = None
     if not isinstance(keys, list):
         raise Problem(f"{file} is no JWKS", 'it has to be {"keys": […]}, as the provider publishes it')

@@ -45,12 +45,22 @@ KEEP_ALIVE_S = 90
 NCCL_NAMES = ("NCCL_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_DEBUG")
 # arguments of `vllm serve` with which a replica takes another number of GPUs than its settings say
 PARALLEL = re.compile(r"--(tensor|pipeline|data)-parallel-size|-(tp|pp|dp)\b")
+# arguments of `vllm serve` that would undo what the gateway relies on
+ELSEWHERE = "the gateway, the health check and Prometheus look for the replica at port 8000 of all addresses, by HTTP"
+RELIED_ON = {
+    "--api-key": "the gateway and the health check send no key, so the replica would never be ready",
+    "--no-enable-force-include-usage": "the gateway meters by the usage that each answer has",
+    "--scheduling-policy": "keys have priorities, which need the policy that is set already",
+    **dict.fromkeys(("--port", "--host", "--uds", "--ssl-"), ELSEWHERE),
+}
 # where vLLM's source lists what a setting may name
 NAMES_IN_VLLM = {
     "quantization": ("model_executor/layers/quantization/__init__.py", "QuantizationMethods"),
     "kv_cache_dtype": ("config/cache.py", "CacheDType"),
     "tool_call_parser": ("tool_parsers/__init__.py", "_TOOL_PARSERS_TO_REGISTER"),
 }
+# of a setting in GiB: more than any machine has
+MOST_GIB = 1_000_000
 T = TypeVar("T")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -61,12 +71,15 @@ class SettingsError(Exception):
 
 def _mapping(value: object) -> object:
     """A mapping from YAML as it is; a text is read as JSON."""
-    if not isinstance(value, str):
-        return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        found = json.loads(value) if isinstance(value, str) else value
+        # vLLM gets it as JSON
+        json.dumps(found)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except (ValueError, TypeError) as error:
         raise ValueError(f"not JSON: {error}") from None
+    return found
 
 
 def _words(value: object) -> object:
@@ -110,7 +123,9 @@ class Settings(BaseModel):
         default=None, ge=0, allow_inf_nan=False, description="a number of GiB, 0 or more"
     )
     cpu_threads: PositiveInt | None = Field(default=None, description="a whole number of threads, 1 or more")
-    kv_cache_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a number of GiB above 0")
+    kv_cache_gb: float | None = Field(
+        default=None, gt=0, le=MOST_GIB, description=f"a number of GiB above 0 and up to {MOST_GIB}"
+    )
     max_num_seqs: PositiveInt | None = Field(default=None, description="a whole number of requests, 1 or more")
     max_num_batched_tokens: PositiveInt | None = Field(default=None, description="a whole number of tokens, 1 or more")
     max_num_queued_reqs: PositiveInt | None = Field(default=None, description="a whole number of requests, 1 or more")
@@ -194,6 +209,8 @@ def _read_file(path: Path, shown: str) -> dict[Any, Any]:
         raise SettingsError(
             f"{shown}: cannot be read ({error.strerror}); restore it, or run chmod a+r {shown}"
         ) from None
+    except RecursionError:
+        raise SettingsError(f"{shown}: is nested too deep; write one `name: value` a line") from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
@@ -226,8 +243,12 @@ def find_model(model: str, models: Path) -> tuple[str, dict[str, Any]]:
     Raises SettingsError where there is no such model, or its folder is not complete.
     """
     folder = models / model
-    _check_readable(model, models)
-    if folder.is_dir():
+
+    def is_folder() -> bool:
+        _check_readable(model, models)
+        return folder.is_dir()
+
+    if _looked_up("MODEL", is_folder):
         config = folder / "config.json"
         if not config.is_file():
             raise SettingsError(
@@ -246,6 +267,16 @@ def find_model(model: str, models: Path) -> tuple[str, dict[str, Any]]:
             f"MODEL is {model!r}: neither a folder below models/ nor a hub name like org/name; check the spelling"
         )
     return model, _hub_config(model)
+
+
+def _looked_up(name: str, look: Callable[[], bool]) -> bool:
+    """What a look at the path that a setting names gives. Raises SettingsError where the system refuses such a path."""
+    try:
+        return look()
+    except OSError as error:
+        raise SettingsError(
+            f"{name}: what it names cannot be looked up below models/ ({error.strerror}); check the spelling"
+        ) from None
 
 
 def _check_readable(model: str, models: Path) -> None:
@@ -267,7 +298,7 @@ def find_draft(speculative: dict[str, Any], models: Path) -> dict[str, Any]:
     Another name stays as it is: vLLM fetches it from the hub.
     """
     draft = speculative.get("model")
-    if isinstance(draft, str) and draft and (models / draft).is_dir():
+    if isinstance(draft, str) and draft and _looked_up("SPECULATIVE_CONFIG", (models / draft).is_dir):
         return speculative | {"model": find_model(draft, models)[0]}
     return speculative
 
@@ -340,12 +371,21 @@ def check_fit(settings: Settings, config: dict[str, Any], gpus: int | None) -> N
 
 
 def check_extra_args(settings: Settings) -> None:
-    """Raises SettingsError where an argument would keep the replica from ever being ready."""
-    if any(word.partition("=")[0].replace("_", "-") == "--api-key" for word in settings.extra_args):
-        raise SettingsError(
-            "EXTRA_ARGS has --api-key: the gateway and the health check send no key, so the replica would never be "
-            "ready; leave it out"
-        )
+    """Raises SettingsError where an argument, or the short form of one that argparse takes, undoes what the gateway
+    relies on."""
+    lines = {}
+    for word in settings.extra_args:
+        given = word.partition("=")[0].replace("_", "-")
+        if not given.startswith("--") or given == "--":
+            continue
+        for flag, why in RELIED_ON.items():
+            # a flag that ends in a dash stands for all that begin so
+            if flag.startswith(given) or (flag.endswith("-") and given.startswith(flag)):
+                shown = given if given == flag or flag.endswith("-") else f"{given} ({flag})"
+                lines[shown] = f"EXTRA_ARGS has {shown}: {why}; leave it out"
+                break
+    if lines:
+        raise SettingsError("\n".join(lines.values()))
 
 
 def check_names(settings: Settings, vllm: Path | None) -> None:
@@ -417,7 +457,7 @@ def check(environment: dict[str, str]) -> tuple[Settings, str, str | None]:
 def find_chat_template(template: str, models: Path) -> str:
     """The path of a chat template; a relative one is below the models folder. Raises SettingsError if none."""
     path = models / template
-    if not path.is_file():
+    if not _looked_up("CHAT_TEMPLATE", path.is_file):
         raise SettingsError(
             f"CHAT_TEMPLATE is {template!r}, but there is no file {path}; put it below models/ and name it from there"
         )

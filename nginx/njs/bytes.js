@@ -90,7 +90,8 @@ function turns() {
     let began = Date.now();
     fleet.count('body:walks', 1);
     return {
-        over: () => Date.now() - began >= SLICE,
+        // A step of the clock, of either sign, ends a slice too.
+        over: () => Math.abs(Date.now() - began) >= SLICE,
         // Without a millisecond the timer would fire before they have their turn.
         others: async () => {
             const wait = (fleet.number('body:walks') - 1) * SLICE * (0.5 + Math.random());

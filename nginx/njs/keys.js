@@ -293,7 +293,7 @@ async function bearer(token) {
         return refusal(401, 'invalid_api_key', 'This token is not taken here.');
     }
     const { [found.role]: limits } = JSON.parse(shared.get('roles') || '{}');
-    return { name: found.name, role: found.role, models: null, limits: limits || {}, priority: 0, end_users: false };
+    return { name: found.name, role: found.role, models: null, limits: limits || {}, priority: 0, end_users: false, token: true };
 }
 
 // Who calls: a holder, or one with `refused`: {status, code, message}. The log and the metrics get the name.

@@ -195,7 +195,7 @@ function duration(ms) {
 function partiesOf(holder, endUser) {
     const parties = [];
     if (holder.name) {
-        parties.push({ who: holder.name, called: `The key ${holder.name}`, limits: holder.limits, zone: 'limits' });
+        parties.push({ who: holder.name, called: `The ${holder.token ? 'user' : 'key'} ${holder.name}`, limits: holder.limits, zone: 'limits' });
     }
     if (endUser) {
         const limits = JSON.parse(ngx.shared.keys.get('end_users') || '{}');

@@ -19,6 +19,8 @@ const SECRET = 32;       // bytes, at least, of a shared secret
 const RSA = 2048;        // bits, at least, of a modulus
 const EARLY = 5;         // seconds that a clock may be behind the issuer's
 const NAME = /^[!-~]{1,128}$/;
+const OWN = 'vllm-fleet';   // the issuer that this fleet is itself
+const LONGEST = 128;     // characters of what a holder is called
 // What a name of few letters means: this host, or another container.
 const NEAR = /^http:\/\/(localhost|127\.[0-9.]+|\[::1\]|[a-z0-9_-]+)(:\d+)?\//;
 
@@ -162,6 +164,15 @@ function roleOf(claim) {
     return ['admin', 'user'].find((role) => roles.includes(role));
 }
 
+// What a token's holder is called in counts and logs: `user:NAME`, or `ISSUER#NAME` of another issuer. No key can be called so, nor
+// another issuer's user: what neither a name nor an address needs is escaped, `/` as well, which stands before an end user.
+function called(issuer, name) {
+    const plain = (text) => encodeURIComponent(text).replace(/%40/g, '@');
+    const whole = issuer === OWN ? `user:${plain(name)}` : `${plain(issuer.replace(/^https:\/\//, '')).replace(/%2F/g, ':')}#${plain(name)}`;
+    return whole.length <= LONGEST ? whole
+        : `${whole.slice(0, 100)}=${hashes.createHash('sha256').update(whole).digest('hex').slice(0, 24)}`;
+}
+
 async function check(token, issuers, now) {
     const [head, body, signature] = token.split('.');
     const { alg, kid, crit } = json(head);
@@ -181,7 +192,7 @@ async function check(token, issuers, now) {
     }
     const name = claims[issuer.name_claim];
     must(text(name) && NAME.test(name), '');
-    return { name, role: roleOf(claims[issuer.role_claim]) };
+    return { name: called(issuer.issuer, name), role: roleOf(claims[issuer.role_claim]) };
 }
 
 // Whose token this is: {name, role}; {expired} if it was; {unknown: address} if its key may have come since to that address;

@@ -31,7 +31,7 @@ def setting(service: Service, name: str) -> Any:
     file = next((volume.source for volume in service.volumes if volume.target == "/etc/vllm/engine.yaml"), None)
     in_file = None
     # what cannot be read the launcher refuses
-    with suppress(OSError, ValueError, yaml.YAMLError):
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
         in_file = yaml.safe_load(Path(file).read_text()) if file else None
     return service.environment.get(name.upper()) or (in_file.get(name) if isinstance(in_file, dict) else None)
 
@@ -41,7 +41,7 @@ def of_replica(service: Service) -> list[str]:
     draft = setting(service, "speculative_config")
     if isinstance(draft, str):
         # what is not JSON the launcher refuses
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             draft = json.loads(draft)
     drafts = [draft["model"]] if isinstance(draft, dict) and draft.get("model") else []
     return [str(name) for name in (setting(service, "model") or PACKAGED, *drafts)]

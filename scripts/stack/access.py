@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
-from access.keys import KeyStore
-from access.store import Mistake, Secrets
+from access.keys import KeyStore, Limits
+from access.store import MAX_NUMBER, Mistake, Secrets
 from access.tokens import TokenStore, strong
 from access.users import UserStore, from_environment
 from stack import settings
@@ -15,6 +16,11 @@ from stack.console import Problem, one_line_for_mistakes
 from stack.shell import ROOT
 
 SECRETS = Secrets(ROOT / "secrets")
+# What `own_key` may call a key. `make key` makes none of these names.
+OwnName = Literal["make-up"]
+OWN_NOTE = "of a command that runs"
+# So that no role's limits stand against a command.
+AMPLE = dict.fromkeys(Limits.model_fields, MAX_NUMBER)
 
 
 @contextmanager
@@ -85,7 +91,7 @@ def check_users() -> None:
 
 
 @contextmanager
-def own_key(wanted: settings.Settings, name: str, life_s: int) -> Iterator[str]:
+def own_key(wanted: settings.Settings, name: OwnName, life_s: int) -> Iterator[str]:
     """A key for a command's own requests, which is revoked at the end, and ends by itself after `life_s` seconds if the
     command is killed. '' where the gateway asks nobody for one."""
     if not asks_for_keys(wanted):
@@ -93,9 +99,13 @@ def own_key(wanted: settings.Settings, name: str, life_s: int) -> Iterator[str]:
         return
     store = KeyStore(SECRETS)
     with as_problems():
-        if any(key.name == name for key in store.read().keys):
-            store.revoke(name)
-        secret = store.create(name, expires=int(time.time()) + life_s, note="of a command that runs")
+        for key in store.read().keys:
+            if key.name == name and key.note != OWN_NOTE:
+                fix = f"give its holder another, and run make key ARGS='revoke {name}'"
+                raise Mistake(f"the key {name} has the name of a command's own", fix)
+            if key.name == name:
+                store.revoke(name)
+        secret = store.create(name, expires=int(time.time()) + life_s, note=OWN_NOTE, limits=AMPLE)
     try:
         yield secret
     finally:

@@ -15,10 +15,19 @@ FOLDER = ROOT / "secrets" / "gateway" / "tls"
 RENEW = "renew it, and put the new one there: the gateway reads it within ten seconds"
 
 
+class Untrusted(Problem):
+    """The gateway's certificate cannot be verified."""
+
+
 def check(folder: Path = FOLDER, now: datetime | None = None) -> str:
     """For whom and until when the certificate is, in words. A Problem where it, its key or its time will not do."""
     chain, key = folder / "fullchain.pem", folder / "privkey.pem"
     for file in (chain, key):
+        if file.is_symlink() and (file.readlink().is_absolute() or not within(file, folder)):
+            raise Problem(
+                f"{file} is a link out of its folder, where the gateway's container cannot follow it",
+                f"put the file itself there: cp --remove-destination {file.readlink()} {file}",
+            )
         if not file.is_file():
             raise Problem(
                 f"HTTPS_PORT is set, but {file} is not there",
@@ -49,6 +58,11 @@ def check(folder: Path = FOLDER, now: datetime | None = None) -> str:
     return f"for {', '.join(names(first))}, until {ends:%Y-%m-%d}"
 
 
+def within(file: Path, folder: Path) -> bool:
+    """Whether what a path leads to lies in a folder."""
+    return file.resolve().is_relative_to(folder.resolve())
+
+
 def names(certificate: x509.Certificate) -> list[str]:
     """The names and addresses that a certificate is for; clients look at nothing else."""
     try:
@@ -63,7 +77,13 @@ def trusted(domain: str | None) -> ssl.SSLContext:
     whatever name this host reaches the gateway."""
     if domain:
         return ssl.create_default_context()
-    context = ssl.create_default_context(cafile=str(FOLDER / "fullchain.pem"))
+    chain = FOLDER / "fullchain.pem"
+    try:
+        context = ssl.create_default_context(cafile=str(chain))
+    except OSError:  # an ssl.SSLError too
+        raise Untrusted(
+            f"HTTPS_PORT is set, but {chain} cannot be read", "put the certificate there; docs/https.md says how"
+        ) from None
     context.check_hostname = False
     # the first certificate of the chain is enough: its authority need not be known here
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +77,31 @@ def disk_suffices(free: int, needed: int, folder: Path) -> None:
         )
 
 
+def meet(one: Address, other: Address) -> bool:
+    """Whether two sockets on these addresses could not have the same port."""
+    # all of IPv4's addresses are none of IPv6's; those of IPv6 are, by default, IPv4's too
+    return one == other or any(
+        wide.is_unspecified and wide.version >= narrow.version for wide, narrow in ((one, other), (other, one))
+    )
+
+
+def ports_differ(ports: Mapping[str, tuple[Address, int]]) -> None:
+    """A Problem where two settings, by name with address and port, want the same port."""
+    for (first, (address, port)), (second, (other, number)) in combinations(ports.items(), 2):
+        if port == number and meet(address, other):
+            raise Problem(f"{first} and {second} are both {port}", "set one of them to another port in .env")
+
+
+def profiles_are_known(wanted: str, known: Collection[str]) -> None:
+    """A Problem where COMPOSE_PROFILES, with commas between, names a profile that no service of the stack has."""
+    for profile in filter(None, map(str.strip, wanted.split(","))):
+        if profile != "*" and profile not in known:
+            there = ", ".join(sorted(known)) or "none"
+            raise Problem(
+                f"COMPOSE_PROFILES names {profile}, which no service has", f"correct it in .env: there is {there}"
+            )
+
+
 def port_is_free(name: str, address: Address, port: int, taken: Iterable[tuple[str, int]]) -> None:
     """A Problem where a socket already listens on this port, on the same address or on all of them.
 
@@ -83,11 +109,7 @@ def port_is_free(name: str, address: Address, port: int, taken: Iterable[tuple[s
     """
     for host, number in taken:
         other = ip_address(host)
-        other = getattr(other, "ipv4_mapped", None) or other
-        # all of IPv4's addresses are none of IPv6's; those of IPv6 are, by default, IPv4's too
-        covers = other.is_unspecified and other.version >= address.version
-        covered = address.is_unspecified and address.version >= other.version
-        if number == port and (other == address or covers or covered):
+        if number == port and meet(address, getattr(other, "ipv4_mapped", None) or other):
             raise Problem(
                 f"port {port} ({name}) is taken by another program",
                 f"stop it (`ss -ltnp 'sport = :{port}'` as root names it), or set {name} in .env to a free port",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,8 @@ ADMIN = "http://127.0.0.1:8081"
 ANSWER_SECONDS = 120
 # The gateway reads its keys once a second.
 NEW_KEY_SECONDS = 10
+# It reads a certificate that is new within ten.
+NEW_CERTIFICATE_SECONDS = 12
 # What vLLM says to a request that a model cannot answer: an embedding model to a chat, one without a chat template too.
 NOT_THIS_WAY = {httpx.codes.BAD_REQUEST, httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED}
 
@@ -85,6 +88,15 @@ def check_named(config: Config) -> None:
         )
 
 
+def certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """What is wrong with a certificate, if that is why a request failed."""
+    while error:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 class Replica(BaseModel):
     """A replica as the gateway sees it now. Counts are requests, `kv_usage` is the share of its KV cache in use."""
 
@@ -111,7 +123,10 @@ class Gateway:
         self._domain = domain
 
     def published(self) -> list[Replica] | None:
-        """All replicas, as the gateway tells at its port; None where it does not answer there."""
+        """All replicas, as the gateway tells at its port; None where it does not answer there.
+
+        A certificate that cannot be verified is a Problem: waiting would not help.
+        """
         try:
             answer = self._http("GET", "/status.json", timeout_s=5)
             if answer.status_code == httpx.codes.UNAUTHORIZED:
@@ -120,9 +135,19 @@ class Gateway:
             else:
                 said = answer.raise_for_status().json()
             return TypeAdapter(list[Replica]).validate_python(said["replicas"])
+        except certificate.Untrusted:
+            raise
         # or something else answers at that port
         except (httpx.HTTPError, ValueError, LookupError, TypeError, Problem):
             return None
+
+    def answers(self) -> bool:
+        """Whether it answers at its port. A certificate that cannot be verified is a Problem."""
+        try:
+            self._http("GET", "/health", timeout_s=5)
+        except httpx.HTTPError:
+            return False
+        return True
 
     def replicas(self) -> list[Replica]:
         """All replicas, in the order of the fleet's file, whatever port is published; a Problem without an answer."""
@@ -163,7 +188,7 @@ class Gateway:
         # a folder's own time tells of files that went
         folders = [folder for target, folder in mounted(config).items() if Path(target).is_relative_to("/etc/nginx")]
         files = [path for folder in folders for path in (folder, *folder.rglob("*"))]
-        if max(path.stat().st_mtime for path in files) <= read:
+        if max(path.lstat().st_mtime for path in files) <= read:
             return "unchanged"
         check = ask(*self._compose.command(*NGINX, "-t"))
         if check.returncode:
@@ -207,17 +232,42 @@ class Gateway:
         raise Problem(said, fix)
 
     def _http(self, method: str, path: str, body: object = None, *, key: str = "", timeout_s: float) -> httpx.Response:
+        """The answer. A certificate that cannot be verified is a Problem, once each worker has had the time to read
+        one that is new."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # The gateway is on this host: the proxy that the environment may name is for others.
         name = self._domain
         headers |= {"Host": name} if name else {}
-        verify = certificate.trusted(self._domain) if self._url.startswith("https:") else False
-        with httpx.Client(base_url=self._url, timeout=timeout_s, trust_env=False, verify=verify) as client:
-            return client.request(
-                method, path, json=body,
-                headers=headers,
-                extensions={"sni_hostname": name} if name else None,
-            )  # fmt: skip
+        why = ""
+
+        def answer() -> httpx.Response | None:
+            nonlocal why
+            verify = certificate.trusted(name) if self._url.startswith("https:") else False
+            # The gateway is on this host: the proxy that the environment may name is for others.
+            with httpx.Client(base_url=self._url, timeout=timeout_s, trust_env=False, verify=verify) as client:
+                try:
+                    return client.request(
+                        method, path, json=body,
+                        headers=headers,
+                        extensions={"sni_hostname": name} if name else None,
+                    )  # fmt: skip
+                except httpx.HTTPError as error:
+                    refused = certificate_error(error)
+                    if not refused:
+                        raise
+                    why = refused.verify_message
+                    return None
+
+        if found := wait_for(answer, within_s=NEW_CERTIFICATE_SECONDS):
+            return found
+        raise certificate.Untrusted(f"the certificate at {self._url} cannot be verified: {why}", self._mend())
+
+    def _mend(self) -> str:
+        if self._domain:
+            return (
+                "clients would refuse it too: take ACME_SERVER out of .env if it names a staging authority;"
+                " an authority of your own has to be one that this host trusts (update-ca-certificates)"
+            )
+        return f"the gateway serves another than {certificate.FOLDER / 'fullchain.pem'}: docker compose logs gateway"
 
     def _admin(self, method: str, path: str) -> Any:
         curl = ("curl", "--silent", "--show-error", "--max-time", "5", "--request", method, ADMIN + path)

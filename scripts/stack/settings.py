@@ -49,6 +49,13 @@ def each(shape: str, what: str) -> AfterValidator:
     return AfterValidator(check_entries)
 
 
+def by_https(url: str) -> str:
+    """The address of an authority's directory."""
+    if not re.fullmatch(r"https://[^\s/]+(/\S*)?", url):
+        raise ValueError("an authority's directory is an address with https://")
+    return url
+
+
 # nginx/njs/settings.js has the same.
 HOST = r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\]"
 ORIGIN = rf"http://({HOST})(:(?!80$)\d+)?|https://({HOST})(:(?!443$)\d+)?"
@@ -62,6 +69,7 @@ class Settings(BaseModel):
     https_port: int | None = Field(None, alias="HTTPS_PORT", ge=1, le=65535)
     https_domain: str | None = Field(None, alias="HTTPS_DOMAIN", max_length=253, pattern=DOMAIN)
     acme_email: str | None = Field(None, alias="ACME_EMAIL", pattern=r"^[^@\s]+@[^@\s]+$")
+    acme_server: Annotated[str, AfterValidator(by_https)] | None = Field(None, alias="ACME_SERVER")
     grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
     prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
     bind_address: Annotated[ipaddress.IPv4Address | ipaddress.IPv6Address, BeforeValidator(without_brackets)] = Field(
@@ -95,6 +103,17 @@ class Settings(BaseModel):
 
 # the names of these settings in `.env`
 ALIASES = {str(field.alias) for field in Settings.model_fields.values()}
+# what a setting can be called
+NAME = re.compile(r"[A-Za-z_]\w{,39}", re.ASCII)
+# what Compose itself reads from a `.env`
+OF_COMPOSE = {
+    f"COMPOSE_{name}"
+    for name in (
+        *("PROJECT_NAME", "FILE", "PROFILES", "PATH_SEPARATOR", "CONVERT_WINDOWS_PATHS", "IGNORE_ORPHANS"),
+        *("REMOVE_ORPHANS", "PARALLEL_LIMIT", "ANSI", "STATUS_STDOUT", "ENV_FILES", "DISABLE_ENV_FILE", "MENU"),
+        *("EXPERIMENTAL", "PROGRESS", "BAKE", "COMPATIBILITY"),
+    )
+}
 # what each alias in USER_LIST may have behind it, as access/users.py reads it
 OF_A_USER = ("USERNAME", "HASHED_PASSWORD", "ROLE")
 
@@ -112,6 +131,7 @@ def known_names(example: str) -> set[str]:
 def parse_env(text: str, known: set[str]) -> dict[str, str]:
     """Reads the text of a `.env`. A line that is no setting, or names one that nothing reads, is a Problem."""
     values: dict[str, str] = {}
+    known = known | OF_COMPOSE
     bindings = list(parse_stream(io.StringIO(text)))
     for binding in bindings:
         if binding.key == "USER_LIST" and "USER_LIST" in known:
@@ -121,10 +141,10 @@ def parse_env(text: str, known: set[str]) -> dict[str, str]:
         if name is None and not binding.error:
             continue  # a comment or nothing
         number = binding.original.line + written[: len(written) - len(written.lstrip())].count("\n")
-        if name is None or value is None:
-            first = written.strip().split("\n")[0]
-            raise Problem(f".env, line {number}: {first!r} is not NAME=value", "correct or delete the line")
-        if name not in known and not name.startswith("COMPOSE_"):
+        # what the line says is not shown: it may be a part of a secret, which can look like a name before its "="
+        if name is None or value is None or not NAME.fullmatch(name):
+            raise Problem(f".env, line {number}: this is not NAME=value", "correct or delete the line")
+        if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise Problem(f".env, line {number}: nothing reads {name}", f"{hint}.env.example lists every setting")
@@ -146,6 +166,11 @@ def check(values: Mapping[str, str]) -> Settings:
         raise Problem(
             "HTTPS_DOMAIN is set, but not HTTPS_PORT or not ACME_EMAIL",
             "set HTTPS_PORT=443 and ACME_EMAIL, whom the authority writes to, in .env",
+        )
+    if settings.https_domain and settings.bind_address.is_loopback:
+        raise Problem(
+            f"HTTPS_DOMAIN is set, but no authority reaches the gateway at BIND_ADDRESS={settings.bind_address}",
+            "set BIND_ADDRESS=0.0.0.0 in .env",
         )
     return settings
 
@@ -176,8 +201,21 @@ def read(env_file: Path) -> dict[str, str]:
     return parse_env(text, known_names(EXAMPLE_FILE.read_text()))
 
 
+def check_private(env_file: Path = ENV_FILE) -> None:
+    """A Problem where other users of this host can read a `.env` that holds a secret."""
+    secret = (name for name, value in read(env_file).items() if value and is_secret(name))
+    if (name := next(secret, None)) and env_file.stat().st_mode & 0o077:
+        raise Problem(f"{name} is in .env, which other users of this host may read", f"chmod 600 {env_file.name}")
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting's value is one."""
+    return name == "JWT_KEY" or name.endswith("_HASHED_PASSWORD")
+
+
 def value_of(
     name: Literal[
+        "COMPOSE_PROFILES",
         "COMPOSE_PROJECT_NAME",
         "COMPOSE_FILE",
         "COMPOSE_PATH_SEPARATOR",

@@ -103,8 +103,13 @@ def as_root(*args: str) -> list[str]:
 
 
 def let_all_read(paths: Iterable[Path]) -> None:
-    """Opens files and folders to the users that containers run as, whatever the umask was while they were written."""
+    """Opens files and folders to the users that containers run as, whatever the umask was while they were written.
+
+    Not what a link leads to: that may lie elsewhere.
+    """
     for path in paths:
+        if path.is_symlink():
+            continue
         now = path.stat().st_mode
         wanted = now | (0o555 if path.is_dir() else 0o444)
         # not more often than needed: what is another user's cannot be changed

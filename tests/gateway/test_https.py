@@ -55,7 +55,7 @@ class Secure(Gateway):
 
 @pytest.fixture(scope="module")
 def secure() -> Iterator[Secure]:
-    with Replicas(2) as fleet, Secure(fleet, env={"HTTPS_PORT": "8443"}) as gateway:
+    with Replicas(2) as fleet, Secure(fleet, env={"HTTPS_PORT": "8443", "TLS": "1"}) as gateway:
         gateway.wait_ready()
         yield gateway
 

@@ -20,9 +20,11 @@ from lab.sim.gateway import Gateway
 from lab.sim.replicas import Replicas
 from lab.waiting import until
 from tests.gateway.conftest import chat
-from tests.gateway.test_access import CHAT, bearer, keys_file
+from tests.gateway.test_access import CHAT, bearer, entry, keys_file, new_key
 from tests.gateway.test_public import error_of
 
+# Tokens are made when the tests are collected, and used whenever their turn comes.
+LASTS_S = 24 * 3600
 SECRET = b"0123456789abcdef0123456789abcdef"
 OLD_SECRET = b"an older secret, 32 bytes at the least"
 RSA = rsa.generate_private_key(65537, 2048)
@@ -68,7 +70,7 @@ def gateway() -> Iterator[Gateway]:
 
 def claims(iss: str, **more: Any) -> dict[str, Any]:
     now = int(time.time())
-    return {"iss": iss, "aud": "fleet", "sub": "carol", "role": "user", "iat": now, "exp": now + 600, **more}
+    return {"iss": iss, "aud": "fleet", "sub": "carol", "role": "user", "iat": now, "exp": now + LASTS_S, **more}
 
 
 def without(iss: str, name: str) -> dict[str, Any]:
@@ -143,7 +145,7 @@ BAD = {
     "no audience": hs(without("hs", "aud")),
     "unknown issuer": hs(claims("evil")),
     "no issuer": hs(without("hs", "iss")),
-    "not yet": hs(claims("hs", nbf=int(time.time()) + 600)),
+    "not yet": hs(claims("hs", nbf=int(time.time()) + LASTS_S - 1)),
     "no end": hs(without("hs", "exp")),
     "end is a text": by_hand({"alg": "HS256", "kid": "new"}, claims("hs", exp="9999999999")),
     "unknown role": hs(claims("hs", role="root")),
@@ -171,6 +173,57 @@ def test_a_token_ends_and_is_not_taken_after(gateway: Gateway) -> None:
     assert ask(gateway, token).status_code == 200
     until(lambda: ask(gateway, token).status_code == 401, "the token has ended", 4)
     assert error_of(ask(gateway, token))["code"] == "expired_api_key"
+
+
+def own_and_others(*issuers: str) -> str:
+    return tokens_file(*(issuer(name, ["HS256"], oct_("new", SECRET)) for name in issuers))
+
+
+def test_a_token_spends_and_is_called_nothing_that_is_a_keys_or_anothers() -> None:
+    """A key, a user here and users of two providers on one host have one name."""
+    key = new_key()
+    realms = ["https://id.example:8443/realms/a", "https://id.example:8443/realms/b"]
+    keys = keys_file(
+        entry("carol", key, end_users=True),
+        roles={"user": {"limits": {"requests_per_minute": 2, "parallel_requests": 9}}},
+        end_users={"limits": {"requests_per_minute": 2}},
+    )
+    files = {"secrets/tokens.json": own_and_others("vllm-fleet", *realms), "secrets/keys.json": keys}
+    holders = {
+        "carol": key,
+        "user:carol": hs(claims("vllm-fleet")),
+        "id.example%3A8443:realms:a#carol": hs(claims(realms[0])),
+        "id.example%3A8443:realms:b#carol": hs(claims(realms[1])),
+        "user:carol%2Fann": hs(claims("vllm-fleet", sub="carol/ann")),
+        "user:%22%7C%23%3A%25": hs(claims("vllm-fleet", sub='"|#:%')),
+        "user:carol@example.com": hs(claims("vllm-fleet", sub="carol@example.com")),
+    }
+    with (
+        Replicas(1) as replicas,
+        Gateway(replicas, files={name: text.encode() for name, text in files.items()}) as gateway,
+    ):
+        until(lambda: httpx.get(gateway.url + "/ready").status_code == 200, "ready")
+        until(lambda: time.time() % 60 < 45, "a minute begins", 20)
+
+        def asked(token: str, **headers: str) -> int:
+            return httpx.post(gateway.url + CHAT, json=chat("hi"), headers={**bearer(token), **headers}).status_code
+
+        assert [asked(key, **{"X-End-User": "ann"}) for _ in range(3)] == [200, 200, 429]
+        for name, token in holders.items():
+            if token != key:
+                assert [asked(token) for _ in range(3)] == [200, 200, 429], name
+            assert httpx.get(gateway.url + "/v1/usage", headers=bearer(token)).json()["key"] == name
+        answer = httpx.post(gateway.url + CHAT, json=chat("hi"), headers=bearer(holders["user:carol"]))
+        assert "The user user:carol may" in answer.text
+        until(lambda: gateway.log().count('"key":"user:carol"') >= 4, "the log names the user")
+        # however long, and alike at their beginning
+        long = [f"{'/' * 127}{end}" for end in "ab"]
+        names = {
+            httpx.get(gateway.url + "/v1/usage", headers=bearer(hs(claims(realms[0], sub=sub)))).json()["key"]
+            for sub in long
+        }
+        assert len(names) == 2
+        assert max(map(len, names)) == 125
 
 
 def test_a_tokens_role_counts(gateway: Gateway) -> None:

@@ -47,7 +47,7 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         service["image"] = f"{PROJECT}/{name}:1"
     del services["gateway"]["ports"]
     only = {"name": PROJECT, "x-pins": document["x-pins"], "services": services}
-    only |= {"networks": {"fleet": {"internal": True}}, "volumes": {"hub": None, "compiled": None}}
+    only |= {"networks": {"fleet": {"internal": True}}, "volumes": dict.fromkeys(("hub", "compiled", "used", "bodies"))}
     (folder / "docker-compose.yml").write_text(yaml.safe_dump(only))
     run("git", "-C", str(folder), "init", "--quiet")
     run("git", "-C", str(folder), "add", "--all")

@@ -237,6 +237,17 @@ def test_before_there_are_users_nobody_signs_in(tmp_path: Path) -> None:
     assert (health.status_code, health.json()) == (503, {"missing": ["users", "signing keys"]})
 
 
+def test_a_file_that_is_taken_away_takes_its_users_along(tokens: Service) -> None:
+    assert tokens.sign_in("alice", PASSWORD).status_code == 200
+    kept = tokens.secrets.users.read_bytes()
+    tokens.secrets.users.unlink()
+    assert tokens.sign_in("alice", PASSWORD).status_code == 503
+    (health,) = tokens.ask({}, path="/health", method="GET")
+    assert (health.status_code, health.json()) == (503, {"missing": ["users"]})
+    tokens.secrets.users.write_bytes(kept)
+    assert tokens.sign_in("alice", PASSWORD).status_code == 200
+
+
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/redoc", "/metrics", "/"])
 def test_there_is_nothing_else(tokens: Service, path: str) -> None:
     assert tokens.ask({}, path=path, method="GET")[0].status_code == 404

@@ -218,6 +218,41 @@ def test_two_keys_are_in_force_through_a_rotation_and_the_old_one_ends_by_itself
     assert [key.in_force(now) for key in store.signing().keys] == [True, False, False]
 
 
+@pytest.mark.parametrize("broken", ["audit.jsonl", "gateway/.tokens.json.new", "tokens/.signing.json.new"])
+def test_what_signs_and_what_checks_change_together_or_not_at_all(secrets: Secrets, broken: str) -> None:
+    store = TokenStore(secrets)
+    store.take(None, 30)
+    files = {path: path.read_bytes() for path in (secrets.issuers, secrets.signing)}
+    place = secrets.folder / broken
+    place.unlink(missing_ok=True)
+    place.mkdir()
+    changes: list[Callable[[], None]] = [
+        lambda: store.rotate("ES256"),
+        lambda: store.take(GOOD, 30),
+        lambda: store.take(None, 60),
+    ]
+    for change in changes:
+        with pytest.raises(OSError, match=re.escape(place.name)):
+            change()
+        assert {path: path.read_bytes() for path in files} == files
+
+
+def test_two_files_that_came_apart_are_mended_by_the_next_take(secrets: Secrets) -> None:
+    store = TokenStore(secrets)
+    store.take(None, 30)
+    before = secrets.signing.read_bytes()
+    store.rotate("ES256")
+    # as if the machine had stopped between the two
+    secrets.signing.write_bytes(before)
+    store.take(None, 30)
+    assert secrets.signing.read_bytes() == before
+    (own,) = store.issuers().issuers
+    assert [one["kid"] for one in own.keys] == [one.jwk["kid"] for one in store.signing().keys]
+    files = [secrets.issuers.read_bytes(), secrets.audit.read_bytes()]
+    store.take(None, 30)
+    assert files == [secrets.issuers.read_bytes(), secrets.audit.read_bytes()]
+
+
 def test_nothing_is_signed_with_a_key_that_the_gateway_cannot_know_yet(secrets: Secrets) -> None:
     now = time.time()
     store = TokenStore(secrets, lambda: now)
@@ -297,6 +332,8 @@ SMALL: Jwk = RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 1024).public_ke
         ({"keys": [MADE["RS256"]]}, r"keys\[0\]: d is of a private key"),
         ({"keys": jwks(MADE["ES256"])}, "a key for ES256, which is not among"),
         ({"keys": [{"kty": "RSA"}]}, "it is no key of kind RSA"),
+        ({"keys": [{"kty": "oct"}], "algorithms": ["HS256"]}, "it is no key of kind oct"),
+        ({"keys": [{"kty": ["RSA"]}]}, "kty is oct, RSA, EC, OKP"),
         ({"keys": [SMALL]}, "has 1024 bits, less than 2048"),
         ({"keys": [{**MADE["HS256"], "k": "YWJj"}], "algorithms": ["HS256"]}, "has 3 bytes, less than 32"),
         ({"keys": [{**jwks(MADE["RS256"])[0], "alg": "HS256"}]}, "a key of kind RSA is for RS256"),

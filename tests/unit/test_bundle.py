@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import bundle
-from stack import images
+from stack import images, settings
 from stack.compose import Compose, Config
 from stack.console import Problem
 
@@ -186,6 +186,18 @@ def packed(
             return {name: file.read().decode(errors="replace") for name, file in files.items() if file}
 
     return pack
+
+
+def test_users_are_left_out_whole_and_make_up_takes_what_remains(
+    checkout: Path, packed: Callable[[], dict[str, str]], tmp_path: Path
+) -> None:
+    (checkout / ".env").write_text(
+        "USER_LIST='ALICE, BOB'\nALICE_USERNAME=alice\nALICE_HASHED_PASSWORD='$argon2id$x'\nBOB_USERNAME=bob\n"
+        "BOB_ROLE=admin\nBOB_HASHED_PASSWORD='$argon2id$y'\nJWT_KEY=planted\nACCESS_TOKEN_EXPIRE_MINUTES=60\n"
+    )
+    there = tmp_path / "there.env"
+    there.write_text(packed()[".env"])
+    assert settings.with_users(there, {}) == {"ACCESS_TOKEN_EXPIRE_MINUTES": "60"}
 
 
 def test_settings_are_packed_and_secrets_are_not(

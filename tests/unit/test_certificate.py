@@ -65,3 +65,22 @@ def test_one_that_has_ended_or_not_begun_is_refused(tmp_path: Path) -> None:
         certificate.check(tmp_path, NOW + dt.timedelta(15))
     with pytest.raises(Problem, match=r"begins on 2026-05-17 00:00 UTC: is this host's clock right"):
         certificate.check(tmp_path, NOW - dt.timedelta(16))
+
+
+def test_a_link_that_the_container_cannot_follow_is_refused(tmp_path: Path) -> None:
+    live, folder = tmp_path / "live", tmp_path / "tls"
+    live.mkdir()
+    folder.mkdir()
+    write(live)
+    write(folder)
+    for target in (live / "privkey.pem", Path("../live/privkey.pem"), Path("/nowhere"), folder / "own.pem"):
+        (folder / "privkey.pem").unlink()
+        (folder / "privkey.pem").symlink_to(target)
+        with pytest.raises(Problem, match=r"privkey\.pem is a link out of its folder, .* cp --remove-destination"):
+            certificate.check(folder, NOW)
+    write(live)
+    for name in ("fullchain.pem", "privkey.pem"):
+        (folder / f"own-{name}").write_bytes((live / name).read_bytes())
+        (folder / name).unlink()
+        (folder / name).symlink_to(f"own-{name}")
+    assert certificate.check(folder, NOW).startswith("for llm.example")

@@ -17,6 +17,7 @@ from vllm import launch
 
 BASE = ROOT / "docker-compose.yml"
 GPU = ROOT / "docker-compose.gpu.yml"
+TLS = ROOT / "docker-compose.tls.yml"
 REPLICAS = ("vllm-0", "vllm-1")
 # The host's commands read these themselves.
 NOT_FOR_COMPOSE = {"IMAGES", "GPU", "HF_TOKEN_FILE", "USER_LIST", "JWT_KEY", "ACCESS_TOKEN_EXPIRE_MINUTES"}
@@ -92,6 +93,17 @@ def test_only_the_gateway_is_published_beyond_loopback_and_only_when_asked() -> 
     assert published(compose(BASE)) == loopback
     assert published(compose(BASE, settings={"BIND_ADDRESS": "0.0.0.0"})) == loopback | {"gateway": {"0.0.0.0"}}
     assert published(compose(BASE, settings={"BIND_ADDRESS": "[::1]"})) == loopback | {"gateway": {"::1"}}
+
+
+@pytest.mark.parametrize(("files", "port", "starts"), [((), "", True), ((), "443", False), ((TLS,), "443", True)])
+def test_https_without_its_file_starts_no_gateway(files: tuple[Path, ...], port: str, starts: bool) -> None:
+    """Plain `docker compose up` reads HTTPS_PORT too, and would publish plain HTTP."""
+    environment = compose(BASE, *files, settings={"HTTPS_PORT": port})["services"]["gateway"]["environment"]
+    given = {name: value for name, value in environment.items() if value is not None}
+    command = ["/bin/sh", str(ROOT / "nginx" / "start.sh"), "true"]
+    done = subprocess.run(command, env=given, text=True, capture_output=True, check=False)
+    assert (done.returncode == 0) == starts
+    assert ("HTTPS_PORT is set, but docker-compose.tls.yml" in done.stderr) != starts
 
 
 def test_who_sees_which_secrets() -> None:

@@ -224,6 +224,11 @@ def test_a_keys_own_limit_wins_over_its_roles_and_a_zero_is_a_limit(folder: Secr
         ("set alice --expires 2001-01-01", "alice would have expired already"),
         ("limits --rpm 1", "whose limits"),
         ("limits --role user --end-users", "whose limits"),
+        ("create bob --models all,foo", "--models names all and others"),
+        ("create bob --expires 999999999d", "'999999999d' is after the year 9999"),
+        ("create bob --expires 9999-12-31T23:59:59-12:00", "is after the year 9999"),
+        ("set alice --expires 999999999w", "is after the year 9999"),
+        ("rotate alice --overlap 999999999w", "'999999999w' is after the year 9999"),
         ("create bob --rps 3", "No such option: --rps"),
         ("create bob --role root", "Invalid value for '--role'"),
     ],
@@ -486,7 +491,50 @@ def test_a_commands_own_key_ends_with_it(of_stack: Secrets) -> None:
 
 def test_a_key_that_a_killed_command_left_is_replaced(of_stack: Secrets) -> None:
     store = KeyStore(of_stack)
-    left = store.create("make-up")
+    left = access.own_key(OPEN, "make-up", 600).__enter__()
     with access.own_key(OPEN, "make-up", 600) as secret:
         assert store.read().holder(secret, time.time())
         assert store.read().holder(left, time.time()) is None
+
+
+def test_a_commands_own_key_takes_nobodys_and_obeys_no_roles_limits(of_stack: Secrets) -> None:
+    assert "make-up is what commands call a key of their own" in make_key("create make-up").stderr
+    store = KeyStore(of_stack)
+    # as one could make it before
+    theirs = store.create("make-up")
+    with pytest.raises(Problem, match="make key ARGS='revoke make-up'"), access.own_key(OPEN, "make-up", 600):
+        raise AssertionError
+    assert store.read().holder(theirs, time.time())
+    store.revoke("make-up")
+    store.set_limits("user", dict.fromkeys(Limits.model_fields, 0))
+    with access.own_key(OPEN, "make-up", 600) as secret:
+        holder = store.read().holder(secret, time.time())
+        assert holder
+        limits = store.read().in_force(holder).model_dump()
+        assert set(limits) == set(Limits.model_fields)
+        assert min(limits.values()) > 10**12
+
+
+@pytest.mark.parametrize("pipe", [True, False])
+def test_what_is_no_file_or_too_large_is_refused_before_it_is_read(folder: Secrets, pipe: bool) -> None:
+    folder.prepare()
+    if pipe:
+        os.mkfifo(folder.keys)
+    else:
+        with folder.keys.open("wb") as file:
+            file.truncate(2**42)  # with no room to read it into
+    done = make_key("list")
+    assert done.exit_code == 1
+    assert ("is no file" if pipe else f"has {2**42} bytes") in done.stderr
+
+
+def test_a_moment_that_no_calendar_has_is_shown_all_the_same(folder: Secrets) -> None:
+    created("create alice --expires 9999-12-31T23:59:59")
+    assert "9999-12-31 23:59" in make_key("show alice").stdout
+    data = json.loads(folder.keys.read_text())
+    data["keys"][0] |= {"expires": MAX_NUMBER, "created": MAX_NUMBER}
+    folder.keys.write_text(json.dumps(data))
+    for command in ("list", "show alice"):
+        done = make_key(command)
+        assert done.exit_code == 0
+        assert "1970" in done.stdout

@@ -318,6 +318,58 @@ def test_a_key_for_the_replica_is_refused_as_nobody_would_send_it(start: Start) 
     assert start(EXTRA_ARGS="--seed 1")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--no-enable-force-include-usage", "--no-enable-force-include-usage"),
+        ("--no_enable_force_include_usage", "--no-enable-force-include-usage"),
+        ("--no-enable-force", "--no-enable-force (--no-enable-force-include-usage)"),
+        ("--scheduling-policy fcfs", "--scheduling-policy"),
+        ("--sched=fcfs", "--sched (--scheduling-policy)"),
+        ("--port 9000", "--port"),
+        ("--por=9000", "--por (--port)"),
+        ("--host ::1", "--host"),
+        ("--uds /tmp/x", "--uds"),
+        ("--ssl-keyfile /k", "--ssl-keyfile"),
+        ("--ssl_certfile=/c", "--ssl-certfile"),
+        ("--ssl-k /k", "--ssl-k"),
+        ("--api s3cret", "--api (--api-key)"),
+    ],
+)
+def test_what_would_undo_what_the_gateway_relies_on_is_refused(start: Start, words: str, named: str) -> None:
+    status, errors, _ = start(EXTRA_ARGS=f"--seed 1 {words}")
+    assert status == 2
+    assert f"EXTRA_ARGS has {named}: " in errors
+    assert errors.count("\n") == 1
+
+
+def test_other_arguments_pass(start: Start) -> None:
+    words = "--seed 1 --enable-force-include-usage --hf-overrides {} -O3 --api-server-count 2 --"
+    assert start(EXTRA_ARGS=words)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "environment", "words"),
+    [
+        ("model: org/small", {"KV_CACHE_GB": "1e300"}, "KV_CACHE_GB is '1e300'"),
+        ("model: org/small", {"KV_CACHE_GB": "inf"}, "KV_CACHE_GB is 'inf'"),
+        ("model: org/small", {"MODEL": "m" * 5000}, "MODEL: what it names cannot be looked up"),
+        ("model: org/small", {"CHAT_TEMPLATE": "m" * 300}, "CHAT_TEMPLATE: what it names cannot be looked up"),
+        ("model: org/small", {"SPECULATIVE_CONFIG": json.dumps({"model": "m" * 300})}, "SPECULATIVE_CONFIG: what it"),
+        ("model: org/small", {"SPECULATIVE_CONFIG": '{"a":' * 100_000}, "nested too deep"),
+        ("model: " + "[" * 10_000, {}, "nested too deep"),
+        ("model: org/small\nspeculative_config: {a: 2026-01-01}", {}, "not JSON"),
+    ],
+)
+def test_what_is_beyond_all_measure_is_told_in_a_line(
+    start: Start, engine: str, environment: dict[str, str], words: str
+) -> None:
+    status, errors, _ = start(engine, **environment)
+    assert status == 2
+    assert words in errors
+    assert errors.startswith("launch: ")
+
+
 def test_a_missing_engine_file_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(launch.SettingsError, match=r"^vllm/engine\.yaml: cannot be read"):
         read(tmp_path / "none.yaml", {})

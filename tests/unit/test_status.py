@@ -27,3 +27,12 @@ def test_a_models_name_is_folded_not_cut(width: int) -> None:
     assert len([line for line in below if line]) <= 2 * 4
     assert max(map(len, lines)) <= width
     assert sum("vllm-" in line and "50%" in line for line in lines) == 2
+
+
+def test_a_name_with_brackets_is_shown_as_it_is() -> None:
+    page = io.StringIO()
+    Console(file=page, width=200).print(
+        status.replica_table([Replica(name="vllm-0", state="ready", models=["qwen[/b]", "[red]x"])])
+    )
+    assert "qwen[/b]" in page.getvalue()
+    assert "[red]x" in page.getvalue()

@@ -235,3 +235,19 @@ def test_a_program_that_is_asked_takes_nothing_of_the_standard_input() -> None:
         timeout=30,
     )
     assert done.stdout == "'' the next line\n"
+
+
+def test_two_settings_with_the_same_port_are_named() -> None:
+    values = {"HTTP_PORT": "8443", "HTTPS_PORT": "8443"}
+    with pytest.raises(Problem, match="HTTP_PORT and HTTPS_PORT are both 8443"):
+        up.check_ports(settings.check(values), {8443, 3000, 9090})
+    with pytest.raises(Problem, match="HTTP_PORT and GRAFANA_PORT are both 3000"):
+        up.check_ports(settings.check({"HTTP_PORT": "3000", "BIND_ADDRESS": "[::]"}), {3000, 9090})
+    up.check_ports(settings.check({"HTTP_PORT": "3000", "BIND_ADDRESS": "192.0.2.7"}), {3000, 9090})
+
+
+def test_a_profile_that_no_service_has_is_named() -> None:
+    for right in ("", "tokens", " tokens,", "*"):
+        checks.profiles_are_known(right, ["tokens"])
+    with pytest.raises(Problem, match=r"COMPOSE_PROFILES names token, which no service has: .*tokens"):
+        checks.profiles_are_known("tokens,token", ["tokens"])

@@ -212,10 +212,12 @@ def test_what_containers_mount_of_a_clone_under_a_strict_umask_is_opened_to_them
             folder.mkdir(0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
         (tmp_path / name).touch(0o600)
+    (tmp_path / "clone/nginx/own.conf").symlink_to(tmp_path / "elsewhere/own.conf")
+    (tmp_path / "clone/nginx/dangling").symlink_to(tmp_path / "nowhere")
     sources = [tmp_path / "clone/nginx", tmp_path / "clone/vllm/engine.yaml", tmp_path / "elsewhere", Path("hub")]
     volumes = [Volume(source=str(source), target="/there") for source in sources]
     up.open_mounts(Config.model_validate({"services": {"one": Service(image="one", volumes=volumes)}, "x-pins": {}}))
-    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    modes = {str(path.relative_to(tmp_path)): path.lstat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     assert {name: oct(modes[name]) for name in made} == dict(
         zip(made, ["0o644", "0o644", "0o600", "0o600"], strict=True)
     )
@@ -383,6 +385,9 @@ def test_a_new_plan_makes_the_gateway_read_its_fleet_again(tmp_path: Path, monke
     began = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(now - 3600))
     monkeypatch.setattr(gateway, "RELOADED", tmp_path / "reloaded")
     monkeypatch.setattr(gateway, "ask", lambda *_: subprocess.CompletedProcess([], 0, began, ""))
+    (tmp_path / "nginx/dangling").symlink_to("nowhere")
+    os.utime(tmp_path / "nginx/dangling", (now - 7200, now - 7200), follow_symlinks=False)
+    os.utime(tmp_path / "nginx", (now - 7200, now - 7200))
     running = Running()
     assert Gateway(running).reload_if_changed(config) == "unchanged"
     (tmp_path / "fleet" / "default.conf").write_text("upstream vllm-2 { }\n")

@@ -31,8 +31,42 @@ def test_a_misspelt_name_is_refused_with_the_one_that_was_meant() -> None:
 
 
 def test_a_line_that_is_no_setting_is_refused() -> None:
-    with pytest.raises(Problem, match=r"\.env, line 1: 'HTTP_PORT 81' is not NAME=value"):
+    with pytest.raises(Problem, match=r"\.env, line 1: this is not NAME=value"):
         settings.parse_env("HTTP_PORT 81\n", KNOWN)
+
+
+@pytest.mark.parametrize("line", ["planted secret", f"{'planted' * 6}=", "planted+/=", "planted"])
+def test_a_line_that_may_be_of_a_secret_is_not_shown(line: str) -> None:
+    with pytest.raises(Problem, match=r"\.env, line 2: this is not NAME=value") as refused:
+        settings.parse_env(f"MODEL=a\n{line}\n", KNOWN)
+    assert "planted" not in str(refused.value)
+
+
+@pytest.mark.parametrize("line", ["JWT_KEY=x", "USER_LIST=A\nA_HASHED_PASSWORD=x"])
+@pytest.mark.parametrize("mode", [0o640, 0o604])
+def test_secrets_in_a_file_that_others_read_are_refused(tmp_path: Path, line: str, mode: int) -> None:
+    file = tmp_path / ".env"
+    file.write_text(f"{line}\n")
+    file.chmod(mode)
+    with pytest.raises(Problem, match=r"in \.env, which other users of this host may read: chmod 600 \.env"):
+        settings.check_private(file)
+    file.chmod(0o600)
+    settings.check_private(file)
+    file.write_text("MODEL=a\nJWT_KEY=\n")
+    file.chmod(mode)
+    settings.check_private(file)
+
+
+def test_a_misspelt_name_of_composes_own_is_refused() -> None:
+    with pytest.raises(Problem, match=r"nothing reads COMPOSE_PROFILE: did you mean COMPOSE_PROFILES\?"):
+        settings.parse_env("COMPOSE_PROFILE=tokens\n", KNOWN)
+
+
+def test_a_domain_that_no_authority_reaches_is_refused() -> None:
+    domain = {"HTTPS_DOMAIN": "a.example", "HTTPS_PORT": "443", "ACME_EMAIL": "a@a.example"}
+    with pytest.raises(Problem, match=r"no authority reaches the gateway at BIND_ADDRESS=127\.0\.0\.1"):
+        settings.check(domain)
+    settings.check(domain | {"BIND_ADDRESS": "0.0.0.0"})
 
 
 def test_the_line_of_a_mistake_is_counted_from_the_top() -> None:
@@ -97,6 +131,8 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         ({"CORS_ORIGINS": "http://a.example:80"}, r"http://a.example:80 is no origin"),
         ({"CORS_ORIGINS": "a.example"}, r"a.example is no origin"),
         ({"IMAGES": "docker"}, "IMAGES=docker will not do: .*'auto', 'registry' or 'packages'"),
+        ({"ACME_SERVER": "http://a.example/dir"}, "ACME_SERVER=http://a.example/dir will not do: .*https://"),
+        ({"ACME_SERVER": "a.example"}, "ACME_SERVER=a.example will not do: .*https://"),
         ({"GPU": "yes"}, "GPU=yes will not do"),
     ],
 )

@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from jwt.algorithms import ECAlgorithm
 from typer.testing import CliRunner, Result
 
 import user
@@ -29,7 +31,7 @@ def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Secrets:
     return folder
 
 
-def make_user(args: str, stdin: str = f"{PASSWORD}\n") -> Result:
+def make_user(args: str, stdin: str | bytes = f"{PASSWORD}\n") -> Result:
     """What `make user ARGS='…'` does with this in its standard input."""
     return CliRunner().invoke(user.app, shlex.split(args), stdin)
 
@@ -115,6 +117,47 @@ def test_signing_keys_and_identity_providers_come_and_go(secrets: Secrets, tmp_p
     assert [one.issuer for one in TokenStore(secrets).issuers().issuers] == ["vllm-fleet"]
 
 
+def test_a_providers_keys_of_other_curves_are_passed_over(secrets: Secrets, tmp_path: Path) -> None:
+    file = tmp_path / "jwks.json"
+    key = new_jwk("ES256")
+    larger = ECAlgorithm.to_jwk(ec.generate_private_key(ec.SECP384R1()).public_key(), as_dict=True)
+    file.write_text(json.dumps({"keys": [larger, {"kty": "EC", "kid": "no curve"}, key]}))
+    assert make_user(f"trust https://id.example --audience fleet --algorithm ES256 --keys {file}").exit_code == 0
+    (provider,) = TokenStore(secrets).issuers().issuers
+    assert [one["kid"] for one in provider.keys] == [key["kid"]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\xff",
+        b'{"keys": 5}',
+        b'{"keys": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"keys": [{"kty": ["RSA"]}]}',
+        b'{"keys": [{"kty": "RSA"}]}',
+        b'{"keys": [{"kty": "RSA", "n": [], "e": {}}]}',
+    ],
+)
+def test_a_file_that_is_no_jwks_is_said_to_be_none(secrets: Secrets, tmp_path: Path, text: bytes) -> None:
+    file = tmp_path / "jwks.json"
+    file.write_bytes(text)
+    done = make_user(f"trust x --audience a --algorithm RS256 --keys {file}")
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert re.search("is no JWKS|has no key for RS256|is no key of kind RSA", done.stderr.replace("\n", " "))
+    assert not secrets.issuers.exists()
+
+
+@pytest.mark.parametrize("command", ["add bob", "hash", "password alice"])
+def test_a_password_that_is_no_utf8_is_said_to_be_none(secrets: Secrets, command: str) -> None:
+    make_user("add alice")
+    done = make_user(command, b"four words that f\xe4llt together\n")
+    assert isinstance(done.exception, SystemExit)
+    assert "the password is not UTF-8" in done.stderr
+    assert Doorman(UserStore(secrets).read()).lets_in("alice", PASSWORD)
+
+
 @pytest.mark.parametrize(
     ("args", "stdin", "says"),
     [
@@ -127,7 +170,10 @@ def test_signing_keys_and_identity_providers_come_and_go(secrets: Secrets, tmp_p
         ("remove bob", "", "there is no user bob"),
         ("signing-key --algorithm none", "", "Invalid value for '--algorithm'"),
         ("signing-key --overlap long", "", "'long' is no span of time"),
-        ("trust x --audience a --algorithm RS256 --keys /dev/null", "", "/dev/null is no JWKS"),
+        ("signing-key --overlap 999999999w", "", "'999999999w' is after the year 9999"),
+        ("trust x --audience a --algorithm RS256 --keys /dev/null", "", "/dev/null is no file"),
+        ("trust x --audience a --algorithm HS256 --keys /dev/null", "", "HS256 has no public key"),
+        ("trust x --audience a --algorithm HS256 --keys https://x/y", "", "HS256 has no public key"),
         ("trust x --audience a --algorithm rs256 --keys https://x/y", "", "algorithms[0]: Input should be 'HS256'"),
         ("trust x --audience a --algorithm RS256 --keys /nowhere/x", "", "/nowhere/x: No such file"),
         ("trust x --audience a --algorithm RS256 --keys http://x.example/y", "", "jwks_uri: it has to be https"),
