@@ -30,8 +30,12 @@ ERROR_EVENTS = (b'data: {"error"', b"event: error\n")
 OPENING = b'"delta":{"role":"assistant","content":""}'
 OPENINGS = (b"event: response.created\n", b"event: response.in_progress\n")
 COMMENT = b": the answer is on its way\n\n"
+# The type of Anthropic's API for the client's fault, which has no code.
+INVALID = "invalid_request_error"
 # The types of vLLM's 503: its queue is full, and the request failed in its engine.
 FULL, FAILED = "Service Unavailable", "ServiceUnavailableError"
+# Tells the gateway that an answer begins with a comment: its prompt may not be computed yet.
+WAITING = (b"x-waiting", b"1")
 HEADERS = [(b"content-type", b"application/json")]
 
 
@@ -109,7 +113,7 @@ class Held:
                 continue
             if start := self.start:
                 self.start = None
-                await self.send(start)
+                await self.send({**start, "headers": [*start.get("headers", []), WAITING]})
             await self.pass_on({"type": "http.response.body", "body": COMMENT, "more_body": True})
 
     def end(self) -> None:
@@ -131,14 +135,17 @@ def is_opening(event: bytes) -> bool:
 def error_in(start: Message, body: bytes) -> dict[str, Any] | None:
     """The error that an answer is, as JSON, if it has to become another one here: of a stream, or that 503."""
     if start["status"] == 200 and body.startswith(ERROR_EVENTS):
-        body = next(line for line in body.split(b"\n") if line.startswith(b"data: ")).removeprefix(b"data: ")
+        body = next((line for line in body.split(b"\n") if line.startswith(b"data: ")), b"").removeprefix(b"data: ")
     elif start["status"] != 503:
         return None
     try:
         said = json.loads(body)
-        full = start["status"] == 503 and said["error"]["type"] != FAILED
+        error = said["error"]
+        full = start["status"] == 503 and error["type"] != FAILED
     except (ValueError, LookupError, TypeError):
         return None
+    if start["status"] == 200 and not isinstance(error, dict):
+        return {"error": {"message": str(error)}}
     return None if full else said
 
 
@@ -151,6 +158,8 @@ def as_error(said: dict[str, Any]) -> tuple[Message, Message]:
     error = said["error"]
     code = error.get("code")
     full = code == 503 and error.get("type") == FULL
+    if code is None and error.get("type") == INVALID:
+        code = 400
     status = code if isinstance(code, int) and 400 <= code < 500 else 503 if full else 502
     words = b" ".join(str(error.get("message", "")).encode("ascii", "replace").split())[:500]
     failure = [(b"x-failure", words)] if status == 502 else []

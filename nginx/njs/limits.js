@@ -432,7 +432,8 @@ function settle(text, used, refused, began, seconds) {
         if (held && counted) {
             // Of one that broke off without a word: its prompt, and what can have been made in its time.
             const guess = prompt + (began ? Math.ceil(seconds * RATE) * answers : 0);
-            correct(counted, used ? used.prompt + used.completion : Math.min(amount, guess), now);
+            const spent = used ? used.prompt + used.completion : -1;
+            correct(counted, spent >= 0 ? spent : Math.min(amount, guess), now);
         }
         if (held) {
             release(held, amount);

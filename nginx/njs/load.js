@@ -13,7 +13,8 @@ const ANSWER = 1000;         // characters of prompt that take a replica about a
 // more, before all that comes goes elsewhere: affinity overloads nobody.
 const MOST = [8, 2];
 
-// What each replica has to do before a new prompt, the least of it, and Infinity for who has too much.
+// What each replica has to do before a new prompt, Infinity for who has too much; the least of it; and the requests in flight of
+// each, by weight.
 function loads(list) {
     const count = list.length;
     const busy = [];
@@ -42,7 +43,7 @@ function loads(list) {
             least = todo[i];
         }
     }
-    return { todo, least };
+    return { todo, least, busy };
 }
 
 // The next one in turn.

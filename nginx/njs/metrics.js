@@ -242,10 +242,15 @@ async function show(r) {
     r.headersOut['Content-Type'] = 'text/plain; version=0.0.4; charset=utf-8';
     r.status = 200;
     r.sendHeader();
-    if (r.method !== 'HEAD') {
-        await text((piece) => r.send(piece));
+    try {
+        if (r.method !== 'HEAD') {
+            await text((piece) => r.send(piece));
+        }
+        r.finish();
+    } catch (e) {
+        // Whoever asked has hung up: there is nobody to tell.
+        ngx.log(ngx.INFO, `metrics: ${e.message}`);
     }
-    r.finish();
 }
 
 export default { served, refused, broken, retried, cut, probed, looked, blocks, refusals, show };

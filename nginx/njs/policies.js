@@ -10,8 +10,10 @@ import prompts from './prefix.js';
 
 const counters = ngx.shared.counters;
 
-// What a replica would compute that another one knows counts twice: it takes time, and it takes room in one more cache.
+// What a replica would compute that another one knows of this very conversation counts twice: it takes time, and it takes room
+// in one more cache. A beginning that others share is worth its room there.
 const AGAIN = 2;
+const SHARED = 3;            // requests in flight with who knows a shared beginning, from where on an idle replica learns it too
 const ALIKE = 3000;          // characters of prompt: no reason to prefer the replica that has less to do
 const MOST_WORK = 1e6;       // characters that one request counts for
 
@@ -71,18 +73,22 @@ function holders(prompt, i) {
 
 // The replica that will have computed this prompt soonest. `own`: only one that knows its conversation, or null.
 function soonest(list, loads, prompt, own) {
-    const { todo, least } = loads;
+    const { todo, least, busy } = loads;
     const cuts = prompt.cuts;
     const end = cuts.length - 1;
     let cost = Infinity;
     let chosen = -1;
+    let times = 1;
     for (let at = end; at >= 0 && !(own && !(cuts[at] & prompts.OWN)); at--) {
-        const again = AGAIN * (cuts[end] - cuts[at]) / 4;
+        const again = times * (cuts[end] - cuts[at]) / 4;
         // Who knows only less than this is no better, however idle.
         if (least + again >= cost) {
             break;
         }
         const packed = holders(prompt, at);
+        if (packed && cuts[at] & prompts.OWN) {
+            times = AGAIN;
+        }
         for (let i = 0; packed && i < list.length; i++) {
             if (todo[i] + again < cost && prompts.holds(packed, list[i].id)) {
                 cost = todo[i] + again;
@@ -91,9 +97,15 @@ function soonest(list, loads, prompt, own) {
             }
         }
     }
-    if (!own && least + AGAIN * cuts[end] / 4 < cost) {
+    if (!own && least + times * cuts[end] / 4 < cost) {
         chosen = todo.indexOf(least);
         prompt.at = -1;
+    } else if (!own && times === 1 && least === 0 && busy[chosen] >= SHARED) {
+        const idle = list[todo.indexOf(0)];
+        while (prompt.at >= 0 && !prompts.holds(holders(prompt, prompt.at), idle.id)) {
+            prompt.at--;
+        }
+        return idle;
     }
     return chosen < 0 ? null : inTurn(list, todo, chosen, prompt.at < 0 ? 0 : prompt.holders[prompt.at]);
 }

@@ -50,6 +50,9 @@ function send(r, replica, model, reason, work, stream) {
     variables.replica = name;
     variables.reason = reason;
     variables.work = work;
+    if (stream) {
+        variables.stream = '1';
+    }
     r.chosen = { replica: name, model, reason, work, stream };
     fleet.enter(name, work);
 }
@@ -183,9 +186,9 @@ async function pick(r, holder) {
     if (wants) {
         r.variables.wants = wants;
     }
-    // However it is written: one answer may be read as several.
-    if ((asked.body.n ?? 1) !== 1) {
-        r.variables.many = '1';
+    const many = usage.many(r.uri, asked.body);
+    if (many) {
+        r.variables.many = many;
     }
     const { refused } = limits.admit(r, holder, asked, name);
     if (refused) {
@@ -196,7 +199,7 @@ async function pick(r, holder) {
         const [replica, reason, work] = policy(list, asked, table.canary);
         send(r, replica, name, reason, work, asked.body.stream);
     } else {
-        send(r, load.leastBusy(list), name, 'fallback', 0);
+        send(r, load.leastBusy(list), name, 'fallback', 0, asked.body.stream);
     }
     return true;
 }
@@ -241,7 +244,7 @@ function again(r) {
     const model = r.variables.model || '';
     const list = candidates(table, fleet.serving(table, model), names);
     if (list.length && broken.length < DELIVERED && names.length < TRIES) {
-        send(r, load.leastBusy(list), model, 'retry', work);
+        send(r, load.leastBusy(list), model, 'retry', work, r.variables.stream);
     } else if (broken.length) {
         const words = r.variables.upstream_http_x_failure;
         refuse(r, 'failed', 502, 'replica_failed', `This request failed on ${broken.join(' and on ').replace(/=/g, ': ')}`

@@ -12,6 +12,8 @@ import usage from './usage.js';
 
 const NEWLINE = 10;
 const RETURN = 13;
+const COLON = 58;
+const BLANK = Buffer.from('\n\n');
 const NOTHING = Buffer.alloc(0);
 // Bytes of one stream that may lie here: an event that is not whole yet, or what the client has not read. Beyond that the
 // stream goes on without njs, as then Nginx takes no more from the replica than the client reads.
@@ -32,21 +34,43 @@ function end(bytes) {
     return 0;
 }
 
-// js_header_filter. A stream's header comes with its first token, so the replica has computed the prompt; a
-// whole answer's comes with its end. Nginx' own page about
-// a body that it could not read is the only 400 that neither a replica nor njs gave.
+// js_header_filter. A stream's header comes with its first token, so the replica has computed the prompt, unless it says that
+// it only keeps the connection (vllm/begin.py); a whole answer's comes with its end. Nginx' own page about a body that it could
+// not read is the only 400 that neither a replica nor njs gave.
 function begin(r) {
     budget.begun(r);
-    const chosen = r.chosen;
-    if (chosen && chosen.stream && chosen.work) {
-        fleet.begun(chosen.replica, chosen.work);
-        chosen.work = 0;
+    // An internal redirect has lost what was chosen; the variables stay.
+    const stream = r.chosen ? r.chosen.stream : r.variables.stream;
+    if (stream && r.variables.upstream_http_x_waiting) {
+        r.waiting = true;
+    } else if (stream) {
+        computed(r);
     }
     if (r.status === 400 && r.variables.upstream_status === undefined && !r.answered) {
         r.unread = true;
         r.headersOut['Content-Type'] = 'application/json';
         delete r.headersOut['Content-Length'];
     }
+}
+
+// The replica has computed the prompt.
+function computed(r) {
+    r.waiting = false;
+    const variables = r.variables;
+    const work = r.chosen ? r.chosen.work : Number(variables.work);
+    if (work && variables.replica) {
+        fleet.begun(variables.replica, work);
+        variables.work = 0;
+        if (r.chosen) {
+            r.chosen.work = 0;
+        }
+    }
+}
+
+// Whether the last of these whole events is a comment.
+function isComment(bytes) {
+    const before = bytes.lastIndexOf(BLANK, bytes.length - 3);
+    return bytes[before < 0 ? 0 : before + 2] === COLON;
 }
 
 function send(r, data) {
@@ -71,8 +95,13 @@ function forward(r, data) {
         r.border = Buffer.from(seam.subarray(-2));
         return r.size <= MOST;
     }
-    const whole = at === data.length ? data : data.subarray(0, at);
-    const more = send(r, usage.events(r, r.size ? Buffer.concat([...r.held, whole]) : whole));
+    const last = at === data.length ? data : data.subarray(0, at);
+    const whole = r.size ? Buffer.concat([...r.held, last]) : last;
+    if (r.waiting && !isComment(whole)) {
+        computed(r);
+    }
+    r.taken += whole.length;
+    const more = send(r, usage.events(r, whole));
     const rest = Buffer.from(data.subarray(at));
     r.held = rest.length ? [rest] : [];
     r.size = rest.length;
@@ -97,7 +126,7 @@ function pass(r, data, flags) {
             return;
         }
         r.held = [];
-        r.size = r.passed = r.asked = 0;
+        r.size = r.passed = r.asked = r.taken = 0;
     }
     if (flags.last) {
         r.sendBuffer(usage.events(r, Buffer.concat([...r.held, data])), flags);
@@ -108,7 +137,11 @@ function pass(r, data, flags) {
             r.sendBuffer(answers.lost(r), { flush: true });
         }
     } else if (!forward(r, data)) {
+        if (r.waiting) {
+            computed(r);
+        }
         r.sendBuffer(Buffer.concat(r.held), { flush: true });
+        r.left = true;
         r.done();
     }
 }

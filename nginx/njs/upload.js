@@ -69,14 +69,14 @@ async function fields(body, type, turn) {
         if (parts === PARTS) {
             return { unreadable: `its more than ${PARTS} parts` };
         }
-        const head = text(at + 2, HEAD);
-        const end = head.indexOf('\r\n\r\n');
-        const named = end < 0 ? null : disposition(head.slice(0, end).split('\r\n'));
+        // Counted in bytes: what is no UTF-8 has another length as text.
+        const end = Buffer.from(body.bytes(at + 2, at + 2 + HEAD)).indexOf('\r\n\r\n');
+        const named = end < 0 ? null : disposition(text(at + 2, end).split('\r\n'));
         if (!named) {
             return { unreadable: 'the headers of a part' };
         }
         // The line end before a boundary belongs to it, and must not be that of the headers.
-        const begin = at + 2 + Buffer.from(head.slice(0, end)).length + 4;
+        const begin = at + 2 + end + 4;
         at = await next(body, delimiter, begin, turn);
         if (at < 0) {
             break;

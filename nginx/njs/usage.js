@@ -15,9 +15,13 @@ const OTHER = 'other';    // what is beyond
 const NEEDLE = Buffer.from(',"usage":{');
 const PLAIN = Buffer.from('"usage":{');
 const BLANK = Buffer.from('\n\n');
+const BLANK_CRLF = Buffer.from('\r\n\r\n');
+const NEWLINE = 10;
 const [LIST, OPEN, CLOSE] = [91, 123, 125];
 const PIECE = 1024;       // bytes of an answer's usage with what is around it
 
+// The events that end a response. Those before repeat what the client sent, such as its tools, and may hold a usage of its making.
+const ENDS = ['completed', 'incomplete', 'failed'].map((how) => Buffer.from(`event: response.${how}\n`));
 // Paths whose streams get usage that nobody asked for.
 const FORCED = /^\/v1\/(chat\/completions|completions|audio\/(transcriptions|translations))$/;
 
@@ -28,6 +32,18 @@ function wanted(body) {
         return options.continuous_usage_stats ? 'all' : 'last';
     }
     return body.stream_include_usage === 'true' ? body.stream_continuous_usage_stats === 'true' ? 'all' : 'last' : '';
+}
+
+const ONE_PROMPT = 1e9;   // answers that all have the same prompt, however many
+
+// The answers for each prompt, as text, where a stream may have several answers, each of which tells its own usage; else ''.
+function many(uri, body) {
+    const said = body.n ?? 1;
+    if (uri !== '/v1/completions') {
+        return said === 1 ? '' : String(ONE_PROMPT);
+    }
+    const count = typeof said === 'number' || typeof said === 'string' ? Math.floor(said) : 1;
+    return String(count > 1 ? count : 1);
 }
 
 // Where the object that begins here ends, which may hold further objects but no text with braces.
@@ -42,18 +58,17 @@ function endOf(bytes, from) {
 // Whole events of a stream, as the client gets them.
 function events(r, bytes) {
     if (r.wants === undefined) {
-        r.wants = FORCED.test(r.uri) ? r.variables.wants || '' : 'all';
+        r.forced = FORCED.test(r.uri);
+        r.wants = r.forced ? r.variables.wants || '' : 'all';
+        r.many = r.variables.many;
         r.events = 0;
     }
     r.events++;
-    let at = bytes.indexOf(r.wants === 'all' ? PLAIN : NEEDLE);
-    if (at < 0) {
+    if (!r.forced) {
+        keep(r, bytes);
         return bytes;
     }
-    if (r.wants === 'all') {
-        keep(r, bytes, bytes.lastIndexOf(PLAIN) + PLAIN.length - 1);
-        return bytes;
-    }
+    let at = bytes.indexOf(NEEDLE);
     let out = null;
     let from = 0;
     while (at >= 0) {
@@ -64,23 +79,17 @@ function events(r, bytes) {
         }
         r.usage = Buffer.from(bytes.subarray(begin, close + 1));
         // `"choices":[]` stands before the last one.
-        if (bytes[at - 2] !== LIST) {
-            const piece = bytes.subarray(from, at);
-            out = out ? Buffer.concat([out, piece]) : piece;
-            from = close + 1;
-            if (r.variables.many) {
-                each(r, bytes.subarray(0, at));
-            }
-        } else if (r.wants === 'last') {
+        const last = bytes[at - 2] === LIST;
+        if (last) {
             r.each = undefined;
-        } else {
-            r.each = undefined;
-            const before = bytes.lastIndexOf(BLANK, at);
-            const start = before < 0 ? 0 : before + 2;
-            const end = bytes.indexOf(BLANK, close);
+        } else if (r.many) {
+            each(r, bytes.subarray(0, at));
+        }
+        const [start, end] = r.wants === 'all' || last && r.wants ? [0, 0] : last ? eventAt(bytes, at, close) : [at, close + 1];
+        if (end) {
             const piece = bytes.subarray(from, Math.max(start, from));
             out = out ? Buffer.concat([out, piece]) : piece;
-            from = end < 0 ? bytes.length : end + 2;
+            from = end;
         }
         at = bytes.indexOf(NEEDLE, close);
     }
@@ -88,6 +97,14 @@ function events(r, bytes) {
         return bytes;
     }
     return from < bytes.length ? Buffer.concat([out, bytes.subarray(from)]) : out;
+}
+
+// Where the event begins and ends that these two places are in; [0, 0] where other blank lines than vLLM's are between events.
+function eventAt(bytes, at, close) {
+    const before = bytes.lastIndexOf(BLANK, at);
+    const start = before < 0 ? 0 : before + 2;
+    const end = bytes.indexOf(BLANK, close);
+    return end < 0 || bytes.subarray(start, end).indexOf(BLANK_CRLF) >= 0 ? [0, 0] : [start, end + 2];
 }
 
 // Of several answers in one stream each chunk tells of its own only.
@@ -98,10 +115,37 @@ function each(r, before) {
     r.each[index] = r.usage;
 }
 
-// Notes the usage that begins at this brace; the first one too, which has the prompt's tokens with Anthropic's API.
-function keep(r, bytes, at) {
-    r.usage = Buffer.from(bytes.subarray(at, at + PIECE));
-    r.first = r.first || r.usage;
+// Notes the usage that stands last in these events; with Anthropic's API the first one too, which has the prompt's tokens.
+function keep(r, bytes) {
+    const at = bytes.lastIndexOf(PLAIN);
+    if (at < 0) {
+        return;
+    }
+    if (r.uri === '/v1/responses') {
+        r.usage = ended(bytes) || r.usage;
+        return;
+    }
+    r.usage = Buffer.from(bytes.subarray(at + PLAIN.length - 1, at + PLAIN.length + PIECE));
+    if (r.uri === '/v1/messages') {
+        r.first = r.first || r.usage;
+    }
+}
+
+// The usage of the response that ends in these events, or null. A client's words can't begin a line.
+function ended(bytes) {
+    for (const end of ENDS) {
+        const at = bytes.lastIndexOf(end);
+        if (at === 0 || bytes[at - 1] === NEWLINE) {
+            const data = bytes.indexOf(OPEN, at);
+            try {
+                const { response } = JSON.parse(String(bytes.subarray(data, bytes.indexOf(NEWLINE, data))));
+                return Buffer.from(JSON.stringify(response.usage));
+            } catch (e) {
+                return null;
+            }
+        }
+    }
+    return null;
 }
 
 // A piece of an answer that is no stream, where the usage may be: it is all that is kept of it.
@@ -124,32 +168,66 @@ function parse(bytes) {
     }
 }
 
-// {prompt, cached, completion} of a usage in any API's words, or null. With Anthropic's the cached tokens are not in the input.
-function counts(usage) {
-    if (!usage) {
-        return null;
+// A count of tokens, or undefined where it is none.
+function count(object, name) {
+    const value = object && object[name];
+    return Number.isSafeInteger(value) && value >= 0 ? value : undefined;
+}
+
+// {prompt, cached, completion} of a usage in the words of this API, or null. With Anthropic's the cached tokens are not in the input.
+function counts(uri, usage) {
+    let prompt, cached, completion;
+    if (uri === '/v1/responses' || uri === '/v1/messages') {
+        const apart = uri === '/v1/messages' ? count(usage, 'cache_read_input_tokens') || 0 : 0;
+        prompt = count(usage, 'input_tokens') + apart;
+        cached = apart || count(usage && usage.input_tokens_details, 'cached_tokens');
+        completion = count(usage, 'output_tokens');
+    } else {
+        prompt = count(usage, 'prompt_tokens') ?? count(usage, 'total_tokens');
+        cached = count(usage && usage.prompt_tokens_details, 'cached_tokens');
+        completion = count(usage, 'completion_tokens');
     }
-    const details = usage.prompt_tokens_details || usage.input_tokens_details || {};
-    const apart = usage.cache_read_input_tokens || 0;
-    const cached = details.cached_tokens || apart;
-    const prompt = usage.prompt_tokens ?? usage.input_tokens;
-    const completion = usage.completion_tokens ?? usage.output_tokens ?? 0;
-    return Number.isFinite(prompt ?? usage.total_tokens) ? { prompt: (prompt ?? usage.total_tokens) + apart, cached, completion } : null;
+    return prompt >= 0 ? { prompt, cached: cached || 0, completion: completion || 0 } : null;
 }
 
 // What a request that is over has used, or null where the replica did not say.
 function used(r) {
-    if (r.each) {
-        const all = Object.values(r.each).map((bytes) => counts(parse(bytes))).filter((one) => one);
-        return all.length ? Object.assign(all[0], { completion: all.reduce((sum, one) => sum + one.completion, 0) }) : null;
+    const found = r.each ? together(r) : told(r);
+    if (found && r.left && r.taken) {
+        // stream.js stepped aside for a client that reads slowly: the rest had as many tokens in so many bytes as what it saw.
+        const rest = Math.max(Number(r.variables.bytes_sent) - r.passed, 0);
+        found.completion = Math.ceil(found.completion * (1 + rest / r.taken));
     }
-    const last = parse(r.usage);
-    const found = counts(Object.assign({}, r.first && r.first !== r.usage ? parse(r.first) : null, last));
-    if (found && r.first && r.first === r.usage && r.events > 2 && r.uri.startsWith('/v1/messages')) {
+    return found;
+}
+
+// By the last usage of the one answer.
+function told(r) {
+    const found = counts(r.uri, Object.assign({}, r.first && r.first !== r.usage ? parse(r.first) : null, parse(r.usage)));
+    if (found && r.first && r.first === r.usage && r.events > 2) {
         // Left half-way, where only the prompt's tokens were told: an event is a token, but for those at the beginning.
         found.completion = Math.max(found.completion, r.events - 2);
     }
     return found;
+}
+
+// The use of all answers in a stream that was left: each prompt once, as it is computed once for its answers.
+function together(r) {
+    const all = { prompt: 0, cached: 0, completion: 0 };
+    const prompts = {};
+    for (const index of Object.keys(r.each)) {
+        const one = counts(r.uri, parse(r.each[index]));
+        if (one) {
+            prompts[Math.floor(index / r.many)] = one;
+            all.completion += one.completion;
+        }
+    }
+    const begun = Object.values(prompts);
+    for (const one of begun) {
+        all.prompt += one.prompt;
+        all.cached += one.cached;
+    }
+    return begun.length ? all : null;
 }
 
 // Adds to a counter, and gives it; nothing where it has no room.
@@ -205,7 +283,7 @@ function record(replica, key, endUser, model, found) {
     add(`requests ${labels}`, 1);
     if (found) {
         for (const kind of KINDS) {
-            if (found[kind]) {
+            if (found[kind] > 0) {
                 sum(kind, key, found[kind]);
                 add(`${kind} ${labels}`, found[kind]);
             }
@@ -227,4 +305,4 @@ function all() {
     return found;
 }
 
-export default { KINDS, wanted, events, piece, used, counts, record, of, all };
+export default { KINDS, wanted, many, events, piece, used, counts, record, of, all };

@@ -12,6 +12,7 @@ import metrics from './metrics.js';
 import prefix from './prefix.js';
 import settings from './settings.js';
 import stream from './stream.js';
+import usage from './usage.js';
 
 // Whether a signature is one, and the milliseconds of a check; all in hex.
 async function signatures(rows) {
@@ -23,7 +24,7 @@ async function signatures(rows) {
     return [found, (Date.now() - began) / rows.length];
 }
 
-const MODULES = { answers, body, fleet, health, keys, metrics, prefix, settings, stream };
+const MODULES = { answers, body, fleet, health, keys, metrics, prefix, settings, stream, usage };
 
 // Passes chunks through stream.js as Nginx would; `lost` is the chunk at which the connection to the replica was lost.
 function filtered(type, chunks, lost, uri, sent) {
@@ -52,6 +53,33 @@ function filtered(type, chunks, lost, uri, sent) {
         }
     });
     return out.toString('base64');
+}
+
+// What is metered of a stream that came in these pieces of whole events, and the text that its client gets.
+function metered(uri, many, pieces) {
+    const request = { uri, variables: { many } };
+    const passed = pieces.map((piece) => String(usage.events(request, Buffer.from(piece)))).join('');
+    return { used: usage.used(request), passed };
+}
+
+// The characters of prompt that a replica still has to compute when a stream has begun, and after each of its pieces; `waiting`:
+// what its header x-waiting says; `redirected`: an internal redirect has left the variables alone.
+function toCompute(waiting, pieces, redirected) {
+    const variables = { replica: 'counted', upstream_response_time: '-', bytes_sent: '0', upstream_http_x_waiting: waiting, stream: '1', work: '500' };
+    const request = {
+        uri: '/v1/responses', headersOut: { 'Content-Type': 'text/event-stream' }, variables, sendBuffer() {}, done() {},
+        chosen: redirected ? undefined : { replica: 'counted', stream: true, work: 500 },
+    };
+    const left = () => fleet.number('counted') % fleet.REQUEST;
+    fleet.enter('counted', 500);
+    stream.begin(request);
+    const found = [left()];
+    for (const piece of pieces) {
+        stream.pass(request, Buffer.from(piece), {});
+        found.push(left());
+    }
+    fleet.leave('counted', left());
+    return found;
 }
 
 // Publishes the fleet's table while another worker begins to, `times` times, and learns of another canary's share each time. Gives
@@ -109,6 +137,8 @@ async function timed(module, ...given) {
 async function call(r) {
     const asked = JSON.parse(await r.readRequestText());
     const value = asked.name === 'filtered' ? filtered(...asked.arguments)
+        : asked.name === 'toCompute' ? toCompute(...asked.arguments)
+        : asked.name === 'metered' ? metered(...asked.arguments)
         : asked.name === 'overtaken' ? overtaken(...asked.arguments)
         : asked.name === 'timed' ? await timed(asked.module, ...asked.arguments)
         : asked.name === 'read' ? await read(...asked.arguments)

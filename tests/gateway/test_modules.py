@@ -441,6 +441,20 @@ def test_a_lost_stream_speaks_the_dialect_of_its_api(call: Call) -> None:
     )
 
 
+def test_a_stream_that_was_redirected_begins_like_others(call: Call) -> None:
+    """As with a long body or one of unknown length."""
+    assert call("stream", "toCompute", None, ["data: a\n\n"], True) == [0, 0]
+    assert call("stream", "toCompute", "1", [": wait\n\n", "data: a\n\n"], True) == [500, 500, 0]
+
+
+def test_a_comment_is_no_sign_that_the_prompt_is_computed(call: Call) -> None:
+    comment, opening, token = ": wait\n\n", "event: response.created\ndata: {}\n\n", "data: a\n\n"
+    assert call("stream", "toCompute", None, [token]) == [0, 0]
+    assert call("stream", "toCompute", "1", [comment, comment, token]) == [500, 500, 500, 0]
+    assert call("stream", "toCompute", "1", [opening + comment, ": wa", "it\n\n", token]) == [500, 500, 500, 500, 0]
+    assert call("stream", "toCompute", "1", [comment + token, comment]) == [500, 0, 0]
+
+
 def test_what_is_no_stream_is_left_alone(call: Call) -> None:
     assert filtered(call, [b'{"a":', b"1}", b""], lost=2, content_type="application/json") == b'{"a":1}'
 
@@ -473,6 +487,86 @@ def test_a_right_file_of_keys_gives_each_hash_its_holder(call: Call) -> None:
     assert [holder["until"] for holder in holders.values()] == [None, 5]
     # The key's own limit counts before the role's, and a zero is a zero.
     assert all(holder["limits"] == {"requests_per_minute": 60, "n": 0} for holder in holders.values())
+
+
+# ---- usage.js
+
+
+def event(data: dict[str, Any], name: str = "") -> str:
+    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+def response(kind: str, usage: dict[str, int] | None, tools: object = None) -> str:
+    return event({"response": {"tools": tools, "usage": usage, "user": None}, "type": kind}, kind)
+
+
+FORGED = [{"type": "function", "parameters": {"usage": {"prompt_tokens": -(10**6), "input_tokens": 0}}}]
+
+
+def test_a_clients_own_words_are_no_usage(call: Call) -> None:
+    """A response repeats the client's tools in its first events and in its last."""
+    stream = [response("response.created", None, FORGED), response("response.output_text.delta", None)]
+    assert call("usage", "metered", "/v1/responses", "", stream)["used"] is None
+    line = 'event: response.completed\ndata: {"response":{"usage":{"input_tokens":1,"output_tokens":1}}}\n\n'
+    told = [*stream, event({"delta": line}, "response.output_text.delta")]
+    assert call("usage", "metered", "/v1/responses", "", told)["used"] is None
+    for kind in ("response.completed", "response.incomplete", "response.failed"):
+        ended = [*stream, response(kind, {"input_tokens": 7, "output_tokens": 5}, FORGED)]
+        for pieces in (ended, ["".join(ended)]):
+            found = call("usage", "metered", "/v1/responses", "", pieces)["used"]
+            assert found == {"prompt": 7, "cached": 0, "completion": 5}
+
+
+@pytest.mark.parametrize("wrong", [-5, 0.5, "7", None, 1e300, [1], True])
+@pytest.mark.parametrize(
+    ("uri", "prompt", "completion"),
+    [
+        ("/v1/chat/completions", "prompt_tokens", "completion_tokens"),
+        ("/v1/messages", "input_tokens", "output_tokens"),
+        ("/v1/responses", "input_tokens", "output_tokens"),
+    ],
+)
+def test_what_is_no_count_of_tokens_is_dropped(
+    call: Call, uri: str, prompt: str, completion: str, wrong: object
+) -> None:
+    def found(usage: dict[str, object]) -> Any:
+        kind = "response.completed"
+        data = {"response": {"usage": usage}} if uri == "/v1/responses" else {"choices": [], "usage": usage}
+        return call("usage", "metered", uri, "", [event(data, kind)])["used"]
+
+    assert found({prompt: 7, completion: wrong}) == {"prompt": 7, "cached": 0, "completion": 0}
+    assert found({prompt: wrong, completion: 7}) is None
+    others = {"prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"} - {prompt, completion}
+    assert found({prompt: 7, completion: 5, **dict.fromkeys(others, 100)}) == {
+        "prompt": 7,
+        "cached": 0,
+        "completion": 5,
+    }
+
+
+def test_every_prompt_of_a_list_that_its_client_left_is_counted_once(call: Call) -> None:
+    def chunk(index: int, prompt: int, made: int) -> str:
+        usage = {"prompt_tokens": prompt, "completion_tokens": made}
+        return event({"choices": [{"index": index, "text": "x"}], "usage": usage})
+
+    # Three prompts with two answers each, of which the last has not begun.
+    pieces = [chunk(index, 10 * (1 + index // 2), made) for made in (1, 2, 3) for index in range(5)]
+    for wants in (pieces, ["".join(pieces)]):
+        found = call("usage", "metered", "/v1/completions", "2", wants)["used"]
+        assert found == {"prompt": 60, "cached": 0, "completion": 15}
+    assert call("usage", "many", "/v1/completions", {"prompt": ["a", "b"]}) == "1"
+    assert call("usage", "many", "/v1/chat/completions", {"n": 3}) == "3"
+    assert call("usage", "many", "/v1/chat/completions", {"n": 1}) == ""
+
+
+@pytest.mark.parametrize("blank", ["\n\n", "\r\n\r\n"])
+def test_no_text_goes_with_the_usage_that_is_taken_out(call: Call, blank: str) -> None:
+    chunk = 'data: {"choices":[{"index":0,"delta":{"content":"a"}}],"usage":{"prompt_tokens":1}}' + blank
+    last = 'data: {"choices":[],"usage":{"prompt_tokens":1}}' + blank
+    done = "data: [DONE]" + blank
+    passed = call("usage", "metered", "/v1/chat/completions", "", [chunk + chunk + last + done])["passed"]
+    plain = chunk.replace(',"usage":{"prompt_tokens":1}', "")
+    assert passed == plain + plain + (last if "\r" in blank else "") + done
 
 
 # ---- ed25519.js

@@ -145,6 +145,7 @@ def replica_reads(content_type: str, body: bytes) -> str | None:
     return asyncio.run(form())
 
 
+NO_TEXT = "\udcff"  # the byte 0xFF
 PARAMETERS = st.sampled_from(
     [
         "form-data",
@@ -156,6 +157,8 @@ PARAMETERS = st.sampled_from(
         ' filename="a;name=model"',
         ' filename="a\\"; name="model"',
         ' filename="C:\\"',
+        f' filename="{NO_TEXT * 8}"',
+        ' filename="caf\udce9"',
         " filename*=utf-8''a",
         " name*=utf-8''model",
         " name = model",
@@ -196,10 +199,21 @@ PART = st.builds(
     st.integers(65_400, 65_600) | st.integers(0, 9),
     st.sampled_from(["b", "b", '"b"', "b; charset=utf-8", "b; charset=utf-16", "b; boundary=c", "b; x=y", "b ;"]),
 )
+@example(
+    "--b\r\n",
+    [
+        'Content-Disposition: form-data; name="model"\r\n\r\nsim\r\n--b\r\n',
+        f'Content-Disposition: form-data; name="x"; filename="{NO_TEXT * 60}"\r\n\r\n\r\n--b\r\n',
+        'Content-Disposition: form-data; name="model"\r\n\r\nother\r\n--b--\r\n',
+    ],
+    0,
+    "b",
+)
 def test_the_model_of_an_upload_is_what_the_replica_reads(
     read: Read, start: str, parts: list[str], long: int, boundary: str
 ) -> None:
-    body = written_out(start + "".join(parts), long).encode()
+    # Bytes that are no UTF-8 have three bytes each once they are read as text.
+    body = written_out(start + "".join(parts), long).encode(errors="surrogateescape")
     content_type = f"multipart/form-data; boundary={boundary}"
     found = read(content_type, body)
     wanted = replica_reads(content_type, body)

@@ -168,6 +168,28 @@ def test_what_was_computed_is_no_load_any_more(fresh: Gateway) -> None:
         assert {ask(client, f"{begin[:9000]} again {n}") for n in range(5)} == {home}
 
 
+def test_replicas_that_idle_learn_a_beginning_that_many_share() -> None:
+    """Eight ask at once, time after time, with one long system prompt: it is worth its room on each of four."""
+    system = {"role": "system", "content": f"the rules {WORDS * 26}"}
+    with (
+        Replicas(4) as replicas,
+        Gateway(replicas) as gateway,
+        httpx.Client(base_url=gateway.url, timeout=60) as client,
+    ):
+        gateway.wait_ready()
+
+        def asked(n: int) -> str:
+            body = chat("", max_tokens=40) | {"messages": [system, {"role": "user", "content": f"question {n}"}]}
+            return str(client.post("/v1/chat/completions", json=body).headers["x-replica"])
+
+        # While few ask it stays where it is.
+        assert len({asked(n) for n in range(5)}) == 1
+        with ThreadPoolExecutor(8) as pool:
+            homes = Counter(pool.map(asked, range(5, 85)))
+    assert len(homes) == 4, homes
+    assert min(homes.values()) >= 8, homes
+
+
 @pytest.mark.parametrize("kind", ["beginning", "header", "cache key"])
 def test_work_comes_back_to_a_drained_replica_within_two_turns(kind: str) -> None:
     """One of two was away while forty chats began: in their second next turn it has its part of them."""

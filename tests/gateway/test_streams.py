@@ -14,6 +14,7 @@ from lab.sim.gateway import Gateway
 from lab.sim.replicas import Replicas
 from lab.waiting import until
 from tests.gateway.conftest import chat
+from tests.gateway.test_metrics import exposed
 
 MIB = 2**20
 
@@ -68,6 +69,11 @@ def resident(gateway: Gateway) -> int:
     return 1024 * sum(int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) for text in texts)
 
 
+def completions(gateway: Gateway) -> float:
+    """Tokens of answers that the gateway has counted."""
+    return sum(value for series, value in exposed(gateway).items() if 'kind="completion"' in series)
+
+
 @contextlib.contextmanager
 def deaf_client(gateway: Gateway, events: int) -> Iterator[socket.socket]:
     """A client that asks for a stream of so many tokens and reads nothing of it."""
@@ -85,6 +91,7 @@ def test_a_client_that_reads_nothing_costs_little_memory(gateway: Gateway, fleet
         sim.fault(wide=64 * 1024)
     httpx.post(gateway.url + "/v1/chat/completions", json=chat("warm", stream=True, max_tokens=64), timeout=60)
     before = resident(gateway)
+    counted = completions(gateway)
     made = sum(sim.metrics()["vllm:generation_tokens_total"] for sim in fleet)
     count = 640  # 40 MiB
     with deaf_client(gateway, count) as connection:
@@ -101,3 +108,17 @@ def test_a_client_that_reads_nothing_costs_little_memory(gateway: Gateway, fleet
             assert piece, "it broke off"
             got += piece
         assert got.count(b"x") >= count * 64 * 1024
+    # Most of it passed without the meter.
+    until(lambda: 0.9 * count <= completions(gateway) - counted <= 1.1 * count, "its tokens are counted", 5)
+
+
+def test_a_connection_that_is_to_be_closed_is_not_in_flight_for_long(gateway: Gateway) -> None:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    body = json.dumps(chat("close it", max_tokens=2)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection((host, int(port)), 10) as connection:
+        connection.sendall(f"{head}Connection: close\r\n\r\n".encode() + body)
+        while connection.recv(MIB):
+            pass
+        # The client keeps its side open.
+        until(lambda: not any(one["in_flight"] for one in gateway.status()["replicas"]), "it is over", 3)

@@ -133,7 +133,27 @@ def test_another_503_stays_as_it_is(body: bytes) -> None:
     assert sent(*messages)[-1] == list(messages)
 
 
+@pytest.mark.parametrize("event", [b"event: error\n\n", b"event: error\nretry: 1\n\n", b'data: {"error" no JSON\n\n'])
+def test_an_error_event_that_says_nothing_passes_as_it_came(event: bytes) -> None:
+    assert sent(START, chunk(event))[-1] == [START, chunk(event)]
+
+
+def test_an_error_may_be_a_text() -> None:
+    start, body = sent(START, chunk(b'data: {"error":"boom"}\n\n'))[-1]
+    assert (start["status"], (b"x-failure", b"boom") in start["headers"]) == (502, True)
+    assert json.loads(body["body"]) == {"error": {"message": "boom"}}
+
+
+def test_the_clients_fault_is_known_without_a_code() -> None:
+    """As Anthropic's API tells it."""
+    error = {"type": "error", "error": {"type": "invalid_request_error", "message": "too long"}}
+    start, body = sent(START, chunk(f"event: error\ndata: {json.dumps(error)}\n\n".encode()))[-1]
+    assert (start["status"], json.loads(body["body"])) == (400, error)
+
+
 KEEPALIVE_S = 0.05
+# What a start has that a comment sent.
+WAITING: Message = {**START, "headers": [*START["headers"], (b"x-waiting", b"1")]}
 
 
 def kept_alive(*messages: Message, wait: int, count: int) -> list[Message]:
@@ -161,7 +181,7 @@ def kept_alive(*messages: Message, wait: int, count: int) -> list[Message]:
 def test_a_stream_that_is_silent_for_long_gets_comments_if_that_is_wanted() -> None:
     """They keep the connection from being cut, before the first token and between two."""
     comment, token, end = chunk(COMMENT), chunk(b"data: a\n\n"), chunk(b"", more=False)
-    assert kept_alive(START, token, end, wait=1, count=3) == [START, comment, comment, token, end]
+    assert kept_alive(START, token, end, wait=1, count=3) == [WAITING, comment, comment, token, end]
     assert kept_alive(START, token, end, wait=2, count=4) == [START, token, comment, comment, end]
 
 
@@ -169,7 +189,7 @@ def test_what_opens_a_stream_comes_before_its_comments() -> None:
     opening = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
     token, end = chunk(b"data: a\n\n"), chunk(b"", more=False)
     assert kept_alive(START, chunk(opening), token, end, wait=2, count=2) == [
-        START,
+        WAITING,
         chunk(opening + COMMENT),
         token,
         end,
@@ -179,7 +199,7 @@ def test_what_opens_a_stream_comes_before_its_comments() -> None:
 def test_an_error_after_a_comment_stays_in_the_stream() -> None:
     """The known price: its status has gone, and the request cannot move."""
     error, end = chunk(b'data: {"error": {"code": 500}}\n\n'), chunk(b"", more=False)
-    assert kept_alive(START, error, end, wait=1, count=2) == [START, chunk(COMMENT), error, end]
+    assert kept_alive(START, error, end, wait=1, count=2) == [WAITING, chunk(COMMENT), error, end]
 
 
 def test_what_is_no_stream_gets_no_comment() -> None:
