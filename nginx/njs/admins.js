@@ -27,9 +27,8 @@ async function own(r) {
         answers.method(r, 'GET');
         return;
     }
-    const holder = await keys.caller(r);
-    if (holder.refused) {
-        keys.refuse(r, holder.refused);
+    const holder = await keys.admitted(r);
+    if (!holder) {
         return;
     }
     answers.json(r, {

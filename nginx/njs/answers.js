@@ -11,6 +11,7 @@ const OF_NGINX = {
     414: ['uri_too_long', 'The address is too long.'],
     415: ['unsupported_media_type', 'This media type is not supported.'],
     431: ['headers_too_large', 'The request headers are too large.'],
+    429: ['too_many_requests', 'This address has too many requests on their way. Try again when one is over.'],
     501: ['not_implemented', 'This is not supported.'],
     505: ['http_version', 'This version of HTTP is not spoken here.'],
 };
@@ -81,6 +82,9 @@ function page(r, status) {
 function answer(r) {
     const status = Number(r.variables.status);
     r.headersOut['Content-Type'] = 'application/json';
+    if (status === 429) {
+        r.headersOut['Retry-After'] = '1';
+    }
     r.return(status, page(r, status));
 }
 

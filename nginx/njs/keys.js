@@ -363,20 +363,28 @@ function refuse(r, { status, code, message }) {
     answers.send(r, status, code, message);
 }
 
+// The caller, or null where it is not let in and has its answer.
+async function admitted(r) {
+    const holder = await caller(r);
+    if (holder.refused) {
+        refuse(r, holder.refused);
+        return null;
+    }
+    return holder;
+}
+
 // js_access of what only admins may: `handle` answers them. Where no keys are asked for it is not there, but for `open`.
 async function admins(r, handle, open) {
     if (!required() && !open) {
         answers.notFound(r);
         return;
     }
-    const holder = await caller(r);
-    if (holder.refused) {
-        refuse(r, holder.refused);
-    } else if (holder.role !== 'admin') {
+    const holder = await admitted(r);
+    if (holder && holder.role !== 'admin') {
         refuse(r, { status: 403, code: 'forbidden', message: `${r.uri} is for keys of the role admin.` });
-    } else {
+    } else if (holder) {
         await handle(r);
     }
 }
 
-export default { parse, refresh, fetchKeys, required, holderOf, caller, may, refuse, admins };
+export default { parse, refresh, fetchKeys, required, holderOf, caller, admitted, may, refuse, admins };

@@ -302,9 +302,8 @@ async function models(r) {
         answers.method(r, 'GET');
         return;
     }
-    const holder = await keys.caller(r);
-    if (holder.refused) {
-        keys.refuse(r, holder.refused);
+    const holder = await keys.admitted(r);
+    if (!holder) {
         return;
     }
     const table = fleet.table();

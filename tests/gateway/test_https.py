@@ -1,5 +1,6 @@
 """HTTPS and HTTP/2 by the same paths as HTTP; what comes by plain HTTP where it should not is sent on or refused."""
 
+import contextlib
 import re
 import socket
 import ssl
@@ -181,3 +182,54 @@ def test_the_clients_address_is_taken_from_trusted_proxies_only(secure: Secure) 
     (line,) = re.findall(rf'.*"{request}".*', secure.log())
     assert '"client":"127.' in line
     assert "203.0.113.9" not in line
+
+
+class Edited(Gateway):
+    """A gateway with a limit that a test reaches, and with proxies that it trusts."""
+
+    def configure(self) -> None:
+        super().configure()
+        public, proxies = self.conf / "conf.d" / "public.conf", self.conf / "host" / "proxies.conf"
+        assert "limit_conn addresses 4000;" in public.read_text()
+        public.write_text(public.read_text().replace("limit_conn addresses 4000;", "limit_conn addresses 3;"))
+        proxies.write_text(proxies.read_text() + "set_real_ip_from 127.0.0.0/8;\n")
+
+
+@pytest.fixture(scope="module")
+def edited() -> Iterator[Edited]:
+    with Replicas(2) as fleet, Edited(fleet) as gateway:
+        gateway.wait_ready()
+        for sim in fleet:
+            sim.fault(slow=5.0)
+        yield gateway
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+def test_an_address_with_too_many_requests_at_once_is_told_so_in_its_own_words(edited: Edited, path: str) -> None:
+    """Up to the limit all are served, beyond it none; another address is served all the same."""
+    with contextlib.ExitStack() as streams:
+        for n in range(3):
+            body = chat(f"held {n}") | {"stream": True, "max_tokens": 400}
+            asked = httpx.stream("POST", edited.url + CHAT, json=body, headers={"X-Forwarded-For": "203.0.113.7"})
+            assert streams.enter_context(asked).status_code == 200
+        body = chat("one more") | {"max_tokens": 2}
+        refused = httpx.post(edited.url + path, json=body, headers={"X-Forwarded-For": "203.0.113.7"})
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        assert "too many requests on their way" in refused.json()["error"]["message"]
+        other = httpx.post(edited.url + CHAT, json=body, headers={"X-Forwarded-For": "203.0.113.8"})
+        assert other.status_code == 200
+    until(
+        lambda: httpx.post(edited.url + CHAT, json=body, headers={"X-Forwarded-For": "203.0.113.7"}).is_success,
+        "places of streams that ended are free",
+    )
+
+
+def test_a_trusted_proxys_word_for_the_clients_address_counts(edited: Edited) -> None:
+    answer = httpx.post(edited.url + CHAT, json=chat("who"), headers={"X-Forwarded-For": "10.9.9.9, 203.0.113.9"})
+    request = answer.headers["x-request-id"]
+    until(lambda: request in edited.log(), "the request is logged")
+    (line,) = re.findall(rf'.*"{request}".*', edited.log())
+    assert '"client":"203.0.113.9"' in line, (
+        "the last address, which the proxy wrote, and not what the client said before"
+    )
