@@ -31,7 +31,7 @@ function drain(r, name) {
 
 // What is wrong with a canary's settings, or ''.
 function complaint(canary) {
-    const names = fleet.read().map((replica) => replica.name);
+    const names = fleet.read().map((replica) => replica.name).concat(fleet.TRITONS[1]);
     if (!canary || !Array.isArray(canary.replicas)) {
         return 'A canary is {"replicas": [NAME, …], "share": 0 to 1}.';
     }

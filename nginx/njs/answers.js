@@ -16,6 +16,10 @@ const OF_NGINX = {
     505: ['http_version', 'This version of HTTP is not spoken here.'],
 };
 
+// INVALID_ARGUMENT, UNAUTHENTICATED, PERMISSION_DENIED, UNIMPLEMENTED, RESOURCE_EXHAUSTED, UNAVAILABLE
+const OF_GRPC = { 400: 3, 401: 16, 403: 7, 404: 12, 429: 8, 503: 14 };
+const UNKNOWN = 2;
+
 const ANTHROPIC = {
     401: 'authentication_error',
     403: 'permission_error',
@@ -31,6 +35,11 @@ function asks(r, api) {
     return path.startsWith(api);
 }
 
+// Whether Triton was asked (triton.js): other paths below /v2 are of the engine, or of nobody.
+function isTritons(r) {
+    return /^\/v2(\/(models|health|repository|systemsharedmemory|cudasharedmemory|trace|logging)(\/|$)|\/?$)/.test(r.uri);
+}
+
 // The body of an error, which names the request id. `param` is the field at fault, or null.
 function error(r, status, code, message, param) {
     const id = r.variables.id;
@@ -39,6 +48,9 @@ function error(r, status, code, message, param) {
     if (asks(r, '/v1/messages')) {
         const type = ANTHROPIC[status] || (status < 500 ? 'invalid_request_error' : 'api_error');
         return JSON.stringify({ type: 'error', error: { type, message: text }, request_id: id });
+    }
+    if (isTritons(r)) {
+        return JSON.stringify({ error: text });
     }
     const type = code === 'insufficient_quota' ? code : status < 500 ? (status === 429 ? 'rate_limit_error' : 'invalid_request_error') : 'server_error';
     return JSON.stringify({ error: { message: text, type, param: param || null, code } });
@@ -69,6 +81,14 @@ function send(r, status, code, message, param) {
     r.headersOut['Content-Type'] = 'application/json';
     // stream.js tells this answer from Nginx' own page by it
     r.answered = true;
+    if (/^application\/grpc/i.test(r.headersIn['Content-Type'] || '')) {
+        // What a client of gRPC reads of an answer that never began: a header and no body, whose status by HTTP is 200.
+        r.headersOut['Content-Type'] = 'application/grpc';
+        r.headersOut['grpc-status'] = String(OF_GRPC[status] || UNKNOWN);
+        r.headersOut['grpc-message'] = encodeURI(message);
+        r.return(200, '');
+        return;
+    }
     r.return(status, error(r, status, code, message, param));
 }
 

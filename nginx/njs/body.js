@@ -1,44 +1,68 @@
 // What a request asks for, read out of its body.
 //
-// Parsing makes an object of every value: a body of many small ones would hold the worker for seconds. So a long body is looked
-// through first, in slices. It is parsed if little is in it; else its fields are taken from where they stand.
+// Parsing makes an object of every value, and reads texts character by character. So a body's long texts are cut out first
+// (texts.js), and what is left is parsed if it is short. Else the body is looked through in slices: it is parsed if little is in
+// it, or its fields are taken from where they stand.
 
 import budget from './budget.js';
 import bytes from './bytes.js';
 import json from './json.js';
+import texts from './texts.js';
 import upload from './upload.js';
 
-const SHORT = 1 << 17;       // bytes: parsed whatever is in it
+const SHORT = 1 << 17;       // characters: parsed whatever is in it
+const PLAIN = 1 << 20;       // bytes: client_body_buffer_size, up to which a body lies in memory
 const PARSED = 1 << 20;      // characters: parsed if there are not more values in it …
 const VALUES = 1 << 14;      // … than these
 const BEGINNING = 1 << 18;   // characters of a long body's prompt that are taken for its beginning
 const NUMBER = 64;           // characters, at most, of a number in it
 const NAME = 1 << 15;        // characters, at most, of a model's name or a session's key in a long body
 
+const UPLOAD = /^\s*multipart\//i;
 const NAMES = ['model', 'prompt_cache_key', 'stream', 'stream_options'];
 // what limits.js asks for
 const NUMBERS = ['max_tokens', 'max_completion_tokens', 'max_output_tokens', 'n', 'best_of'];
+// To count tokens is no work, and needs no cache.
+const COUNTING = { '/tokenize': true, '/detokenize': true, '/v1/messages/count_tokens': true };
 // in the order of the rendered prompt
 const PROMPTS = ['cache_salt', 'tools', 'system', 'instructions', 'messages', 'prompt', 'input'];
 
-// {model, body, session, unreadable}: the model's name or '', what prefix.js cuts, what the session is called, and what of the
-// body can't be read, if the replica might read it. Bodies that are no JSON object give no model: the replica says what is wrong.
-async function read(r) {
-    const headers = r.headersIn;
-    const type = headers['Content-Type'] || '';
-    let body = null;
-    if (headers['Content-Length'] <= SHORT && (type === 'application/json' || !/^\s*multipart\//i.test(type))) {
-        const text = await r.readRequestText();
-        body = text ? parse(text) : {};
+// Whether the body is one of JSON that lies in memory, given its headers Content-Type and Content-Length.
+function isPlain(type, length) {
+    return length <= PLAIN && (!type || type === 'application/json' || !UPLOAD.test(type));
+}
+
+// A promise of what `plain` takes: the value of a plain body, or its bytes where long texts may be in it.
+function take(r, length) {
+    return length <= texts.FIRST_CUT ? r.readRequestJSON() : r.readRequestArrayBuffer();
+}
+
+// {model, body, session, unreadable} of a plain body: the model's name or '', what prefix.js cuts, what the session is called,
+// and what of the body can't be read, if the replica might read it. Bodies that are no JSON object give no model: the replica says
+// what is wrong. Null if the body has to be looked through.
+function plain(r, length, taken) {
+    let found = taken;
+    if (length > texts.FIRST_CUT) {
+        const text = texts.shortened(new Uint8Array(taken));
+        found = text.length <= SHORT ? parse(text) : null;
     }
-    body = body || await look(r, type);
-    const session = headers['X-Session-Id'] || headers['X-Claude-Code-Session-Id'] || headers['Session-Id']   // Codex
-        || headers['X-OpenWebUI-Chat-Id'] || (typeof body.prompt_cache_key === 'string' ? body.prompt_cache_key : '');
-    const uri = r.uri;
-    // To count tokens is no work, and needs no cache.
-    const counts = uri.endsWith('tokenize') || uri.endsWith('/count_tokens');
+    return found && typeof found === 'object' ? asked(r, found) : null;
+}
+
+// The same of any body.
+async function read(r) {
+    return asked(r, await look(r, r.headersIn['Content-Type'] || ''));
+}
+
+function asked(r, body) {
+    const key = body.prompt_cache_key;
+    const model = body.model;
     return {
-        model: typeof body.model === 'string' ? body.model : '', body: counts ? {} : body, session, unreadable: body.unreadable,
+        // Nothing that long is called so, and a stand-in must not be seen.
+        model: typeof model === 'string' && !texts.isStandIn(model) ? model : '',
+        body: COUNTING[r.uri] ? {} : body,
+        session: r.variables.session || (typeof key === 'string' ? key : ''),
+        unreadable: body.unreadable,
     };
 }
 
@@ -59,7 +83,7 @@ async function look(r, type) {
     budget.settle(r, body.size);
     const turn = bytes.turns();
     try {
-        return /^\s*multipart\//i.test(type) ? await upload.fields(body, type, turn) : await scan(body, turn);
+        return UPLOAD.test(type) ? await upload.fields(body, type, turn) : await scan(body, turn);
     } finally {
         turn.end();
         body.close();
@@ -98,4 +122,4 @@ async function scan(body, turn) {
     return found;
 }
 
-export default { read };
+export default { isPlain, take, plain, read };

@@ -11,7 +11,7 @@ import settings from './settings.js';
 const LOCAL = /^(localhost|gateway|host\.docker\.internal|[0-9.]+|\[[0-9a-f:.]+\])?$/;
 // What a client may say of its connection. Other headers that it names there would have to stay here, and would not.
 const CONNECTION = new Set(['', 'close', 'keep-alive', 'upgrade', 'http2-settings', 'te', 'trailer', 'proxy-connection']);
-const BODY = /^(application\/json|multipart\/form-data)\s*(;|$)/i;
+const BODY = /^(application\/json|application\/grpc|multipart\/form-data)\s*(;|$)/i;
 // A form that a page may send without asking first. It holds a password, so whoever sends it knows that already.
 const SIGN_IN = '/token';
 

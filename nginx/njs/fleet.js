@@ -13,20 +13,36 @@ const cards = ngx.shared.cards;
 const load = ngx.shared.load;
 const counters = ngx.shared.counters;
 
+// Beside the replicas, where the profile `triton` runs them (triton.js).
+const TRITONS = ['triton', 'triton-canary'];
+
+// Of what is counted for holders, by their names: to ask for one costs twice as much as to count in it.
+const zones = {
+    limits: ngx.shared.limits, end_users: ngx.shared.end_users, slots: ngx.shared.slots, user_slots: ngx.shared.user_slots,
+    beyond: ngx.shared.beyond,
+};
+
 const REQUEST = 2 ** 32;   // what a request in flight adds to a replica's number: the rest is characters of prompt
 
 const GONE = 1000;         // ms that a count of 0 is kept
 const ALL = 1e9;   // keys; a shared dictionary gives 1,024 unless told otherwise
 const ZONES = ['fleet', 'models', 'cards', 'counters', 'keys', 'limits', 'end_users', 'slots', 'user_slots', 'bodies', 'usage'];   // those that can be full: nothing is evicted from them
 
+// What a replica that does not take requests at once does, by what it says of its sleep (sleep.js).
+const NAPS = { closing: 'finishes what it has, then sleeps', asleep: 'the next request wakes it', waking: 'is waking up' };
+
 const worker = ` ${process.pid}`;   // asking for it costs more than counting
 
-// Reads nginx/fleet/*.conf: one {name, host, weight} an upstream block, in the order of the files.
+// Reads nginx/fleet/*.conf: one {name, host, on, weight} an upstream block, in the order of the files. `on` is the other host
+// that a replica is on, '' for this one: its server is that host's link. The file `left-out` there names upstreams, a line each,
+// that are no replicas now (`make up ARGS='--replicas N'`).
 function read() {
     const folder = `${ngx.prefix}fleet/`;
     const replicas = [];
-    for (const file of fs.readdirSync(folder).filter((name) => name.endsWith('.conf')).sort()) {
-        replicas.push(...parse(fs.readFileSync(folder + file, 'utf8')));
+    const files = fs.readdirSync(folder);
+    const out = files.includes('left-out') ? fs.readFileSync(`${folder}left-out`, 'utf8').split('\n') : [];
+    for (const file of files.filter((name) => name.endsWith('.conf')).sort()) {
+        replicas.push(...parse(fs.readFileSync(folder + file, 'utf8')).filter(({ name }) => !out.includes(name)));
     }
     return replicas;
 }
@@ -38,7 +54,8 @@ function parse(text) {
         const server = /\bserver\s+([^\s;]+)([^;]*);/.exec(body);
         if (server) {
             const weight = /\bweight=(\d+)/.exec(server[2]);
-            replicas.push({ name, host: server[1], weight: weight ? Number(weight[1]) : 1 });
+            const [, on] = /^link-([a-z0-9-]+):\d+$/.exec(server[1]) || [];
+            replicas.push({ name, host: server[1], on: on || '', weight: weight ? Number(weight[1]) : 1 });
         }
     }
     return replicas;
@@ -85,15 +102,23 @@ function record(name) {
 }
 
 // [state, reason] of a replica, from the last look, the last one-token request, the last failed connection and the
-// operator's word.
+// operator's and the autoscaler's word.
 function stateOf(name, look) {
     const down = get(`down:${name}`);
     const probe = get(`probe:${name}`);
+    const parked = get('parked', []).includes(name);
+    if (parked && !look.alive) {
+        return ['stopped', 'stopped by the autoscaler'];
+    }
     if (down) {
         return ['unreachable', down.reason];
     }
     if (!look.alive) {
         return [look.alive === null ? 'unknown' : look.state, look.reason];
+    }
+    const nap = look.sleep && NAPS[look.sleep.state];
+    if (nap) {
+        return shared.has(`drain:${name}`) ? ['draining', 'drained by the operator, and asleep'] : ['asleep', nap];
     }
     if (!probe) {
         return ['loading', look.complaint || 'has not answered a one-token request yet'];
@@ -104,38 +129,61 @@ function stateOf(name, look) {
     if (shared.has(`drain:${name}`)) {
         return ['draining', 'drained by the operator'];
     }
+    if (parked) {
+        return ['draining', 'drained by the autoscaler'];
+    }
     return ['ready', ''];
 }
 
 // The table, made from all records:
-// {replicas: [{id, name, host, weight, state, reason, canary, suspect, metrics}], canary: its share or null}
+// {replicas: [{id, name, host, on, weight, state, reason, canary, suspect, sleep, metrics}], canary: its share or null}; `sleep` is
+// what the replica says of its sleep, null for who has no sleep mode or is not there.
 function build() {
     const ids = get('ids', {});
     const canary = get('canary', { share: null, replicas: [] });
-    const now = { replicas: [], canary: canary.share };
-    for (const { name, host, weight } of read()) {
+    const now = { replicas: [], canary: null };
+    for (const { name, host, on, weight } of read()) {
         const look = record(name);
         const [state, reason] = stateOf(name, look);
         // Given up, maybe too soon: not asked yet, a failed connection, or so slow that it seems dead (`late`) or wedged. Where
         // nothing else is left, as while the others load, it is better to wait there than to be refused.
         const suspect = state === 'unknown' || state === 'wedged'
             || (look.alive || look.late) && (state === 'unreachable' || state === 'loading');
-        // A replica keeps its number when others come and go: prefix.js remembers by number.
-        ids[name] = ids[name] || Object.keys(ids).length % 255 + 1;
+        // A replica keeps its number when others come and go: prefix.js remembers by number. In its sleep it forgets its cache.
+        if (state === 'asleep') {
+            delete ids[name];
+        } else {
+            ids[name] = ids[name] || unused(ids);
+        }
         now.replicas.push({
             id: ids[name],
             name,
             host,
+            on,
             weight,
             state,
             reason,
             canary: canary.replicas.includes(name),
-            suspect: suspect && !shared.has(`drain:${name}`),
+            suspect: suspect && !shared.has(`drain:${name}`) && !get('parked', []).includes(name),
+            sleep: (look.alive || look.late) && look.sleep || null,
             metrics: look.metrics,
         });
     }
     set('ids', ids);
+    // One of Tritons alone is no matter of the replicas.
+    now.canary = now.replicas.some((replica) => replica.canary) ? canary.share : null;
     return now;
+}
+
+// A number for a replica, from 1 to 255: the next one that nobody has.
+function unused(ids) {
+    let next = ids[''] || 0;
+    let tries = 255;
+    do {
+        next = next % 255 + 1;
+    } while (--tries && Object.keys(ids).some((name) => name && ids[name] === next));
+    ids[''] = next;
+    return next;
 }
 
 // Makes the table anew, for all workers, and returns it.
@@ -247,9 +295,25 @@ function card(model) {
     });
 }
 
+const contexts = Object.create(null);   // by model
+
+// The tokens that a model takes at most, or null. Who has it from another is looked up each time.
+function context(model) {
+    const text = cards.get(model);
+    const known = contexts[model];
+    if (known && known.text === text) {
+        return known.length;
+    }
+    const { parent, max_model_len: length } = card(model);
+    if (text !== undefined && !parent) {
+        contexts[model] = { text, length };
+    }
+    return length;
+}
+
 // The indices of the replicas that serve this model, or undefined.
 function serving(now, model) {
-    return Object.hasOwn(now.models, model) ? now.models[model] : undefined;
+    return now.models[model];
 }
 
 // The time in milliseconds, for what is compared with a time noted earlier. It counts from the machine's start, so that a
@@ -295,7 +359,7 @@ function leave(name, work) {
 
 // A replica answered a request: counts its answers of 5xx in a row. Those of 4xx are the client's matter.
 function answered(name, status) {
-    const key = `failures:${name}`;
+    const key = 'failures:' + name;
     if (status >= 500) {
         load.incr(key, 1, 0);
     } else if (status < 400 && load.has(key)) {
@@ -311,6 +375,11 @@ function failures(name) {
 // has not computed, and had not in its cache.
 function number(name) {
     return load.get(name) || 0;
+}
+
+// The Tritons that had a request: {name}.
+function tritons() {
+    return TRITONS.filter((name) => load.has(name)).map((name) => ({ name }));
 }
 
 function inFlight(name) {
@@ -350,7 +419,7 @@ function forgetDeadWorkers() {
 // Takes from a count of these zones. One that comes to 0 goes soon, so that it takes no room; not at once, as another may be
 // adding to it.
 function drop(zone, key, amount) {
-    const dictionary = ngx.shared[zone];
+    const dictionary = zones[zone];
     try {
         if (dictionary.incr(key, -amount, 0) <= 0 && dictionary.incr(key, 0, 0, GONE) > 0) {
             dictionary.incr(key, 0, 0);
@@ -361,6 +430,6 @@ function drop(zone, key, amount) {
 }
 
 export default {
-    ALL, ZONES, REQUEST, read, parse, get, set, put, lost, record, publish, table, serving, grouped, learn, card, clock, started,
-    unreachable, count, worker, forget, enter, begun, leave, answered, failures, number, inFlight, forgetDeadWorkers, drop,
+    ALL, ZONES, TRITONS, REQUEST, zones, read, parse, get, set, put, lost, record, publish, table, serving, learn, card, context, clock, started,
+    unreachable, count, worker, forget, enter, begun, leave, answered, failures, number, tritons, inFlight, forgetDeadWorkers, drop,
 };

@@ -7,8 +7,13 @@
 
 import fs from 'fs';
 import fleet from './fleet.js';
+import hosts from './hosts.js';
 import metrics from './metrics.js';
+import objectives from './objectives.js';
+import parked from './parked.js';
 import settings from './settings.js';
+import sleep from './sleep.js';
+import usage from './usage.js';
 
 const shared = ngx.shared.fleet;
 
@@ -20,6 +25,8 @@ const PATIENCE_MOST_MS = 60000;
 const IDLE_MS = 30000;
 const FAILURES = 3;              // answers of 5xx in a row
 const AGAIN_MS = 1000;           // between two one-token requests to a replica that gave no token
+const BASES = 4;                 // models, without their adapters, that replicas are compared by
+const NAME = 256;                // characters of a model's name that are kept for it
 const TURN_MS = 295000;          // and four seconds more are less than js_periodic's interval: a turn is never cut short
 
 const NAMES = {
@@ -34,22 +41,42 @@ const NAMES = {
     'vllm:time_to_first_token_seconds_count': 'firsts',
 };
 
-// The metrics that count here, by short name, summed over a replica's engines (of KV use: the fullest one's).
-function parse(text) {
+const HISTOGRAMS = {
+    'vllm:time_to_first_token_seconds_bucket': 'ttft_p95_seconds',
+    'vllm:inter_token_latency_seconds_bucket': 'itl_p95_seconds',
+};
+
+// The metrics that count here, by short name, summed over a replica's engines (of KV use: the fullest one's). `timely`: of each
+// latency that has an objective [how many kept it, how many there were].
+function parse(text, objective) {
     const found = {};
+    const histograms = {};
     for (const line of text.split('\n')) {
         if (line.startsWith('vllm:')) {
-            const key = NAMES[line.slice(0, line.search(/[{ ]/))];
+            const name = line.slice(0, line.search(/[{ ]/));
+            const key = NAMES[name];
             if (key) {
                 const value = Number(line.slice(line.lastIndexOf(' ') + 1));
                 found[key] = key === 'kv' ? Math.max(found.kv || 0, value) : (found[key] || 0) + value;
+            } else if (objective && HISTOGRAMS[name]) {
+                const counts = histograms[HISTOGRAMS[name]] = histograms[HISTOGRAMS[name]] || {};
+                const [, le] = /le="([^"]+)"/.exec(line) || [];
+                const bound = le === '+Inf' ? Infinity : Number(le);
+                counts[bound] = (counts[bound] || 0) + Number(line.slice(line.lastIndexOf(' ') + 1));
             }
+        }
+    }
+    if (objective) {
+        found.timely = {};
+        for (const name of Object.keys(histograms)) {
+            found.timely[name] = [objectives.within(histograms[name], objective[name]), histograms[name][Infinity] || 0];
         }
     }
     return found;
 }
 
-// One request to a replica: {status, text}; status 0 and the reason where there was no answer.
+// One request to a replica: {status, text, date, sleep}; status 0 and the reason where there was no answer. `date` is its host's
+// time, `sleep` what /health says of its sleep mode.
 async function ask(replica, path, body) {
     const options = { headers: { 'X-Gateway-Probe': '1' } };
     if (body) {
@@ -59,7 +86,10 @@ async function ask(replica, path, body) {
     }
     try {
         const answer = await ngx.fetch(`http://${replica.host}${path}`, options);
-        return { status: answer.status, text: await answer.text() };
+        const text = await answer.text();
+        // The link's own word (nginx/link): the request got no further.
+        const there = answer.headers.get('X-Refusal') !== 'unreachable';
+        return { status: there ? answer.status : 0, text, date: answer.headers.get('Date'), sleep: answer.headers.get('X-Sleep') };
     } catch (e) {
         return { status: 0, text: String(e.message) };
     }
@@ -80,8 +110,9 @@ async function look(replica) {
             resolve({ status: 0, text: 'timed out' });
         }, LOOK_MS);
     });
-    const [health, measured, models] = await Promise.all([
+    const [health, measured, models, version] = await Promise.all([
         ask(replica, '/health'), ask(replica, '/metrics'), due ? ask(replica, '/v1/models') : null,
+        due ? ask(replica, '/version') : null,
     ].map((asked) => Promise.race([asked, late])));
     // The turn lasts as long as a timer is pending; one that has fired cannot be cleared.
     if (timer !== null) {
@@ -93,6 +124,7 @@ async function look(replica) {
         now.late = false;
         now.ever = true;
         now.reason = '';
+        now.sleep = sleep.told(health.sleep);
         const down = fleet.get(`down:${name}`);
         if (down && down.at < began) {
             shared.delete(`down:${name}`);
@@ -117,15 +149,33 @@ async function look(replica) {
     if (now.alive && models && models.status === 200) {
         list(replica, now, models.text);
     }
-    if (!now.alive) {
+    if (now.alive && version && version.status === 200) {
+        identify(now, version);
+    }
+    // It answers a one-token request before it is ready again.
+    if (!now.alive || now.sleep && now.sleep.state !== 'awake') {
         shared.delete(`probe:${name}`);
+    }
+    if (!now.alive) {
+        // What is stopped on purpose loads when it is started again, as if for the first time.
+        now.ever = now.ever && !fleet.get('parked', []).includes(name);
         now.metrics = {};
         now.asked = 0;
     } else if (measured.status === 200) {
-        measure(replica, now, old, parse(measured.text));
+        measure(replica, now, old, parse(measured.text, objectives.of(now.model)));
     }
     metrics.looked(name, health.status === 200);
     fleet.set(`look:${name}`, now);
+}
+
+// Takes a replica's version, and how many seconds its host's clock is ahead of this one's, into the record `now`.
+function identify(now, { text, date }) {
+    try {
+        now.version = String(JSON.parse(text).version);
+    } catch (e) {
+        now.version = '';
+    }
+    now.ahead = hosts.ahead(date);
 }
 
 // The cards in the text of a /v1/models, or null where it is no list of models.
@@ -148,6 +198,10 @@ function list(replica, now, text) {
     }
     now.complaint = complaint;
     now.model = cards.length ? cards[0].id : '';
+    now.bases = {};
+    cards.filter((card) => !card.parent).slice(0, BASES).forEach(({ id, root, max_model_len }) => {
+        now.bases[id.slice(0, NAME)] = `${String(root).slice(0, NAME)} with ${max_model_len} tokens`;
+    });
     now.asked = now.at;
     if (!fleet.learn(replica.name, cards)) {
         now.alive = false;
@@ -186,6 +240,7 @@ function measure(replica, now, old, found) {
 
 async function watch() {
     fleet.forgetDeadWorkers();
+    fleet.set('parked', parked.names());
     const replicas = fleet.read();
     await Promise.all(replicas.map((replica) => look(replica).catch((e) => {
         ngx.log(ngx.ERR, `looking at ${replica.name}: ${e.message}`);
@@ -200,7 +255,7 @@ async function watch() {
 // Why the replica should be asked for a token now, or ''.
 function need(name, now) {
     const record = fleet.record(name);
-    if (!record.alive || !record.model) {
+    if (!record.alive || !record.model || record.sleep && record.sleep.state !== 'awake') {
         return '';
     }
     const last = fleet.get(`probe:${name}`);
@@ -222,6 +277,16 @@ function need(name, now) {
     return now - Math.max(record.token || 0, last.at) > IDLE_MS ? 'idle' : '';
 }
 
+// The tokens that an answer says it took.
+function tokensIn(text) {
+    try {
+        const { prompt, completion } = usage.counts('', JSON.parse(text).usage);
+        return prompt + completion;
+    } catch (e) {
+        return 0;
+    }
+}
+
 async function oneToken(replica) {
     const { model } = fleet.record(replica.name);
     const began = fleet.clock();
@@ -230,7 +295,7 @@ async function oneToken(replica) {
         answer = await ask(replica, '/v1/embeddings', { model, input: 'a', user: 'gateway-probe' });
     }
     const ok = answer.status >= 200 && answer.status < 500;
-    metrics.probed(replica.name, ok);
+    metrics.probed(replica.name, ok, tokensIn(answer.text));
     // Answered for: it takes as many again until the next one-token request is due.
     fleet.answered(replica.name, 200);
     // Full is not wedged: what it was stays.

@@ -16,6 +16,7 @@ const shared = ngx.shared.keys;
 const marks = ngx.shared.keyed;
 
 const KEY = /^sk-fleet-[A-Za-z0-9_-]{43}$/;
+const KEY_LENGTH = 52;
 const TOKEN = /^eyJ[\w-]*\.[\w-]+\.[\w-]*$/;
 const TOKEN_BYTES = 8192;
 // It stands in logs and metrics, so it must be no key and no token.
@@ -193,25 +194,27 @@ function refresh() {
 }
 
 // Gets the keys of outside issuers from their addresses: every five minutes, and sooner for a token whose key is not known yet.
-// An address that fails keeps what it gave before.
+// All at once: Nginx ends a turn that still runs when the next one begins, and one address must not use up another's time.
 async function fetchKeys() {
-    for (const { jwks_uri: uri } of issuers()) {
-        const now = fleet.clock();
-        const last = shared.get(`asked:${uri}`);
-        const wait = shared.has(`want:${uri}`) ? SOON : LATER;
-        if (!uri || last !== undefined && now - Number(last) < wait) {
-            continue;
-        }
-        fleet.put('keys', `asked:${uri}`, String(now));
-        shared.delete(`want:${uri}`);
-        try {
-            const answer = await ngx.fetch(uri, { max_response_body_size: JWKS });
-            must(answer.status === 200, `it answers ${answer.status}`);
-            fleet.put('keys', `jwks:${uri}`, JSON.stringify(tokens.keySet(await answer.text())));
-        } catch (e) {
-            metrics.broken('jwks');
-            ngx.log(ngx.ERR, `the keys at ${uri} are not taken: ${e instanceof SyntaxError ? 'they are not JSON' : e.message}`);
-        }
+    const now = fleet.clock();
+    const due = Array.from(new Set(issuers().map(({ jwks_uri: uri }) => uri))).filter((uri) => {
+        const last = uri && shared.get(`asked:${uri}`);
+        return uri && (last === undefined || now - Number(last) >= (shared.has(`want:${uri}`) ? SOON : LATER));
+    });
+    await Promise.all(due.map(fetchFrom));
+}
+
+// An address that fails keeps what it gave before.
+async function fetchFrom(uri) {
+    fleet.put('keys', `asked:${uri}`, String(fleet.clock()));
+    shared.delete(`want:${uri}`);
+    try {
+        const answer = await ngx.fetch(uri, { max_response_body_size: JWKS });
+        must(answer.status === 200, `it answers ${answer.status}`);
+        fleet.put('keys', `jwks:${uri}`, JSON.stringify(tokens.keySet(await answer.text())));
+    } catch (e) {
+        metrics.broken('jwks');
+        ngx.log(ngx.ERR, `the keys at ${uri} are not taken: ${e instanceof SyntaxError ? 'they are not JSON' : e.message}`);
     }
 }
 
@@ -271,7 +274,13 @@ function presented(r) {
             ? refusal(401, 'missing_api_key', "No key: send the header 'Authorization: Bearer KEY', or 'x-api-key: KEY'.")
             : other;
     }
-    const [, key] = /^Bearer +([!-~]+) *$/i.exec(authorization) || [];
+    // What is as long as a key of this gateway's is looked at once, in `holderOf`.
+    let key;
+    if (authorization.length === 7 + KEY_LENGTH && authorization.slice(0, 7) === 'Bearer ') {
+        key = authorization.slice(7);
+    } else {
+        [, key] = /^Bearer +([!-~]+) *$/i.exec(authorization) || [];
+    }
     if (key === undefined) {
         return refusal(401, 'invalid_api_key', "The header Authorization is not of the form 'Bearer KEY'.");
     }
@@ -284,14 +293,21 @@ function presented(r) {
 const UNKNOWN = refusal(401, 'invalid_api_key', 'This key is not known here.');
 const EXPIRED = refusal(401, 'expired_api_key', 'This key has expired.');
 
-// Who holds this key: {name, role, models, limits, priority, end_users}, or {refused}. A promise of it for a token.
+const sha256 = crypto.createHash('sha256');          // to copy it costs half as much as to make one
+let latest = { name: '', text: '', holder: null };   // the holder that came last
+
+// Who holds this key: {name, role, models, limits, priority, end_users, until}, or {refused}. A promise of it for a token.
 function holderOf(key) {
     if (KEY.test(key)) {
-        const text = shared.get(`key:${crypto.createHash('sha256').update(key).digest('hex')}`);
+        const name = `key:${sha256.copy().update(key).digest('hex')}`;
+        const text = shared.get(name);
         if (text === undefined) {
             return UNKNOWN;
         }
-        const holder = JSON.parse(text);
+        if (latest.name !== name || latest.text !== text) {
+            latest = { name, text, holder: JSON.parse(text) };
+        }
+        const { holder } = latest;
         const now = Date.now() / 1000;
         return holder.until !== null && now >= holder.until || holder.expires !== null && now >= holder.expires ? EXPIRED : holder;
     }
@@ -311,11 +327,12 @@ async function bearer(token) {
         return refusal(401, 'invalid_api_key', 'This token is not taken here.');
     }
     const { [found.role]: limits } = JSON.parse(shared.get('roles') || '{}');
-    return { name: found.name, role: found.role, models: null, limits: limits || {}, priority: 0, end_users: false, token: true };
+    return { name: found.name, role: found.role, models: null, limits: limits || {}, priority: 0, end_users: false, token: true, until: found.until };
 }
 
-// Who calls: a holder, or one with `refused`: {status, code, message}. The log and the metrics get the name.
-async function caller(r) {
+// Who calls: a holder, or one with `refused`: {status, code, message}; a promise of it for a token. The log and the metrics get
+// the name.
+function caller(r) {
     switch (asked()) {
     case 'open':
         return ANYONE;
@@ -331,7 +348,11 @@ async function caller(r) {
     if (key.refused) {
         return key;
     }
-    const holder = await holderOf(key);
+    const holder = holderOf(key);
+    return holder.then ? holder.then((found) => named(r, found)) : named(r, holder);
+}
+
+function named(r, holder) {
     if (!holder.refused) {
         r.variables.key = holder.name;
         if (holder.end_users) {

@@ -20,27 +20,30 @@ function loads(list) {
     const busy = [];
     const todo = [];
     let fewest = Infinity;
+    let least = Infinity;
     let sum = 0;
     for (let i = 0; i < count; i++) {
-        const replica = list[i];
-        const number = fleet.number(replica.name);
+        const { name, weight } = list[i];
+        const number = fleet.number(name);
         const requests = Math.floor(number / REQUEST);
-        const one = requests / replica.weight;
+        const one = requests / weight;
+        const work = (ANSWER * requests + number - REQUEST * requests) / weight;
         busy.push(one);
-        todo.push((ANSWER * requests + number - REQUEST * requests) / replica.weight);
+        todo.push(work);
         sum += one;
-        if (one < fewest) {
-            fewest = one;
-        }
+        fewest = one < fewest ? one : fewest;
+        least = work < least ? work : least;
     }
     // Held against the others: of a mean with itself, one of two never has twice as much.
-    const most = count > 1 ? fewest + MOST[0] : Infinity;
-    let least = Infinity;
-    for (let i = 0; i < count; i++) {
-        if (busy[i] > most && busy[i] > MOST[1] * (sum - busy[i]) / (count - 1)) {
-            todo[i] = Infinity;
-        } else if (todo[i] < least) {
-            least = todo[i];
+    const most = fewest + MOST[0];
+    if (sum > most && count > 1) {
+        least = Infinity;
+        for (let i = 0; i < count; i++) {
+            if (busy[i] > most && busy[i] > MOST[1] * (sum - busy[i]) / (count - 1)) {
+                todo[i] = Infinity;
+            } else if (todo[i] < least) {
+                least = todo[i];
+            }
         }
     }
     return { todo, least, busy };

@@ -3,17 +3,19 @@
 // A request costs four additions: its series, its two histogram buckets (one counter holds both), and two sums.
 
 import fleet from './fleet.js';
+import misses from './misses.js';
 import usage from './usage.js';
+import vitals from './vitals.js';
 
 const counters = ngx.shared.counters;
 
-const STATES = ['ready', 'loading', 'wedged', 'draining', 'unreachable'];
-const CAUSES = { retry: ['connect', 'reset', 'timeout', 'failed', 'refused', 'draining'],
-    refusal: ['full', 'none_ready', 'failed', 'unknown_model', 'closed', 'key', 'role', 'limit', 'quota', 'url', 'host', 'origin',
-        'media', 'connection', 'bodies'] };
+const STATES = ['ready', 'asleep', 'loading', 'wedged', 'draining', 'stopped', 'unreachable'];
+const CAUSES = { retry: ['connect', 'reset', 'timeout', 'failed', 'refused', 'draining', 'asleep'],
+    refusal: ['full', 'none_ready', 'asleep', 'failed', 'unknown_model', 'closed', 'key', 'role', 'limit', 'quota', 'url', 'host', 'origin',
+        'media', 'connection', 'bodies', 'invalid'] };
 const FILES = ['keys.json', 'tokens.json', 'jwks'];
 const FIRST_BYTE = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
-const SERIES = 10000;   // of gateway_requests_total; with the longest names they take 6 MiB of the zone's 8
+const SERIES = 10000;   // of gateway_requests_total; with the longest names they take 6 MiB of the zone's 10
 const LONGEST = 256;    // characters of a model's name
 const TURN = 500;       // counters shown between two turns of the requests
 const OTHER = 'other';  // the model of what is beyond
@@ -29,18 +31,21 @@ function add(key, value) {
 
 function bucket(bounds, value) {
     let i = 0;
-    while (i < bounds.length && value > bounds[i]) {
+    // Beyond the last one there is no greater.
+    while (value > bounds[i]) {
         i++;
     }
     return i;
 }
 
+let latest = '';    // the counter that was used last
+
 // The counter of a request's labels. The model comes last: its name may hold anything.
 function series(replica, status, reason, model) {
     const labels = 'request|' + replica + '|' + status + '|' + reason + '|';
     const key = labels + (model.length > LONGEST ? OTHER : model);
-    if (counters.has(key)) {
-        return key;
+    if (key === latest || counters.has(key)) {
+        return latest = key;
     }
     if ((counters.get('series') || 0) >= SERIES) {
         return labels + OTHER;
@@ -74,13 +79,19 @@ function cut(replica) {
     add(`cut|${replica}`, 1);
 }
 
+// Spans that were sent to their store, or lost.
+function spans(result, count) {
+    add(`spans|${result}`, count);
+}
+
 // A file of secrets/ was not taken.
 function broken(file) {
     add(`broken|${file}`, 1);
 }
 
-function probed(replica, ok) {
+function probed(replica, ok, tokens) {
     add(`probe|${replica}|${ok ? 'token' : 'no_token'}`, 1);
+    add(`probe_tokens|${replica}`, tokens);
 }
 
 function looked(replica, ok) {
@@ -139,7 +150,7 @@ function others() {
 
 // Everything, as text, which each piece goes to `send` of. What is known to be countable shows from the start, at 0: rate() sees
 // no birth.
-async function text(send) {
+async function text(r, send) {
     const table = fleet.table();
     let requests = head('gateway_requests_total', 'counter', 'Requests that are over, by why the replica was chosen.');
     let turn = 0;
@@ -149,6 +160,7 @@ async function text(send) {
         first[name] = {};
         total[name] = {};
     }
+    const cached = { expected: '', missed: '' };
     const plus = (to, key, value) => { to[key] = (to[key] || 0) + value; };
     for (const [key, value] of counters.items(fleet.ALL)) {
         if (++turn % TURN === 0) {
@@ -167,6 +179,9 @@ async function text(send) {
                 plus(first[replica] = first[replica] || {}, began, value);
             }
             plus(total[replica] = total[replica] || {}, over, value);
+        } else if (key.startsWith('expected ') || key.startsWith('missed ')) {
+            const { kind, client, key: name, model } = misses.labelled(key);
+            cached[kind] += line(`gateway_${kind}_cached_tokens_total`, { client, key: name, model }, value);
         }
     }
     const sum = (kind) => (replica) => counters.get(`${kind}|${replica}`) || 0;
@@ -177,8 +192,9 @@ async function text(send) {
         first, sum('first'));
     out += histogram('gateway_request_duration_seconds', 'From the request to the end of the answer.', DURATION, total,
         sum('seconds'));
+    const all = table.replicas.concat(fleet.tritons());
     out += head('gateway_requests_in_flight', 'gauge', 'Requests that a replica has now.');
-    for (const { name } of table.replicas) {
+    for (const { name } of all) {
         out += line('gateway_requests_in_flight', { replica: name }, fleet.inFlight(name));
     }
     out += head('gateway_replica_state', 'gauge', 'Whether the replica is in this state.');
@@ -188,13 +204,13 @@ async function text(send) {
         }
     }
     out += head('gateway_retries_total', 'counter', 'Tries that failed before the first byte, by the replica that failed.');
-    for (const { name } of table.replicas) {
+    for (const { name } of all) {
         for (const cause of CAUSES.retry) {
             out += line('gateway_retries_total', { replica: name, cause }, count('retry', name, cause));
         }
     }
     out += head('gateway_streams_cut_total', 'counter', 'Streams that had begun when their replica was lost.');
-    for (const { name } of table.replicas) {
+    for (const { name } of all) {
         out += line('gateway_streams_cut_total', { replica: name }, count('cut', name));
     }
     out += head('gateway_probes_total', 'counter', 'Looks at a replica (alive, dead) and one-token requests (token, no_token).');
@@ -212,28 +228,48 @@ async function text(send) {
         out += line('gateway_body_bytes', { place }, fleet.number(`body:${place}`));
     }
     const counts = usage.all();
-    const labelled = (kind) => counts.filter((one) => kind === 'requests' ? one.kind === kind : usage.KINDS.includes(one.kind));
+    const labelled = (...kinds) => counts.filter((one) => kinds.includes(one.kind));
     out += head('gateway_key_requests_total', 'counter', 'Requests that a replica answered, by whose key it was.');
     labelled('requests').forEach(({ key, end_user: user, model, replica, value }) => {
         out += line('gateway_key_requests_total', { key, end_user: user, model, replica }, value);
     });
-    out += head('gateway_tokens_total', 'counter', "Tokens by the engine's word; the cached ones are among the prompt's.");
-    labelled('tokens').forEach(({ key, end_user: user, model, replica, kind, value }) => {
+    out += head('gateway_tokens_total', 'counter', "Tokens by the engine's word; the cached ones are among the prompt's. Repeated: "
+        + 'a prompt once more for each further answer (n), as the engine counts it.');
+    labelled(...usage.KINDS).forEach(({ key, end_user: user, model, replica, kind, value }) => {
         out += line('gateway_tokens_total', { key, end_user: user, model, replica, kind }, value);
     });
+    out += head('gateway_audio_seconds_total', 'counter', "Seconds of sound that were heard, by the engine's word.");
+    labelled(usage.SECONDS).forEach(({ key, end_user: user, model, replica, value }) => {
+        out += line('gateway_audio_seconds_total', { key, end_user: user, model, replica }, value);
+    });
+    out += head('gateway_probe_tokens_total', 'counter', 'Tokens of the one-token requests, which belong to no key.');
+    for (const { name } of table.replicas) {
+        out += line('gateway_probe_tokens_total', { replica: name }, count('probe_tokens', name));
+    }
     out += head('gateway_unmetered_total', 'counter', 'Answers whose replica did not say what they used.');
     out += line('gateway_unmetered_total', {}, counters.get('unmetered') || 0);
     out += head('gateway_secrets_refused_total', 'counter', 'Looks at a file of secrets/ that is wrong; the one before stays in force.');
     for (const file of FILES) {
         out += line('gateway_secrets_refused_total', { file }, count('broken', file));
     }
+    out += head('gateway_spans_total', 'counter', 'Spans of traces, by whether their store took them.');
+    for (const result of ['sent', 'lost']) {
+        out += line('gateway_spans_total', { result }, count('spans', result));
+    }
     out += head('gateway_prefix_blocks_total', 'counter', 'Cuts of prompts that the chosen replica had been sent before.');
     for (const result of ['matched', 'missed']) {
         out += line('gateway_prefix_blocks_total', { result }, count('blocks', result));
     }
+    out += head('gateway_expected_cached_tokens_total', 'counter', "Prompts' tokens that the replica's cache should have had.");
+    out += cached.expected;
+    out += head('gateway_missed_cached_tokens_total', 'counter', 'Those of them that the engine did not find there.');
+    out += cached.missed;
     out += head('gateway_writes_lost_total', 'counter', 'Writes into a shared dictionary that had no room left.');
     for (const zone of fleet.ZONES) {
         out += line('gateway_writes_lost_total', { zone }, count('lost', zone));
+    }
+    for (const [name, help, values] of vitals.gauges(r)) {
+        out += head(name, 'gauge', help) + values.map(([labels, value]) => line(name, labels, value)).join('');
     }
     send(out);
 }
@@ -244,7 +280,7 @@ async function show(r) {
     r.sendHeader();
     try {
         if (r.method !== 'HEAD') {
-            await text((piece) => r.send(piece));
+            await text(r, (piece) => r.send(piece));
         }
         r.finish();
     } catch (e) {
@@ -253,4 +289,4 @@ async function show(r) {
     }
 }
 
-export default { served, refused, broken, retried, cut, probed, looked, blocks, refusals, show };
+export default { served, refused, broken, retried, cut, probed, looked, spans, blocks, refusals, show };

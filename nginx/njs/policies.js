@@ -1,8 +1,8 @@
 // The policies: how a replica is chosen among those that may take a request.
 //
-// A policy is a function of `list`, the ready replicas that serve the model (one at least), `asked`, what body.js read, and
-// `share`, the canary's part of new conversations or null. It gives the replica, the reason that log and metrics show, and the
-// characters of prompt that the replica has to compute.
+// A policy is a function of `list`, the ready replicas that serve the model (one at least), `asked`, what body.js read and
+// whether there are `several` gateways, and `share`, the canary's part of new conversations or null. It gives the replica, the
+// reason that log and metrics show, and the characters of prompt that the replica has to compute.
 
 import load from './load.js';
 import metrics from './metrics.js';
@@ -15,6 +15,7 @@ const counters = ngx.shared.counters;
 const AGAIN = 2;
 const SHARED = 3;            // requests in flight with who knows a shared beginning, from where on an idle replica learns it too
 const ALIKE = 3000;          // characters of prompt: no reason to prefer the replica that has less to do
+const NEAR = 12000;          // characters of prompt that a replica may have more to do and still be a prompt's home
 const MOST_WORK = 1e6;       // characters that one request counts for
 
 // Where the session was, or where the prompt is computed soonest: waiting for what a replica has to do is weighed against
@@ -27,13 +28,16 @@ function prefix(list, asked, share) {
     if (!prompt) {
         return least_busy(list, asked, share);
     }
+    if (asked.several) {
+        prompt.several = true;
+    }
     let replica = share === null ? null : soonest(list, load.loads(list), prompt, true);
     if (!replica) {
-        list = group(list, share);
+        list = share === null ? list : group(list, share);
         replica = soonest(list, load.loads(list), prompt, false);
     }
     const reason = prompt.at < 0 ? 'load' : 'prefix';
-    return [replica, reason, remember(prompt, replica)];
+    return [replica, reason, remember(asked, prompt, replica)];
 }
 
 // Where least is in flight.
@@ -66,11 +70,6 @@ function group(list, share) {
     return Math.random() < share ? canary : others;
 }
 
-// The packed ids of the replicas that were sent the prompt up to its i-th cut.
-function holders(prompt, i) {
-    return prompt.holders[i] = prompts.holders(prompts.key(prompt, i));
-}
-
 // The replica that will have computed this prompt soonest. `own`: only one that knows its conversation, or null.
 function soonest(list, loads, prompt, own) {
     const { todo, least, busy } = loads;
@@ -85,7 +84,7 @@ function soonest(list, loads, prompt, own) {
         if (least + again >= cost) {
             break;
         }
-        const packed = holders(prompt, at);
+        const packed = prompts.holdersAt(prompt, at);
         if (packed && cuts[at] & prompts.OWN) {
             times = AGAIN;
         }
@@ -100,14 +99,38 @@ function soonest(list, loads, prompt, own) {
     if (!own && least + times * cuts[end] / 4 < cost) {
         chosen = todo.indexOf(least);
         prompt.at = -1;
-    } else if (!own && times === 1 && least === 0 && busy[chosen] >= SHARED) {
+    } else if (!own && times === 1 && least === 0 && busy[chosen] >= SHARED && !prompt.several) {
+        // With several gateways, who is idle here may be busy for another.
         const idle = list[todo.indexOf(0)];
-        while (prompt.at >= 0 && !prompts.holds(holders(prompt, prompt.at), idle.id)) {
+        while (prompt.at >= 0 && !prompts.holds(prompts.holdersAt(prompt, prompt.at), idle.id)) {
             prompt.at--;
         }
         return idle;
     }
-    return chosen < 0 ? null : inTurn(list, todo, chosen, prompt.at < 0 ? 0 : prompt.holders[prompt.at]);
+    if (chosen < 0) {
+        return null;
+    }
+    const packed = prompt.at < 0 ? 0 : prompt.holders[prompt.at];
+    return prompt.several ? atHome(list, todo, chosen, packed, prompt) : inTurn(list, todo, chosen, packed);
+}
+
+// Of those that have about as little to do as the i-th, and were sent as much, the one that a hash of the prompt's beginning and
+// the replica's name says, by weight (rendezvous hashing): another gateway, which knows nothing of this one, says the same.
+function atHome(list, todo, i, packed, prompt) {
+    const beginning = prompts.beginning(prompt);
+    let home = list[i];
+    let least = Infinity;
+    for (let one = 0; one < list.length; one++) {
+        const replica = list[one];
+        if (todo[one] <= todo[i] + NEAR && (!packed || prompts.holds(packed, replica.id))) {
+            const draw = -Math.log(prompts.draw(beginning, replica)) / replica.weight;
+            if (draw < least) {
+                least = draw;
+                home = replica;
+            }
+        }
+    }
+    return home;
 }
 
 // Of those that have about as little to do as the i-th, and were sent as much, the next in turn. Requests that end together are
@@ -132,18 +155,33 @@ function inTurn(list, todo, i, packed) {
 
 // The replica is sent this prompt now. What comes before the match it was sent already. Gives the characters that it does not
 // know.
-function remember(prompt, replica) {
-    const end = prompt.cuts.length - 1;
+function remember(asked, prompt, replica) {
+    const cuts = prompt.cuts;
+    const end = cuts.length - 1;
     const at = prompt.at;
-    for (let i = Math.max(0, at); i <= end; i++) {
-        // The end is set each time, so that what is in use stays.
-        if (prompt.cuts[i] & prompts.KEPT && (i !== at || i === end)) {
-            const packed = prompt.holders[i] === undefined ? holders(prompt, i) : prompt.holders[i];
-            prompts.keep(prompts.key(prompt, i), replica.id, packed);
+    // The end is set each time, so that what is in use stays.
+    for (let i = at < end ? at + 1 : end; i <= end; i++) {
+        if (cuts[i] & prompts.KEPT) {
+            prompts.keepAt(prompt, i, replica.id);
         }
     }
     metrics.blocks(at + 1, end - at);
-    return Math.min(MOST_WORK, Math.floor((prompt.cuts[end] - (at < 0 ? 0 : prompt.cuts[at])) / 4) + prompt.more);
+    asked.expected = expected(prompt);
+    return Math.min(MOST_WORK, Math.floor((cuts[end] - (at < 0 ? 0 : cuts[at])) / 4) + (prompt.more || 0));
+}
+
+// The share of a prompt that the replica's cache should have. That is what it was sent before; and of a conversation that has an
+// answer already, what came before the first one, as that was a prompt too: unknown it is where the client has changed it since.
+function expected({ cuts, at, more }) {
+    const end = cuts.length - 1;
+    let known = at;
+    for (let i = Math.max(0, at); i < end; i++) {
+        if (cuts[i] & prompts.OWN) {
+            known = Math.max(i, at);
+            break;
+        }
+    }
+    return known < 0 ? 0 : Math.floor(cuts[known] / 4) / (Math.floor(cuts[end] / 4) + (more || 0) || 1);
 }
 
 // A session stays where it was last, unless that one is too busy: one key may name all that an application asks. A new one
@@ -160,9 +198,12 @@ function bySession(list, asked, share, prompt) {
         }
     }
     const reason = replica ? 'session' : 'load';
+    if (prompt) {
+        prompt.several = asked.several;
+    }
     if (replica && prompt) {
         prompt.at = prompt.cuts.length - 1;
-        while (prompt.at >= 0 && !prompts.holds(holders(prompt, prompt.at), replica.id)) {
+        while (prompt.at >= 0 && !prompts.holds(prompts.holdersAt(prompt, prompt.at), replica.id)) {
             prompt.at--;
         }
     } else if (!replica) {
@@ -170,7 +211,7 @@ function bySession(list, asked, share, prompt) {
         replica = prompt ? soonest(list, load.loads(list), prompt, false) : load.leastBusy(list);
     }
     prompts.keep(key, replica.id, packed);
-    return [replica, reason, prompt ? remember(prompt, replica) : 0];
+    return [replica, reason, prompt ? remember(asked, prompt, replica) : 0];
 }
 
 // By the names that ROUTE_POLICY gives them; the first is the default.

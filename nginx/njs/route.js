@@ -8,8 +8,10 @@ import keys from './keys.js';
 import limits from './limits.js';
 import load from './load.js';
 import metrics from './metrics.js';
+import misses from './misses.js';
 import policies from './policies.js';
 import settings from './settings.js';
+import trace from './trace.js';
 import usage from './usage.js';
 
 const policy = policies[settings.policy];
@@ -18,9 +20,11 @@ const DELIVERED = 2;   // replicas that one request may break
 
 // ---- choosing
 
-// The replicas that may take the request: those ready; where there are none, those that may have been given up too soon.
+// The replicas that may take the request: those ready; where there are none, those that sleep and wake for it; else those that may
+// have been given up too soon.
 function candidates(table, serving, tried) {
     const ready = [];
+    const asleep = [];
     const suspect = [];
     const count = serving ? serving.length : table.replicas.length;
     for (let i = 0; i < count; i++) {
@@ -28,12 +32,14 @@ function candidates(table, serving, tried) {
         if (!tried || !tried.includes(replica.name)) {
             if (replica.state === 'ready') {
                 ready.push(replica);
+            } else if (replica.state === 'asleep') {
+                asleep.push(replica);
             } else if (replica.suspect) {
                 suspect.push(replica);
             }
         }
     }
-    return ready.length ? ready : suspect;
+    return ready.length ? ready : asleep.length ? asleep : suspect;
 }
 
 // Whether one model or more are served by all replicas whose models are known: then each may answer who names none.
@@ -48,8 +54,12 @@ function send(r, replica, model, reason, work, stream) {
     const name = replica.name;
     const variables = r.variables;
     variables.replica = name;
+    if (replica.on) {
+        variables.replica_host = replica.on;
+    }
     variables.reason = reason;
-    variables.work = work;
+    // A number would cost three times as much as its text does.
+    variables.work = String(work);
     if (stream) {
         variables.stream = '1';
     }
@@ -75,6 +85,10 @@ function refuse(r, cause, status, code, message, param, after, never) {
         r.headersOut['Retry-After'] = String(after || (status === 429 ? 1 : 5));
     }
     answers.send(r, status, code, message, param);
+}
+
+function refuseLimit(r, { cause, status, code, message, param, after, never }) {
+    refuse(r, cause, status, code, message, param, after, never);
 }
 
 function refuseNone(r, table) {
@@ -109,20 +123,38 @@ async function choose(r) {
             answers.method(r, 'POST');
             return;
         }
-        const holder = await keys.caller(r);
+        // Each await costs as much as choosing among two replicas, so there is none without need.
+        let holder = keys.caller(r);
+        if (holder.then) {
+            holder = await holder;
+        }
         if (holder.refused) {
             mark(r);
             keys.refuse(r, holder.refused);
             return;
         }
-        const place = budget.take(r, holder.name);
+        // Who has no key has no limits.
+        const refused = holder.name && limits.enter(r, holder).refused;
+        if (refused) {
+            refuseLimit(r, refused);
+            return;
+        }
+        const variables = r.variables;
+        const length = variables.content_length;
+        const place = budget.take(r, holder.name, length);
         if (place === 'memory') {
-            await pick(r, holder);
+            let taken = null;
+            try {
+                taken = body.isPlain(variables.content_type, length) ? await body.take(r, length) : null;
+            } catch (e) {
+                // It is no JSON as JavaScript knows it.
+            }
+            pick(r, holder, taken && body.plain(r, length, taken) || await body.read(r));
         } else if (place === 'disk') {
             r.internalRedirect('@long');
         } else {
-            refuse(r, 'bodies', 429, 'bodies_full', `Too many bytes of ${place === 'share' ? `the key ${holder.name}'s ` : ''}other `
-                + 'requests are on their way. Try again later.');
+            const whose = place === 'full' ? '' : holder.name ? `the key ${holder.name}'s ` : "this address's ";
+            refuse(r, 'bodies', 429, 'bodies_full', `Too many bytes of ${whose}other requests are on their way. Try again later.`);
         }
     } catch (e) {
         undecided(r, e);
@@ -137,7 +169,8 @@ async function long(r) {
         if (holder.refused) {
             mark(r);
             keys.refuse(r, holder.refused);
-        } else if (await pick(r, holder)) {
+        } else if (pick(r, holder, await body.read(r))) {
+            r.variables.expected = r.chosen.expected || 0;
             r.internalRedirect('@chosen');
         }
     } catch (e) {
@@ -150,9 +183,8 @@ function undecided(r, e) {
     refuse(r, 'none_ready', 503, 'gateway_error', 'The gateway could not choose a replica.');
 }
 
-// Chooses a replica by what the body says, or refuses; says whether it chose.
-async function pick(r, holder) {
-    const asked = await body.read(r);
+// Chooses a replica by what the body asks for, or refuses; says whether it chose.
+function pick(r, holder, asked) {
     if (asked.unreadable) {
         refuse(r, 'unknown_model', 400, 'model_unreadable', `The model of this upload can't be read for certain, because of ${
             asked.unreadable}.`, 'model');
@@ -163,6 +195,9 @@ async function pick(r, holder) {
     const known = keys.may(holder, model) ? fleet.serving(table, model) : undefined;
     // Under whatever name, it is one cache.
     asked.model = table.names[model] || model;
+    if (settings.gateways > 1) {
+        asked.several = true;
+    }
     if (model && !known && (holder.models !== null || Object.keys(table.models).length)) {
         refuseModel(r, table, model, holder);
         return false;
@@ -182,24 +217,35 @@ async function pick(r, holder) {
     if (known) {
         r.variables.model = model;
     }
-    const wants = usage.wanted(asked.body);
-    if (wants) {
-        r.variables.wants = wants;
+    if (asked.body.stream) {
+        const wants = usage.wanted(asked.body);
+        if (wants) {
+            r.variables.wants = wants;
+        }
     }
     const many = usage.many(r.uri, asked.body);
-    if (many) {
+    if (many > 1 || many && asked.body.stream) {
         r.variables.many = many;
+    } else {
+        r.one = true;
     }
-    const { refused } = limits.admit(r, holder, asked, name);
+    const refused = holder.name && limits.admit(r, holder, asked, name).refused;
     if (refused) {
-        refuse(r, refused.cause, refused.status, refused.code, refused.message, refused.param, refused.after, refused.never);
+        refuseLimit(r, refused);
         return false;
     }
+    if (settings.traces !== null) {
+        trace.begin(r, holder.role === 'admin');
+    }
     if (list[0].state === 'ready') {
-        const [replica, reason, work] = policy(list, asked, table.canary);
-        send(r, replica, name, reason, work, asked.body.stream);
+        // A canary's share is of all that comes.
+        const share = table.canary === null ? limits.shareOf(list, holder, name) : list;
+        // To take an array apart by a pattern costs more than to look into it.
+        const choice = policy(share, asked, table.canary);
+        send(r, choice[0], name, choice[1], choice[2], asked.body.stream);
+        r.chosen.expected = asked.expected;
     } else {
-        send(r, load.leastBusy(list), name, 'fallback', 0, asked.body.stream);
+        send(r, load.leastBusy(list), name, list[0].state === 'asleep' ? 'wake' : 'fallback', 0, asked.body.stream);
     }
     return true;
 }
@@ -209,26 +255,42 @@ function last(value) {
     return value === undefined ? '-' : value.slice(value.lastIndexOf(' ') + 1);
 }
 
-// Why the last try failed: the replica is full, or being stopped, or its engine failed, no connection, a timeout, or a
+// What a replica says that refuses with 503, if it is not full. The link to another host says that no connection came about.
+const REFUSALS = { unreachable: 'connect', draining: 'draining', asleep: 'asleep' };
+
+// Why the last try failed: the replica is full, or being stopped, or asleep, or its engine failed, no connection, a timeout, or a
 // connection that broke.
-function cause(r) {
+function cause(r, failed) {
     const status = last(r.variables.upstream_status);
+    const { sleep } = fleet.record(failed);
     if (last(r.variables.upstream_header_time) !== '-') {
-        return status !== '503' ? 'failed' : r.variables.upstream_http_x_refusal === 'draining' ? 'draining' : 'refused';
+        return status !== '503' ? 'failed' : REFUSALS[r.variables.upstream_http_x_refusal] || 'refused';
     }
     if (last(r.variables.upstream_connect_time) === '-') {
         return 'connect';
     }
+    // It ended before it was awake: no request is to blame.
+    if (sleep && sleep.state !== 'awake') {
+        return 'asleep';
+    }
     return status === '504' ? 'timeout' : 'reset';
+}
+
+// Of these replicas those on other hosts than the one that failed, where there are any: a host ends with all it has.
+function elsewhere(table, list, failed, why) {
+    const one = table.replicas.find((replica) => replica.name === failed);
+    const others = one && why !== 'refused' && why !== 'draining' ? list.filter(({ on }) => on !== one.on) : [];
+    return others.length ? others : list;
 }
 
 // A request that may have ended the replica it was sent to goes to one more, not to all in turn.
 function again(r) {
     const failed = r.variables.replica;
-    const why = cause(r);
+    const why = cause(r, failed);
     const work = Number(r.variables.work);
     fleet.leave(failed, work);
     r.variables.replica = '';
+    r.variables.replica_host = '';
     metrics.retried(failed, why);
     if (why === 'connect') {
         fleet.unreachable(failed);
@@ -242,9 +304,15 @@ function again(r) {
     const broken = entries.filter((entry) => /=(reset|timeout|failed)$/.test(entry));
     const table = fleet.table();
     const model = r.variables.model || '';
-    const list = candidates(table, fleet.serving(table, model), names);
+    // Who has waited for one to wake does not wait for another.
+    const list = elsewhere(table, candidates(table, fleet.serving(table, model), names), failed, why)
+        .filter(({ state }) => why !== 'asleep' || state === 'ready');
     if (list.length && broken.length < DELIVERED && names.length < TRIES) {
         send(r, load.leastBusy(list), model, 'retry', work, r.variables.stream);
+    } else if (why === 'asleep') {
+        const words = r.variables.upstream_http_x_failure || 'it ended before it was awake';
+        refuse(r, 'asleep', 503, 'model_asleep', `The model is asleep and did not wake in time (${failed}: ${
+            words}). Try again later.`);
     } else if (broken.length) {
         const words = r.variables.upstream_http_x_failure;
         refuse(r, 'failed', 502, 'replica_failed', `This request failed on ${broken.join(' and on ').replace(/=/g, ': ')}`
@@ -269,29 +337,53 @@ function retry(r) {
 // $done, in the log phase: counts the request out, however it ended. Never logs.
 function done(r) {
     const variables = r.variables;
-    budget.over(r);
+    const status = r.status;
+    const seconds = Number(variables.request_time);
+    const key = variables.key || '';
+    budget.over(variables);
+    let used = null;
+    let firstByte = NaN;
     let chosen = r.chosen;
     // An error page in place of a replica's own answer (408, 413) has lost it; the variables stay.
     if (!chosen && variables.replica) {
-        chosen = { replica: variables.replica, model: variables.model || '', reason: variables.reason, work: Number(variables.work) };
+        chosen = {
+            replica: variables.replica, model: variables.model || '', reason: variables.reason, work: Number(variables.work),
+            expected: Number(variables.expected),
+        };
     }
     if (chosen) {
-        let firstByte = NaN;
-        if (chosen.replica) {
-            fleet.leave(chosen.replica, chosen.work);
-            fleet.answered(chosen.replica, r.status);
-            firstByte = Number(last(variables.upstream_header_time));
+        const replica = chosen.replica;
+        used = replica ? usage.used(r) : null;
+        if (replica) {
+            fleet.leave(replica, chosen.work);
+            fleet.answered(replica, status);
+            firstByte = Number(variables.upstream_header_time);
+            if (Number.isNaN(firstByte)) {
+                // of several tries
+                firstByte = Number(last(variables.upstream_header_time));
+            }
+            if (status === 200 || status === 499) {
+                usage.record(replica, key, key && variables.end_user || '', chosen.model, used);
+                if (used && chosen.expected > 0) {
+                    misses.record(variables.program, key, chosen.model, chosen.expected, used);
+                }
+            }
         }
-        const used = chosen.replica ? usage.used(r) : null;
-        if (chosen.replica && (r.status === 200 || r.status === 499)) {
-            usage.record(chosen.replica, variables.key || '', variables.end_user || '', chosen.model, used);
+        if (used) {
+            variables.prompt_tokens = String(used.prompt);
+            variables.cached_tokens = String(used.cached);
+            variables.completion_tokens = String(used.completion);
         }
-        if (variables.taken) {
-            // What came to nothing counts to no limit; a client that hung up is no refusal.
-            const refused = !chosen.replica || r.status >= 400 && r.status !== 499;
-            limits.settle(variables.taken, used, refused, firstByte >= 0, Number(variables.request_time));
+        metrics.served(replica, chosen.model, status, chosen.reason, firstByte, seconds);
+        if (settings.traces !== null) {
+            trace.end(r, chosen, used);
         }
-        metrics.served(chosen.replica, chosen.model, r.status, chosen.reason, firstByte, Number(variables.request_time));
+    }
+    // What came to nothing counts to no limit; a client that hung up is no refusal, but where its body never came.
+    const refused = !chosen || !chosen.replica || status >= 400 && status !== 499;
+    // Who has no key has no limits.
+    if (key) {
+        limits.settle(r, used, refused, firstByte >= 0, seconds);
     }
     return '';
 }
@@ -323,4 +415,4 @@ async function models(r) {
     }
 }
 
-export default { choose, long, retry, done, models };
+export default { choose, long, retry, done, models, mark, refuse, refuseLimit, cause };

@@ -16,8 +16,10 @@ const COLON = 58;
 const BLANK = Buffer.from('\n\n');
 const NOTHING = Buffer.alloc(0);
 // Bytes of one stream that may lie here: an event that is not whole yet, or what the client has not read. Beyond that the
-// stream goes on without njs, as then Nginx takes no more from the replica than the client reads.
+// stream goes on without njs, as then Nginx takes no more from the replica than the client reads. Where usage has to be taken
+// out that is put off for as long as there is room.
 const MOST = 256 * 1024;
+const STRIPPED = 4 * 1024 * 1024;
 
 function lost(r) {
     const time = r.variables.upstream_response_time;
@@ -38,9 +40,12 @@ function end(bytes) {
 // it only keeps the connection (vllm/begin.py); a whole answer's comes with its end. Nginx' own page about a body that it could
 // not read is the only 400 that neither a replica nor njs gave.
 function begin(r) {
-    budget.begun(r);
-    // An internal redirect has lost what was chosen; the variables stay.
-    const stream = r.chosen ? r.chosen.stream : r.variables.stream;
+    const chosen = r.chosen;
+    // An internal redirect has lost what was chosen; the variables stay. Only after one is there a body on disk.
+    const stream = chosen ? chosen.stream : r.variables.stream;
+    if (!chosen) {
+        budget.begun(r);
+    }
     if (stream && r.variables.upstream_http_x_waiting) {
         r.waiting = true;
     } else if (stream) {
@@ -57,6 +62,7 @@ function begin(r) {
 function computed(r) {
     r.waiting = false;
     const variables = r.variables;
+    variables.ttft = variables.request_time;
     const work = r.chosen ? r.chosen.work : Number(variables.work);
     if (work && variables.replica) {
         fleet.begun(variables.replica, work);
@@ -77,11 +83,15 @@ function send(r, data) {
     r.sendBuffer(data, { flush: true });
     r.passed += data.length;
     // What was sent is asked for now and then only: it costs as much as all else here.
-    if (r.passed - r.asked > MOST) {
-        r.asked = r.passed;
-        return r.passed - Number(r.variables.bytes_sent) <= MOST;
+    if (r.passed - r.asked <= MOST) {
+        return true;
     }
-    return true;
+    r.asked = r.passed;
+    const behind = r.passed - Number(r.variables.bytes_sent);
+    while (behind > r.room && r.room < STRIPPED && usage.strips(r) && budget.more(r, MOST)) {
+        r.room += MOST;
+    }
+    return behind <= r.room;
 }
 
 // Passes on what ends an event, and holds the rest; whether it may go on.
@@ -115,24 +125,37 @@ function pass(r, data, flags) {
         r.sendBuffer(flags.last ? answers.page(r, 400) : NOTHING, flags);
         return;
     }
+    if (r.whole) {
+        r.sendBuffer(data, flags);
+        usage.piece(r, data);
+        return;
+    }
     if (r.held === undefined) {
-        if (!(r.headersOut['Content-Type'] || '').startsWith('text/event-stream')) {
+        const headers = r.headersOut;
+        if (!(headers['Content-Type'] || '').startsWith('text/event-stream')) {
             r.sendBuffer(data, flags);
-            if (r.status === 200) {
-                usage.piece(r, data);
-            } else {
+            const only = data.length === Number(headers['Content-Length']);
+            const well = r.status === 200;
+            if (well) {
+                r.whole = true;
+                usage.piece(r, data, only);
+            }
+            if (!well || only) {
                 r.done();
             }
             return;
         }
         r.held = [];
         r.size = r.passed = r.asked = r.taken = 0;
+        r.room = MOST;
     }
     if (flags.last) {
         r.sendBuffer(usage.events(r, Buffer.concat([...r.held, data])), flags);
     } else if (!data.length) {
         if (lost(r)) {
             metrics.cut(r.variables.replica);
+            r.cut = true;
+            r.variables.cut = 'true';
             // Not marked as the end: the client must not think that this connection can be used again.
             r.sendBuffer(answers.lost(r), { flush: true });
         }

@@ -192,10 +192,10 @@ async function check(token, issuers, now) {
     }
     const name = claims[issuer.name_claim];
     must(text(name) && NAME.test(name), '');
-    return { name: called(issuer.issuer, name), role: roleOf(claims[issuer.role_claim]) };
+    return { name: called(issuer.issuer, name), role: roleOf(claims[issuer.role_claim]), until: claims.exp };
 }
 
-// Whose token this is: {name, role}; {expired} if it was; {unknown: address} if its key may have come since to that address;
+// Whose token this is: {name, role, until}; {expired} if it was; {unknown: address} if its key may have come since to that address;
 // else {}. `now` is in seconds.
 async function verify(token, issuers, now) {
     try {

@@ -6,7 +6,7 @@ const PARTS = 2000;       // at most: the replica takes a thousand fields and a 
 const HEAD = 4096;        // bytes, at most, of a part's headers
 const TYPE = 1024;        // characters, at most, of the upload's Content-Type
 const VALUE = 4096;       // bytes, at most, of a field's value
-const FIELDS = ['model', 'stream_include_usage', 'stream_continuous_usage_stats'];
+const FIELDS = ['model', 'stream_include_usage', 'stream_continuous_usage_stats', 'max_completion_tokens', 'n'];
 
 const TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+";
 const QUOTED = String.raw`"(?:[^"\\]|\\"|\\(?!"))*"`;

@@ -5,11 +5,14 @@ const POLL_MS = 1000;
 const HISTORY = 120;
 
 // What each state means for the replica's share of the work.
-const LEVELS = {ready: 'ok', loading: 'unknown', draining: 'warn', wedged: 'bad', unreachable: 'bad'};
+const LEVELS = {
+  ready: 'ok', asleep: 'unknown', loading: 'unknown', draining: 'warn', stopped: 'unknown', wedged: 'bad', unreachable: 'bad',
+};
 
 const REFUSALS = {
   full: 'as all replicas were full',
   none_ready: 'as no replica was ready',
+  asleep: 'as the model did not wake in time',
   unknown_model: 'for an unknown model',
   closed: 'as there are no keys',
   failed: 'after two replicas failed',
@@ -78,13 +81,20 @@ function slowest(ready) {
  */
 function verdict(replicas, refusedLately) {
   const ready = replicas.filter((replica) => replica.state === 'ready');
-  const out = replicas.filter((replica) => replica.state !== 'ready');
+  const asleep = replicas.filter((replica) => replica.state === 'asleep');
+  // what the autoscaler has stopped, and what sleeps, is as it should be
+  const out = replicas.filter((replica) => !['ready', 'asleep', 'stopped'].includes(replica.state));
   const queued = ready.filter((replica) => replica.waiting > 0);
   const waiting = sum(ready, 'waiting');
   const waits = `${count(waiting, 'request')} ${waiting === 1 ? 'waits' : 'wait'}`;
 
   if (!replicas.length) {
     return {level: 'bad', word: 'No fleet', sentence: 'The gateway knows no replica: add one in nginx/fleet/.'};
+  }
+  if (!ready.length && asleep.length) {
+    const others = out.length ? `, and ${names(out)} ${out.length === 1 ? 'is' : 'are'} away` : '';
+    const all = asleep.length > 1 ? 'sleep: the first request for a model wakes it' : 'sleeps: the first request wakes it';
+    return {level: out.length ? 'warn' : 'ok', word: 'Asleep', sentence: `${names(asleep)} ${all}${others}.`};
   }
   if (!ready.length) {
     const loading = out.filter((replica) => replica.state === 'loading').length;
@@ -124,7 +134,9 @@ function verdict(replicas, refusedLately) {
   }
   const running = sum(ready, 'in_flight');
   const load = running ? `${count(running, 'request')} in work, none waits` : 'nothing to do';
-  return {level: 'ok', word: 'All well', sentence: `${count(ready.length, 'replica')} ready, ${load}.`};
+  const stopped = replicas.filter((replica) => replica.state === 'stopped').length;
+  const resting = (asleep.length ? `, ${asleep.length} asleep` : '') + (stopped ? `, ${stopped} stopped` : '');
+  return {level: 'ok', word: 'All well', sentence: `${count(ready.length, 'replica')} ready${resting}, ${load}.`};
 }
 
 // A small chart of one value's history: the floor is 0, the top the highest value shown (1 for shares).
@@ -180,6 +192,7 @@ function show(replica) {
   element.dataset.level = LEVELS[replica.state] || 'unknown';
   element.dataset.replica = replica.name;
   put('name', replica.name);
+  put('host', replica.host ? `on ${replica.host}` : '');
   put('state', replica.state);
   put('reason', replica.state === 'ready' ? '' : replica.reason || '');
   put('models', replica.models.join(', ') || 'no model yet');
@@ -214,6 +227,49 @@ function refusedInLastMinute(refused) {
   return Math.max(0, fullCounts.at(-1) - fullCounts[0]);
 }
 
+// How each model stands against its objectives. Counts since the replicas started come in; what they gained while this page was
+// open, over the last two minutes at most, is shown. Of failed requests the gateway knows no model.
+const counted = new Map();
+const TIMELY = 0.95;   // what an objective's 95th percentile means
+// Rounded down: what misses its aim must not read as if it met it. The parts of a figure stay on one line.
+const exact = (share) => `${Number((Math.floor(share * 1e4 + 1e-6) / 100).toFixed(2))}\u00a0%`;
+
+function gained(key, counts) {
+  let seen = [...(counted.get(key) || []), counts].slice(-HISTORY);
+  // A replica that started again counts from 0.
+  if (counts.some((count, i) => count < seen.at(-2)?.[i])) seen = [counts];
+  counted.set(key, seen);
+  return counts.map((count, i) => count - seen[0][i]);
+}
+
+function cell(head, share, of, aim, text) {
+  const element = document.createElement('td');
+  element.dataset.head = head;
+  element.dataset.level = !of ? 'unknown' : share >= aim ? 'ok' : 'bad';
+  element.textContent = `${of ? exact(share) : '–'} ${text}, aim\u00a0${exact(aim)}`;
+  return element;
+}
+
+function showObjectives(objectives, refused) {
+  const [lost] = gained('', [(refused.failed || 0) + (refused.none_ready || 0)]);
+  const rows = objectives.map(({model, objective, ttft, itl}) => {
+    const [begun, first, timely, next] = gained(model, [...ttft, ...itl]);
+    const row = document.createElement('tr');
+    const name = document.createElement('th');
+    name.scope = 'row';
+    name.textContent = model;
+    row.append(
+      name,
+      cell('First token', begun / first, first, TIMELY, `within ${duration(objective.ttft_p95_seconds * 1000)}`),
+      cell('Next tokens', timely / next, next, TIMELY, `within ${duration(objective.itl_p95_seconds * 1000)}`),
+      cell('Answered', first / (first + lost), first + lost, objective.availability, `of ${count(Math.round(first + lost), 'request')}`),
+    );
+    return row;
+  });
+  byId('objectives').hidden = !rows.length;
+  byId('objectives').querySelector('tbody').replaceChildren(...rows);
+}
+
 function announce({level, word, sentence}) {
   byId('verdict').dataset.level = level;
   if (byId('word').textContent !== word) byId('word').textContent = word;
@@ -228,7 +284,8 @@ function render(status) {
   byId('gateway').textContent =
     `Gateway ${gateway.version}, policy ${gateway.policy}, up ${uptime(gateway.uptime_s)}`;
   byId('totals').hidden = false;
-  byId('ready').textContent = `${replicas.filter((replica) => replica.state === 'ready').length} of ${replicas.length}`;
+  const running = replicas.filter((replica) => replica.state !== 'stopped');
+  byId('ready').textContent = `${running.filter((replica) => replica.state === 'ready').length} of ${running.length}`;
   byId('in-flight').textContent = sum(replicas, 'in_flight');
   byId('waiting').textContent = sum(replicas, 'waiting');
   byId('tokens').textContent = rate(sum(replicas, 'tokens_per_s'));
@@ -240,6 +297,9 @@ function render(status) {
   }
   const there = new Set(replicas.map((replica) => replica.name));
   for (const name of cards.keys()) if (!there.has(name)) cards.delete(name);
+
+  byId('differences').textContent = (status.differences || []).join(' ');
+  showObjectives(status.objectives || [], gateway.refused);
 
   const causes = Object.entries(gateway.refused).filter(([, n]) => n > 0);
   byId('refused').textContent = causes.length
@@ -254,21 +314,28 @@ function signIn(sentence) {
   announce({level: 'unknown', word: 'Sign in', sentence});
 }
 
+// What a request says of who asks.
+function credentials() {
+  const key = sessionStorage.getItem(KEY);
+  return key ? {Authorization: `Bearer ${key}`} : {};
+}
+
 byId('sign-in').addEventListener('submit', (event) => {
   event.preventDefault();
   sessionStorage.setItem(KEY, byId('key').value.trim());
   byId('key').value = '';
+  document.dispatchEvent(new Event('signed-in'));
   poll();
 });
 
 // The status; null where a key is asked for.
 async function ask() {
   const key = sessionStorage.getItem(KEY);
-  const headers = key ? {Authorization: `Bearer ${key}`} : {};
-  const reply = await fetch('/status.json', {headers, cache: 'no-store', signal: AbortSignal.timeout(4000)});
+  const reply = await fetch('/status.json', {headers: credentials(), cache: 'no-store', signal: AbortSignal.timeout(4000)});
   if (reply.status === 401 || reply.status === 403) {
-    sessionStorage.removeItem(KEY);
-    signIn(!key ? 'This gateway asks for a key.' : reply.status === 403 ? 'That key is not an admin\'s.' : 'That key is not taken here.');
+    const user = reply.status === 403;
+    if (!user) sessionStorage.removeItem(KEY);
+    signIn(!key ? 'This gateway asks for a key.' : user ? 'Your key may use models. The status is for admins.' : 'That key is not taken here.');
     return null;
   }
   byId('sign-in').hidden = true;
