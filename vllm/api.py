@@ -7,10 +7,14 @@ Children import this file under another name, so nothing may happen outside the 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 if __name__ == "__main__":
     # First: FastAPI has to be instrumented before vLLM makes its application. A failure stops the replica, as metrics
     # that are silently missing are worse than a clear end.
     import_module("opentelemetry.instrumentation.auto_instrumentation").initialize(swallow_exceptions=False)
+    import_module("container").expose()
+    if os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        import_module("traces").export()
     import_module("vllm.entrypoints.cli.main").main()

@@ -7,6 +7,7 @@ engine makes progress:
   replica that makes them is healthy.
 - It stands still while requests run, or nothing is known yet: the replica must answer a request for one token.
 - It stands still and nothing runs: the same, but only once a minute, as an idle replica should stay idle.
+- It is asleep (sleeper.py): that is healthy, and nothing wakes it. Waking may take ten minutes.
 
 Docker does not restart a container that is not healthy. So a replica that has worked, and then is found wedged, is
 ended here; the restart policy brings it back, and what waited at it moves on. Wedged is one that failed three checks in
@@ -120,9 +121,22 @@ def ask_for_one_token(replica: Replica) -> None:
     raise RuntimeError("no endpoint that answers for this model")
 
 
+def sleeps(replica: Replica) -> bool:
+    """Whether it is asleep, or wakes. Raises RuntimeError where it does not wake."""
+    status, answer = replica.request("GET", "/is_sleeping")
+    if status != http.HTTPStatus.OK:
+        return False
+    told = json.loads(answer)
+    if told["state"] == "waking" and told["seconds"] > BUSY_MAY_FAIL_S:
+        raise RuntimeError(f"it has been waking for {told['seconds']:.0f} s")
+    return bool(told["is_sleeping"])
+
+
 def look(last: Seen | None) -> Seen:
     """Checks the replica. Raises where it cannot answer."""
     now, replica = time.monotonic(), Replica(TIMEOUT_S if last else FIRST_TIMEOUT_S)
+    if sleeps(replica):
+        return Seen(last.steps if last else 0, now)
     metrics = replica.request("GET", "/metrics")[1].decode()
     steps = total(metrics, STEPS)
     if must_ask(last, steps, total(metrics, *RUNNING), now):

@@ -38,6 +38,7 @@ ENGINE_FILE = Path("/etc/vllm/engine.yaml")
 MODELS = Path("/models")
 CACHE = Path("/cache/compiled")
 PID_FILE = Path("/tmp/replica.pid")  # noqa: S108 - a file system of this container's own; health.py reads it
+HEALTH_FILE = Path("/tmp/health.json")  # noqa: S108 - the same; health.py writes it
 API_PORT = 8000
 METRICS_PORT = 9464
 # Longer than the gateway keeps an idle connection (60 s), or it would send a request into one that just closed.
@@ -45,6 +46,8 @@ KEEP_ALIVE_S = 90
 NCCL_NAMES = ("NCCL_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_DEBUG")
 # arguments of `vllm serve` with which a replica takes another number of GPUs than its settings say
 PARALLEL = re.compile(r"--(tensor|pipeline|data)-parallel-size|-(tp|pp|dp)\b")
+# arguments of `vllm serve` with which several processes take requests
+SEVERAL_PROCESSES = re.compile(r"--(api-server-count|data-parallel-size)|-(asc|dp)\b")
 # arguments of `vllm serve` that would undo what the gateway relies on
 ELSEWHERE = "the gateway, the health check and Prometheus look for the replica at port 8000 of all addresses, by HTTP"
 RELIED_ON = {
@@ -141,6 +144,13 @@ class Settings(BaseModel):
     extra_args: Annotated[list[str], BeforeValidator(_words)] = Field(
         default=[], description="further arguments of `vllm serve`, quoted as in a shell"
     )
+    sleep_level: int | None = Field(
+        default=None, ge=1, le=2, description="1 (weights kept in the host's memory) or 2 (loaded again)"
+    )
+    wake_seconds: int = Field(default=60, ge=1, le=3600, description="a whole number of seconds from 1 to 3600")
+    shared_gpus: Annotated[list[str], BeforeValidator(_names)] | None = Field(
+        default=None, description="names of GPUs, with commas between"
+    )
     drain_seconds: PositiveInt = Field(default=120, description="a whole number of seconds, 1 or more")
     stream_keepalive_seconds: int | None = Field(
         default=None, ge=1, le=3600, description="a whole number of seconds from 1 to 3600"
@@ -151,6 +161,7 @@ class Settings(BaseModel):
 OTHERWISE = {
     *("model", "served_model_name", "chat_template", "trust_remote_code"),
     *("cpu_threads", "kv_cache_gb", "extra_args", "drain_seconds", "stream_keepalive_seconds"),
+    *("sleep_level", "wake_seconds", "shared_gpus"),
 }
 
 
@@ -388,6 +399,26 @@ def check_extra_args(settings: Settings) -> None:
         raise SettingsError("\n".join(lines.values()))
 
 
+def check_sleep(settings: Settings, on_gpus: bool, over_hosts: bool) -> None:
+    """Raises SettingsError where a replica with these settings can't sleep, although it is to."""
+    if settings.sleep_level is None:
+        if settings.shared_gpus:
+            raise SettingsError(
+                f"SHARED_GPUS is {','.join(settings.shared_gpus)}, but without SLEEP_LEVEL this replica never gives "
+                "them up: set SLEEP_LEVEL=1"
+            )
+        return
+    lines = []
+    if not on_gpus:
+        lines.append(f"SLEEP_LEVEL is {settings.sleep_level}, but vLLM has no sleep mode on a CPU: leave it out")
+    if over_hosts:
+        lines.append(f"SLEEP_LEVEL is {settings.sleep_level}, but what runs over Ray does not sleep: leave it out")
+    if words := [word for word in settings.extra_args if SEVERAL_PROCESSES.match(word)]:
+        lines.append(f"EXTRA_ARGS has {words[0]}: each process would sleep by itself; leave it or SLEEP_LEVEL out")
+    if lines:
+        raise SettingsError("\n".join(lines))
+
+
 def check_names(settings: Settings, vllm: Path | None) -> None:
     """Raises SettingsError where a setting names what vLLM, whose package lies in that folder, does not have.
 
@@ -426,10 +457,11 @@ def vllm_folder() -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def check(environment: dict[str, str]) -> tuple[Settings, str, str | None]:
+def check(environment: dict[str, str], over_hosts: bool = False) -> tuple[Settings, str, str | None]:
     """The settings, the model's folder or hub name, and the path of its chat template or None, all checked.
 
-    Raises SettingsError with a line for each mistake.
+    `over_hosts`: Ray brings the GPUs, of several hosts, so those of this container are not counted. Raises
+    SettingsError with a line for each mistake.
     """
     mistakes = Mistakes()
     settings = read_settings(ENGINE_FILE, environment, mistakes)
@@ -444,10 +476,15 @@ def check(environment: dict[str, str]) -> tuple[Settings, str, str | None]:
         if settings.chat_template:
             template = mistakes.of(find_chat_template, settings.chat_template, MODELS, otherwise=None)
         on_gpus = environment.get("FLEET_DEVICE") == "gpu"
-        gpus = mistakes.of(count_gpus, environment, otherwise=0) if on_gpus else None
+        gpus = None
+        if on_gpus and over_hosts:
+            gpus = settings.tensor_parallel_size * settings.pipeline_parallel_size
+        elif on_gpus:
+            gpus = mistakes.of(count_gpus, environment, otherwise=0)
         if gpus != 0 and not mistakes.settings & {"tensor_parallel_size", "pipeline_parallel_size", "extra_args"}:
             mistakes.of(check_fit, settings, config, gpus, otherwise=None)
         mistakes.of(check_extra_args, settings, otherwise=None)
+        mistakes.of(check_sleep, settings, on_gpus, over_hosts, otherwise=None)
         mistakes.of(check_names, settings, vllm_folder(), otherwise=None)
     if mistakes.lines or not settings:
         raise SettingsError("\n".join(mistakes.lines))
@@ -464,8 +501,8 @@ def find_chat_template(template: str, models: Path) -> str:
     return str(path)
 
 
-def serve_command(settings: Settings, model: str, chat_template: str | None) -> list[str]:
-    """The arguments after `vllm`, for a model's folder or hub name and the path of a chat template."""
+def serve_command(settings: Settings, model: str, chat_template: str | None, traces: str = "") -> list[str]:
+    """The arguments after `vllm`, for a model's folder or hub name, the path of a chat template, and traces' store."""
     command = ["serve", model, "--host", "0.0.0.0", "--port", str(API_PORT)]
     command += ["--served-model-name", *(settings.served_model_name or [settings.model])]
     for name, value in settings:
@@ -490,7 +527,13 @@ def serve_command(settings: Settings, model: str, chat_template: str | None) -> 
     # by the priority that the gateway sets; of the same priority who came first
     command += ["--scheduling-policy", "priority"]
     command += ["--disable-access-log-for-endpoints", "/health,/metrics"]
-    command += ["--middleware", "begin.Begin", "--middleware", "drain.Drain"]
+    # the last one is outermost
+    sleeper = ["--middleware", "sleeper.Sleeper"] if settings.sleep_level else []
+    command += ["--middleware", "begin.Begin", *sleeper, "--middleware", "drain.Drain", "--middleware", "lines.Lines"]
+    if sleeper:
+        command.append("--enable-sleep-mode")
+    if traces:
+        command += ["--otlp-traces-endpoint", traces]
     command += ["--shutdown-timeout", str(settings.drain_seconds)]
     return command + settings.extra_args
 
@@ -499,6 +542,7 @@ def process_environment(settings: Settings, environment: dict[str, str], replica
     """The environment of the vLLM process of the named replica."""
     home = str(CACHE / replica)
     unset = {name for name in NCCL_NAMES if not environment.get(name)}
+    traces = environment.get("TRACES_URL")
     return {name: value for name, value in environment.items() if name not in unset} | {
         # Whatever is compiled (vLLM, torch, Triton, FlashInfer, CUDA) is kept below the home folder. Each replica has
         # its own, as two that compile at once would write the same files.
@@ -507,12 +551,20 @@ def process_environment(settings: Settings, environment: dict[str, str], replica
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
         # begin.py reads it.
         "STREAM_KEEPALIVE_SECONDS": str(settings.stream_keepalive_seconds or ""),
+        **_sleep_environment(settings),
         "OTEL_SERVICE_NAME": "vllm-api",
         "OTEL_RESOURCE_ATTRIBUTES": f"service.instance.id={replica}",
         "OTEL_METRICS_EXPORTER": "prometheus",
         "OTEL_EXPORTER_PROMETHEUS_HOST": "0.0.0.0",
         "OTEL_EXPORTER_PROMETHEUS_PORT": str(METRICS_PORT),
+        # traces.py exports; a trace begins at the gateway or before it, never here
         "OTEL_TRACES_EXPORTER": "none",
+        "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+        **(
+            {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": traces, "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+            if traces
+            else {}
+        ),
         "OTEL_LOGS_EXPORTER": "none",
         "OTEL_SEMCONV_STABILITY_OPT_IN": "http",
         # The gateway's polling is no traffic.
@@ -522,6 +574,17 @@ def process_environment(settings: Settings, environment: dict[str, str], replica
         # vLLM's sampler compiles some functions even so, and needs a C++ compiler for that on a CPU.
         **({"TORCHDYNAMO_DISABLE": "1"} if settings.enforce_eager else {}),
         **({} if environment.get("FLEET_DEVICE") == "gpu" else _cpu_environment(settings)),
+    }
+
+
+def _sleep_environment(settings: Settings) -> dict[str, str]:
+    """What sleeper.py reads."""
+    if settings.sleep_level is None:
+        return {}
+    return {
+        "SLEEP_LEVEL": str(settings.sleep_level),
+        "WAKE_SECONDS": str(settings.wake_seconds),
+        "SHARED_GPUS": ",".join(settings.shared_gpus or []),
     }
 
 
@@ -549,7 +612,7 @@ def main(arguments: list[str]) -> int:
         for line in str(error).splitlines():
             print(f"launch: {line}", file=sys.stderr)
         return 2
-    command = serve_command(settings, model, template)
+    command = serve_command(settings, model, template, environment.get("TRACES_URL", ""))
     print("launch:", shlex.join(["vllm", *command]), file=sys.stdout if only_print else sys.stderr, flush=True)
     if not only_print:
         become_vllm(command, process_environment(settings, environment, socket.gethostname().split(".")[0]))
@@ -560,6 +623,8 @@ def become_vllm(command: list[str], environment: dict[str, str]) -> NoReturn:
     """Replaces this process by vLLM, so that a stop reaches it as a signal of its own."""
     Path(environment["HOME"]).mkdir(parents=True, exist_ok=True)
     PID_FILE.write_text(str(os.getpid()))
+    # A pod of Kubernetes keeps /tmp when its container starts anew: this replica has not failed a check yet.
+    HEALTH_FILE.unlink(missing_ok=True)
     api = Path(__file__).with_name("api.py")
     os.execve(sys.executable, [sys.executable, str(api), *command], environment)  # noqa: S606 - no shell is wanted
 
