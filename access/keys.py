@@ -7,6 +7,7 @@ a second; a change needs no reload.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import secrets as random
 import time
@@ -170,6 +171,12 @@ class Keys(Strict):
                     ended = key.ended(now) or (one.until is not None and now >= one.until)
                     return None if ended else key
         return None
+
+
+def gateways_key(cluster_secret: str) -> str:
+    """What a gateway shows to the Ray Serve application behind it. The cluster's secret makes it, and cannot be found
+    from it."""
+    return "ray-" + hmac.new(cluster_secret.strip().encode(), b"gateway", hashlib.sha256).hexdigest()
 
 
 def sha256(secret: str) -> str:

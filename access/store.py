@@ -2,10 +2,13 @@
 
     secrets/               0700: keeps this host's other users out of all of it
       audit.jsonl          who changed what, see access/audit.py
-      gateway/             mounted into the gateway, read-only: keys.json, tokens.json
+      gateway/             mounted into the gateway, read-only: keys.json, tokens.json, ray.conf (scripts/ray_front.py)
       tokens/              mounted into the token service, read-only: users.json, signing.json
+      ray/                 mounted into the nodes of a Ray cluster, read-only: token, put there by hand
+      webui/               mounted into Open WebUI, read-only: key.json, which it shows to the gateway
+      alertmanager/        mounted into Alertmanager, read-only: passwords of whom it sends by, put there by hand
 
-A container has users of its own, so what is in the two folders is readable by all; the folder above is what is closed.
+A container has users of its own, so what is in these folders is readable by all; the folder above is what is closed.
 """
 
 from __future__ import annotations
@@ -115,13 +118,19 @@ class Secrets:
         return self.folder / "tokens" / "signing.json"
 
     @property
+    def webui(self) -> Path:
+        """The key that Open WebUI shows to the gateway."""
+        return self.folder / "webui" / "key.json"
+
+    @property
     def audit(self) -> Path:
         """Who changed what."""
         return self.folder / "audit.jsonl"
 
     def prepare(self) -> None:
         """Makes the folders, and closes the outer one to other users of this host."""
-        for folder, mode in ((self.folder, 0o700), (self.keys.parent, 0o755), (self.users.parent, 0o755)):
+        mounted = (self.keys.parent, self.users.parent, self.webui.parent, self.folder / "alertmanager")
+        for folder, mode in ((self.folder, 0o700), *((folder, 0o755) for folder in mounted)):
             if not folder.is_dir():
                 folder.mkdir(parents=True)
                 self._give(folder)

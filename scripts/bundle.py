@@ -28,13 +28,10 @@ from models.served import of_fleet
 from stack.compose import Compose, Config, running_files
 from stack.console import Problem, console, one_line_for_mistakes, step
 from stack.images import RECIPE_LABEL, builds_of, label_of, present, recipe
-from stack.settings import names_of_users, value_of
+from stack.settings import may_be_secret, names_of_users, value_of
 from stack.shell import ROOT, ask
 
 NAME = "vllm-fleet"
-# words in the names of settings that stay on this host
-SECRET = {"TOKEN", "KEY", "SECRET", "PASSWORD"}
-NO_SECRET = {"ACCESS_TOKEN_EXPIRE_MINUTES"}
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 INSTALL = """\
 #!/bin/sh
@@ -227,7 +224,10 @@ def _checkout() -> list[str]:
             )
     # models are packed by themselves; of secrets/ only what keeps it out of git goes along
     apart = ("models/", *(name for name in listed if name.startswith("secrets/") and not name.endswith(".gitignore")))
-    planned = [name for name in ("docker-compose.override.yml", "fleet/default.conf") if (ROOT / name).exists()]
+    counted = ("docker-compose.replicas.yml", *(f"{folder}/{name}" for folder in ("fleet", "nginx/fleet")
+                                                for name in ("replicas.conf", "left-out")))  # fmt: skip
+    planned = [name for name in ("docker-compose.override.yml", "fleet/default.conf", *counted)
+               if (ROOT / name).exists()]  # fmt: skip
     return [name for name in [*listed, *planned] if (ROOT / name).is_file() and not name.startswith(apart)]
 
 
@@ -236,11 +236,11 @@ def _settings(text: str) -> str:
     password is none."""
     kept = []
     users = dotenv_values(stream=io.StringIO(text), interpolate=False).get("USER_LIST") or ""
-    of_users = {"USER_LIST", *names_of_users(users)}
+    # of this host and its users
+    own = {"HF_TOKEN_FILE", "USER_LIST", *names_of_users(users)}
     for line in text.splitlines():
         if setting := re.match(r"\s*(?:export\s+)?(\w+)\s*=", line):
-            words = {*setting[1].upper().split("_")}
-            if setting[1] in of_users or (SECRET & words and setting[1] not in NO_SECRET):
+            if setting[1] in own or may_be_secret(setting[1]):
                 console.print(f"[yellow]{setting[1]} in .env is left out: it is yours[/]")
             else:
                 kept.append(without_password(line) + "\n")

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, combinations
 from pathlib import Path
 
 import typer
@@ -16,13 +15,19 @@ from stack.shell import ROOT, ask
 
 BIN = Path(sys.executable).parent  # where pip puts the linters
 COMPOSE_FILES = [
-    ["docker-compose.yml", *further]
-    for further in (
-        [],
-        ["docker-compose.gpu.yml"],
-        ["docker-compose.tls.yml"],
-        ["docker-compose.gpu.yml", "docker-compose.tls.yml"],
-    )
+    *(
+        ["docker-compose.yml", *further]
+        for further in (
+            [],
+            ["docker-compose.gpu.yml"],
+            ["docker-compose.tls.yml"],
+            ["docker-compose.host.yml"],
+            ["docker-compose.webui.yml"],
+            ["docker-compose.gpu.yml", "docker-compose.tls.yml"],
+        )
+    ),
+    ["docker-compose.ray.yml"],
+    ["docker-compose.ray.yml", "docker-compose.ray-gpu.yml"],
 ]
 LIMIT_S = 300
 
@@ -64,11 +69,15 @@ def tool(name: str, *arguments: str) -> str:
     return failed([str(BIN / name), *arguments])
 
 
-# Gixy doubts these variables, but no client decides what they hold. njs sets $replica to a name of nginx/fleet/, $uri
-# is one of the listed paths where a replica is reached, $allowed_origin is one of those that a setting lists,
-# $token_service stands in nginx/host/, and those of limits hold numbers and durations.
+# Gixy doubts these variables, but no client decides what they hold. njs sets $replica to a name of nginx/fleet/,
+# $triton to one of two names and $reason to a word; $uri is one of the listed paths where either is reached,
+# $allowed_origin is one that a setting lists, $token_service stands in nginx/host/, those of limits hold numbers and
+# durations, and those of traces and of Open WebUI what njs sets or a header as Nginx read it, which is one line.
 LIMITS = tuple(f'"${what}_{of}"' for what in ("limit", "remaining", "reset") for of in ("requests", "tokens"))
-KNOWN = ('"$replica"', '"$uri"', '"$allowed_origin"', '"$token_service"', '"$priority"', *LIMITS)
+HEADERS = ('"$traceparent"', '"$tracestate"')
+NAMES = ('"$replica"', '"$triton"', '"$reason"', '"$uri"', '"$allowed_origin"', '"$token_service"', '"$priority"')
+WEBUI = tuple(f'"$webui_{what}"' for what in ("user", "name", "role", "seconds", "cookie"))
+KNOWN = (*NAMES, *HEADERS, *LIMITS, *WEBUI)
 
 
 def gixy() -> str:
@@ -84,13 +93,14 @@ def gixy() -> str:
 
 
 def compose_combinations() -> str:
-    """`docker compose config` for the files of each kind of host, with every set of profiles."""
+    """`docker compose config` for the files of each kind of host: without a profile, with each, and with all."""
     commands: list[Command] = []
     for chosen in COMPOSE_FILES:
         compose = ["docker", "compose", *(f"--file={file}" for file in chosen)]
         profiles = [f"--profile={profile}" for profile in ask(*compose, "config", "--profiles").stdout.split()]
-        subsets = chain.from_iterable(combinations(profiles, size) for size in range(len(profiles) + 1))
-        commands += [[*compose, *subset, "config", "--quiet"] for subset in subsets]
+        commands += [
+            [*compose, *subset, "config", "--quiet"] for subset in ([], *([one] for one in profiles), profiles)
+        ]
     return failed(*commands)
 
 
@@ -114,9 +124,12 @@ CHECKS = [
     Check("hadolint", lambda: tool("hadolint", "--no-color", *files("Dockerfile"))),
     Check("yamllint", lambda: tool("yamllint", "--strict", *files("*.yml", "*.yaml"))),
     Check("gixy", gixy),
-    Check("dashboards", lambda: failed([sys.executable, "grafana/dashboards.py", "--check"])),
+    Check("examples", lambda: failed([sys.executable, "examples/page.py", "--check"])),
+    Check("dashboards", lambda: failed([sys.executable, "-m", "grafana.dashboards", "--check"])),
+    Check("kubernetes", lambda: failed(["env", "PYTHONPATH=scripts", sys.executable, "deploy/kubernetes/check.py"])),
     Check("docker compose config", compose_combinations),
     Check("nginx -t", lambda: in_service("gateway", "nginx", "-p", "/etc/nginx/", "-t")),
+    Check("rules", lambda: failed(["env", "PYTHONPATH=.:scripts", sys.executable, "-m", "prometheus.rules.check"])),
     Check(
         "promtool check config",
         lambda: in_service("prometheus", "promtool", "check", "config", "/etc/prometheus/prometheus.yml"),

@@ -167,7 +167,12 @@ def main(
                 _write(files, parts, yes)
                 for old in sorted({folder.name for folder in HOSTS.iterdir()} - {path.parent.name for path in files}):
                     print(f"hosts/{old} is left from another plan: it has no part in this one", file=sys.stderr)
-                print("copy what is in a host's folder into the checkout on that host", file=sys.stderr)
+                first = next(iter(host.own()))
+                print(
+                    f"on {first}, the gateway's host: cp -r hosts/{first}/. . && make up; then for each other host:"
+                    " make host ARGS='add NAME ADDRESS'",
+                    file=sys.stderr,
+                )
             elif not (dry_run or machine):
                 _write(_parts_of_this_host(parts), parts, yes)
                 _say_what_env_loses(parts)
@@ -390,8 +395,8 @@ def _parts_of_hosts(machine: Hosts, parts: list[render.Part]) -> dict[Path, str]
         files[folder / "docker-compose.override.yml"] = render.override_file(
             parts, ROOT / "docker-compose.yml", numbers
         )
-    first = HOSTS / next(iter(machine.hosts.values()))
-    return files | {first / "fleet" / "default.conf": render.fleet_file(parts)}
+    (name, own), *_ = machine.own().items()
+    return files | {HOSTS / name / "fleet" / "default.conf": render.fleet_file(parts, own)}
 
 
 def _write(files: Mapping[Path, str], parts: list[render.Part], yes: bool) -> None:

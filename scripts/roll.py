@@ -3,22 +3,28 @@
 Each is drained (it finishes what it has and gets nothing new), recreated with the image and settings of now, awaited
 until it answers a one-token request, and put back into the route. The first that does not come back ends the roll; the
 replicas not yet rolled go on serving as they are. So does the only replica of a model, for which nothing can stand in.
+
+On a host whose gateway is elsewhere there is nobody to drain it by: a replica that is stopped turns new requests away,
+which the gateway sends on, and finishes what it has within DRAIN_SECONDS.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from stack import hosts
+from stack.access import SECRETS, one_line
 from stack.compose import Compose, running_files, stays_down
-from stack.console import Problem, Step, console, one_line_for_mistakes, step
+from stack.console import Problem, Step, console, step
 from stack.gateway import Gateway, Replica
-from stack.shell import wait_for
+from stack.hosts import Host, Hosts
+from stack.shell import wait_for, work
 
 RECREATE = ("up", "--detach", "--force-recreate", "--no-deps")
 # The gateway looks at each replica once a second.
@@ -34,10 +40,12 @@ def alone_in(replicas: list[Replica], name: str) -> str:
 
 def check_rest(replicas: list[Replica], name: str, by_hand: str) -> None:
     """A Problem where nothing would serve a model while the named replica is away."""
-    if models := alone_in([one for one in replicas if one.name == name or one.state == "ready"], name):
+    if models := alone_in([one for one in replicas if one.name == name or one.serves], name):
+        stopped = next((one.name for one in replicas if one.state == "stopped"), "")
+        start = f"start one that the autoscaler has stopped (docker compose start {stopped}), " if stopped else ""
         raise Problem(
             f"{name} is the only ready replica of {models}: rolling it would stop the service",
-            f"wait until another one is ready (`make status`), or accept the gap: {by_hand}",
+            f"{start}wait until another one is ready (`make status`), or accept the gap: {by_hand}",
         )
 
 
@@ -103,12 +111,85 @@ def back_in_the_route(gateway: Gateway, name: str) -> Iterator[None]:
 
 def await_route(gateway: Gateway, name: str) -> None:
     """Returns when the gateway sends requests to the replica again. A Problem after ROUTE_S."""
-    if not wait_for(lambda: gateway.replica(name).state == "ready", ROUTE_S):
+    if not wait_for(lambda: gateway.replica(name).serves, ROUTE_S):
         replica = gateway.replica(name)
         raise Problem(
             f"{name} is healthy, but the gateway says {replica.state}: {replica.reason}",
             "see `docker compose logs gateway`; the others serve on",
         )
+
+
+def known_names(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """The replicas to roll: those named, or all. A Problem where there is none of a name."""
+    if unknown := set(names or []) - set(known):
+        raise Problem(f"there is no replica {', '.join(sorted(unknown))}", f"name some of {', '.join(known)}")
+    return list(names or known)
+
+
+def ways(replicas: Sequence[Replica], known: Hosts, *, named: bool) -> dict[str, Host | None]:
+    """Of these replicas those that can be rolled from here, with the host that each is on, None for this one. A Problem
+    for one on a host without a way there, if it was `named`; else that is said."""
+    found: dict[str, Host | None] = {}
+    for replica in replicas:
+        host = known.find(replica.on) if replica.on else None
+        if not host or host.ssh:
+            found[replica.name] = host
+            continue
+        fix = f"run make roll ARGS={replica.name} there, or add the host with --ssh"
+        if named:
+            raise Problem(f"{replica.name} is on {host.name}, and this host knows no way there", fix)
+        console.print(f"{replica.name} is left as it is, on {host.name}: {fix}", soft_wrap=True)
+    return found
+
+
+def roll_behind_gateway(
+    compose: Compose, names: list[str] | None, drain_seconds: float, ready_seconds: float
+) -> list[str]:
+    """Rolls the replicas behind this host's gateway, those on other hosts too if there is a way there; gives which."""
+    gateway = Gateway(compose)
+    known = hosts.load(SECRETS)
+    replicas = gateway.replicas()
+    asked = known_names(names, [replica.name for replica in replicas])
+    host_of = ways([one for one in replicas if one.name in asked], known, named=bool(names))
+    by_hand = {
+        name: shlex.join(hosts.over_ssh(host, "roll", name) if host else compose.command(*RECREATE, name))
+        for name, host in host_of.items()
+    }
+    lone = {name: models for name in host_of if (models := alone_in(replicas, name))}
+    rolled = [name for name in asked if name in host_of and name not in lone]
+    for name, models in lone.items():
+        if names or not rolled:
+            raise Problem(
+                f"{name} is the only replica of {models}: rolling it would stop the service",
+                f"give it a second one, or accept the gap: {by_hand[name]}",
+            )
+        console.print(
+            f"{name} is left as it is: it is the only replica of {models}. With a gap: {by_hand[name]}",
+            soft_wrap=True,
+        )
+    compose.check_launch(compose.config(), "make roll")
+    for name in rolled:
+        if gateway.replica(name).state == "stopped":
+            with step(f"{name}: made anew, and left to the autoscaler"):
+                compose.ask("up", "--no-start", "--force-recreate", "--no-deps", name)
+            continue
+        check_rest(gateway.replicas(), name, by_hand[name])
+        host = host_of[name]
+        with back_in_the_route(gateway, name):
+            with step(f"{name}: drain") as shown:
+                drain(gateway, name, drain_seconds, shown)
+            with step(f"{name}: recreate and answer a one-token request") as shown:
+                if host:
+                    work(
+                        hosts.over_ssh(host, "roll", name),
+                        shown.say,
+                        fix=f"see what {host.name} says; the others serve on",
+                    )
+                else:
+                    recreate(compose, name, ready_seconds, shown)
+        with step(f"{name}: back in the route"):
+            await_route(gateway, name)
+    return rolled
 
 
 def roll(
@@ -117,36 +198,16 @@ def roll(
     ready_seconds: Annotated[float, typer.Option(help="How long a replica may take to load and answer.")] = 1800,
 ) -> None:
     """Restart the replicas one after the other without breaking a stream."""
-    with one_line_for_mistakes():
+    with one_line():
         compose = Compose(*running_files())
-        gateway = Gateway(compose)
-        replicas = gateway.replicas()
-        known = [replica.name for replica in replicas]
-        if unknown := set(names or []) - set(known):
-            raise Problem(f"there is no replica {', '.join(sorted(unknown))}", f"name some of {', '.join(known)}")
-        by_hand = {name: shlex.join(compose.command(*RECREATE, name)) for name in known}
-        lone = {name: models for name in names or known if (models := alone_in(replicas, name))}
-        rolled = [name for name in names or known if name not in lone]
-        for name, models in lone.items():
-            if names or not rolled:
-                raise Problem(
-                    f"{name} is the only replica of {models}: rolling it would stop the service",
-                    f"give it a second one, or accept the gap: {by_hand[name]}",
-                )
-            console.print(
-                f"{name} is left as it is: it is the only replica of {models}. With a gap: {by_hand[name]}",
-                soft_wrap=True,
-            )
-        compose.check_launch(compose.config(), "make roll")
-        for name in rolled:
-            check_rest(gateway.replicas(), name, by_hand[name])
-            with back_in_the_route(gateway, name):
-                with step(f"{name}: drain") as shown:
-                    drain(gateway, name, drain_seconds, shown)
+        if joined := hosts.joined(SECRETS):
+            rolled = known_names(names, joined.replicas)
+            compose.check_launch(compose.config(), "make roll")
+            for name in rolled:
                 with step(f"{name}: recreate and answer a one-token request") as shown:
                     recreate(compose, name, ready_seconds, shown)
-            with step(f"{name}: back in the route"):
-                await_route(gateway, name)
+        else:
+            rolled = roll_behind_gateway(compose, names, drain_seconds, ready_seconds)
         console.print(f"rolled: {', '.join(rolled)}")
 
 

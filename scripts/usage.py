@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from stack import settings
 from stack.console import Problem, console, one_line_for_mistakes
+from stack.prometheus import Prometheus as Client
 
 LABELS = ("key", "end_user", "model", "replica")
 # What is counted: a column, and the series that it adds up. Cached tokens are a part of the prompts'.
@@ -27,7 +27,10 @@ COLUMNS = {
     "prompt": 'gateway_tokens_total{kind="prompt"}',
     "cached": 'gateway_tokens_total{kind="cached"}',
     "completion": 'gateway_tokens_total{kind="completion"}',
+    "audio_seconds": "gateway_audio_seconds_total",
 }
+# Most fleets hear nothing: this column is in the table only where some sound was heard.
+SELDOM = "audio_seconds"
 # Points of a counter are so far apart; midnight is one of them. Prometheus gives at most 11,000.
 STEP_S = 900
 LONGEST_DAYS = 90
@@ -55,11 +58,8 @@ def per_day(before: float, points: Points) -> tuple[dict[date, float], list[date
     return gained, lost
 
 
-class Prometheus:
-    """The stack's Prometheus."""
-
-    def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
-        self._client = httpx.Client(base_url=url, timeout=60, trust_env=False, transport=transport)
+class Prometheus(Client):
+    """The stack's Prometheus, asked for counters."""
 
     def counters(self, series: str, by: Iterable[str], start: float, now: float) -> dict[Labels, tuple[float, Points]]:
         """Each counter by its labels: its value at `start`, and its points from then to `now` (Unix seconds).
@@ -68,9 +68,9 @@ class Prometheus:
         """
         total = f"sum by ({', '.join(by)}) ({series})"
         # a gateway that was down at that moment had its last value before
-        before = self._ask("query", query=f"last_over_time(({total})[{LONGEST_DAYS}d:1h])", time=start)
-        after = self._ask("query_range", query=total, start=start + STEP_S, end=now, step=STEP_S)
-        latest = self._ask("query", query=total, time=now)
+        before = self.ask("query", query=f"last_over_time(({total})[{LONGEST_DAYS}d:1h])", time=start)["result"]
+        after = self.ask("query_range", query=total, start=start + STEP_S, end=now, step=STEP_S)["result"]
+        latest = self.ask("query", query=total, time=now)["result"]
         found: dict[Labels, tuple[float, Points]] = {}
         for one in before:
             found[self._labels(one, by)] = (float(one["value"][1]), [])
@@ -81,18 +81,6 @@ class Prometheus:
             _, points = found.setdefault(self._labels(one, by), (0.0, []))
             points.append((now, float(one["value"][1])))
         return found
-
-    def _ask(self, what: str, **asked: str | float) -> list[dict[str, Any]]:
-        try:
-            answer = self._client.post(f"/api/v1/{what}", data={name: str(value) for name, value in asked.items()})
-            data: dict[str, Any] = answer.json()
-        except (httpx.HTTPError, ValueError) as error:
-            fix = "`make status` shows whether it runs; PROMETHEUS_PORT in .env is its port"
-            raise Problem(f"Prometheus does not answer: {error or type(error).__name__}", fix) from None
-        if data.get("status") != "success":
-            raise Problem(f"Prometheus: {data.get('error', 'no reason given')}", "ask for fewer days")
-        result: list[dict[str, Any]] = data["data"]["result"]
-        return result
 
     @staticmethod
     def _labels(one: Mapping[str, Any], by: Iterable[str]) -> Labels:
@@ -147,6 +135,9 @@ def main(
             console.print(f"Nothing was counted since {first}.")
             return
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        if not any(SELDOM in found for found in rows.values()):
+            at = heads.index(SELDOM)
+            heads, cells = heads[:at], [row[:at] for row in cells]
         for head in heads:
             table.add_column(head, justify="right" if head in COLUMNS else "left", overflow="fold")
         for row in cells:

@@ -46,7 +46,9 @@ def add(name: Name, role: Role = "user") -> None:
     with one_line():
         UserStore(SECRETS).add(name, password(), role)
         take_environment()
-        console.print(f"{name} can sign in: POST /token. COMPOSE_PROFILES=tokens in .env starts the service.")
+        console.print(
+            f"{name} can sign in by POST /token once the service runs: COMPOSE_PROFILES=tokens in .env, then `make up`."
+        )
 
 
 @app.command("password")

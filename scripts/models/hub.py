@@ -121,7 +121,10 @@ def ask(url: str, token: str | None, fix: str = CHECK, method: str = "GET") -> h
 def fetch_config(repository: str) -> Mapping[str, Any]:
     """The config.json of a repository on the hub, or on HF_ENDPOINT. Raises Problem where it cannot be had."""
     if not is_repository(repository):
-        raise Problem(f"{repository} is neither a folder with a config.json nor a name like owner/model", "correct it")
+        raise Problem(
+            f"{repository} is neither a folder with a config.json nor a name like owner/model",
+            "write a folder's path, or OWNER/NAME as the hub shows it",
+        )
     status, found, url = _json(repository, "config.json")
     if status in REFUSED:
         raise gated(repository)

@@ -26,13 +26,18 @@ RECIPE = ROOT / "images" / "model"
 DOWNLOAD = ROOT / "scripts" / "download_model.py"
 
 
+def engine_file(service: Service) -> Path | None:
+    """The file of engine settings that a replica's launcher reads; None where none is mounted."""
+    return next((Path(volume.source) for volume in service.volumes if volume.target == "/etc/vllm/engine.yaml"), None)
+
+
 def setting(service: Service, name: str) -> Any:
     """What a replica's launcher will read: the environment's word, else that of the engine settings, else None."""
-    file = next((volume.source for volume in service.volumes if volume.target == "/etc/vllm/engine.yaml"), None)
+    file = engine_file(service)
     in_file = None
     # what cannot be read the launcher refuses
     with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
-        in_file = yaml.safe_load(Path(file).read_text()) if file else None
+        in_file = yaml.safe_load(file.read_text()) if file else None
     return service.environment.get(name.upper()) or (in_file.get(name) if isinstance(in_file, dict) else None)
 
 
@@ -47,16 +52,27 @@ def of_replica(service: Service) -> list[str]:
     return [str(name) for name in (setting(service, "model") or PACKAGED, *drafts)]
 
 
+def weights(service: Service) -> int:
+    """The bytes of the weights that a replica loads, as far as they are here."""
+    files = (file for name in of_replica(service) for file in folder_of(name).rglob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)
+
+
+def asleep(service: Service) -> int:
+    """The bytes of its weights that a replica keeps in this host's memory while it sleeps: at level 1 all of them."""
+    return weights(service) if str(setting(service, "sleep_level")) == "1" else 0
+
+
 def memory(service: Service) -> int:
-    """The memory of this host that a replica needs at least, in bytes: on GPUs its cache and its weights lie there."""
+    """The memory of this host that a replica needs at least, in bytes: on GPUs its cache lies there, and its weights
+    while it is awake."""
     if service.on_gpus:
-        return checks.MEMORY_OF_VLLM
+        return checks.MEMORY_OF_VLLM + asleep(service)
     cache = 0
     # what is no size the launcher refuses
     with suppress(ValueError, TypeError, OverflowError):
         cache = int(float(setting(service, "kv_cache_gb") or 0) * checks.GIB)
-    files = (file for name in of_replica(service) for file in folder_of(name).rglob("*.safetensors"))
-    return checks.MEMORY_OF_VLLM + cache + sum(file.stat().st_size for file in files)
+    return checks.MEMORY_OF_VLLM + cache + weights(service)
 
 
 def of_fleet(config: Config) -> list[str]:

@@ -87,7 +87,10 @@ def open_source(text: str, revision: str | None, token_file: Path | None, at: st
         # HF_TOKEN_FILE's token is for the hub alone
         return _web(text.rstrip("/"), hub.read_token(token_file) if token_file else None)
     if not hub.is_repository(text):
-        raise Problem(f"{text} is neither a folder, an address nor a name like owner/model", "correct it")
+        raise Problem(
+            f"{text} is neither a folder, an address nor a name like owner/model",
+            "write a folder's path, an address with https:// or s3://, or OWNER/NAME as the hub shows it",
+        )
     return _hub(text, revision or "main", hub.read_token(token_file), hub.endpoint(at))
 
 
@@ -229,7 +232,9 @@ def _hub(name: str, revision: str, token: str | None, endpoint: str) -> Source:
         except huggingface_hub.errors.HfHubHTTPError as error:
             raise refused(f"revision {revision}", error.response.status_code) from error
         except huggingface_hub.errors.HFValidationError as error:
-            raise Problem(f"{name} is no name of a model on the hub: {error}", "correct it") from error
+            raise Problem(
+                f"{name} is no name of a model on the hub: {error}", "write OWNER/NAME as the hub shows it"
+            ) from error
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise hub.not_the_hub(endpoint) from error
     whole = all(isinstance(file.size, int) and (file.sha256 or file.git) for file in found)

@@ -106,7 +106,9 @@ def compare(compose: Compose, gateway: Gateway, config: Config) -> list[Compared
         planned = TypeAdapter(dict[str, Sizes]).validate_python(config.planned)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise Problem(f"{OVERRIDE.name}: x-planned.{where} is not what `make plan` writes", "plan again") from None
+        raise Problem(
+            f"{OVERRIDE.name}: x-planned.{where} is not what `make plan` writes", "plan again: make plan ARGS='MODEL'"
+        ) from None
     containers = compose.containers()
     if not any(name in containers and containers[name].state == "running" for name in config.replicas):
         raise Problem("no replica runs, so there is nothing to compare", "`make up` starts the fleet")

@@ -333,7 +333,10 @@ class Config:
             found = ["full_attention"] * self.layers
         known = (*SEEING, GATED_DELTA, MAMBA2, KDA, SHORT_CONV, "mlp", "moe")
         if odd := next((one for one in found if one not in known), None):
-            raise Problem(f"{self.name} has layers of a kind that the planner does not know: {odd}", "pin its GPUs")
+            raise Problem(
+                f"{self.name} has layers of a kind that the planner does not know: {odd}",
+                "pin its GPUs in docker-compose.gpu.yml",
+            )
         if len(found) < self.layers:
             raise ValueError(f"it says the kind of {len(found)} layers of {self.layers}")
         return found[: self.layers]
@@ -413,7 +416,10 @@ class Config:
         if blocks := self.text.get("block_configs"):
             said = [block["attention"] for block in blocks[: self.layers]]
             if any(one.get("replace_with_linear") for one in said):
-                raise Problem(f"{self.name}: attention replaced by a matrix is not known", "pin its GPUs")
+                raise Problem(
+                    f"{self.name}: attention replaced by a matrix is not known",
+                    "pin its GPUs in docker-compose.gpu.yml",
+                )
             return [0 if one.get("no_op") else self.heads // one["n_heads_in_group"] for one in said]
         one = self.number("kv_heads", self.heads) or self.heads
         if self.text.get("multi_query") and not self.text.get("new_decoder_architecture"):
@@ -457,7 +463,9 @@ class Config:
         if ffn.get("no_op"):
             return 0
         if ffn.get("replace_with_linear"):
-            raise Problem(f"{self.name}: an MLP replaced by a matrix is not known", "pin its GPUs")
+            raise Problem(
+                f"{self.name}: an MLP replaced by a matrix is not known", "pin its GPUs in docker-compose.gpu.yml"
+            )
         return int(ffn.get("intermediate_size") or ceil(int(2 * ffn["ffn_mult"] * self.hidden / 3) / 256) * 256)
 
     def mlp(self) -> tuple[Mlp, Weights]:

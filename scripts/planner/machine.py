@@ -98,12 +98,16 @@ class Hosts(Machine):
             found.setdefault(self.hosts[gpu.index], []).append(gpu)
         return list(found.values())
 
-    def where(self) -> list[str]:
-        """A line a host: which of the GPUs are its own."""
+    def own(self) -> dict[str, list[int]]:
+        """The numbers of each host's GPUs, the gateway's host first."""
         own: dict[str, list[int]] = {}
         for index, host in self.hosts.items():
             own.setdefault(host, []).append(index)
-        ranges = {host: f"{min(of)} to {max(of)}" if len(of) > 1 else str(of[0]) for host, of in own.items()}
+        return own
+
+    def where(self) -> list[str]:
+        """A line a host: which of the GPUs are its own."""
+        ranges = {host: f"{min(of)} to {max(of)}" if len(of) > 1 else str(of[0]) for host, of in self.own().items()}
         return [f"{host}: GPU {numbers}" for host, numbers in ranges.items()]
 
 

@@ -20,7 +20,7 @@ from planner.check import Sizes
 from planner.choose import BFLOAT16, Plan, Replica
 from planner.machine import GIB, Hosts, Machine
 from planner.memory import Account
-from planner.replica_gpus import dump_compose, gpu_service
+from planner.replica_gpus import OverrideMap, beside_gpus, dump_compose, gpu_service
 from planner.speed import ANSWER, CONCURRENT, PROMPT
 from stack.gateway import fleet_line
 
@@ -33,7 +33,7 @@ LINK_NAMES = {
     "node": "PCIe, one NUMA node",
     "sys": "PCIe between NUMA nodes",
 }
-HEADER = re.compile(r"\A# Written by `make plan`.*\n(?:#.*\n)*?# sha256 ([0-9a-f]{16})\n")
+HEADER = re.compile(r"\A# Written by `make \w+`.*\n(?:#.*\n)*?# sha256 ([0-9a-f]{16})\n")
 
 
 @dataclass(frozen=True)
@@ -380,19 +380,20 @@ def planned_sizes(part: Part, replica: Replica) -> Sizes:
 def override_file(parts: list[Part], base: Path, host: Sequence[int] | None = None) -> str:
     """docker-compose.override.yml, over docker-compose.yml (`base`): the planned replicas and no others. `host`: the
     numbers of the GPUs of one of several hosts, whose file it is then; the gateway is on the first."""
-    in_base = [name for name in yaml.safe_load(base.read_text())["services"] if re.fullmatch(r"vllm-\d+", name)]
+    in_base = _replicas_of(base)
     services: dict[str, Any] = {}
-    if host is None or 0 in host:
+    with_gateway = host is None or 0 in host
+    if with_gateway:
         services["gateway"] = {"volumes": ["./fleet:/etc/nginx/fleet:ro"]}
     here = [one for one in _named(parts) if host is None or one[2].gpus[0].index in host]
     for name, part, replica in here:
-        service: dict[str, Any] = {}
-        if name not in in_base:
-            service |= {"extends": {"file": base.name, "service": in_base[0]}, "hostname": f"{name}.fleet"}
+        service = _begun(name, base)
         settings = environment(part, replica)
         if replica.gpus:
             settings |= _order(replica)
             service |= gpu_service([gpu.id for gpu in replica.gpus], replica.tp, replica.pp, settings)
+            if "gateway" in services:
+                services |= beside_gpus()
             if offload := replica.settings.offload:
                 service["mem_limit"] = f"{32 + offload * len(replica.gpus) // GIB}g"
         else:
@@ -400,8 +401,45 @@ def override_file(parts: list[Part], base: Path, host: Sequence[int] | None = No
         services[name] = service
     # what `make up` and `make plan ARGS=--check` hold against what the engines report
     planned = {name: planned_sizes(part, replica).model_dump() for name, part, replica in here}
+    if not with_gateway:
+        return host_file(
+            services, base, {"x-planned": planned, "x-weights": {name: one.weight for name, _, one in here}}
+        )
     text = dump_compose({"x-planned": planned, "services": services})
     return text + "".join(f"  {name}: !reset null\n" for name in in_base if name not in services)
+
+
+def host_file(replicas: Mapping[str, Any], base: Path, more: Mapping[str, Any]) -> str:
+    """docker-compose.override.yml of a host whose gateway is elsewhere: these replicas, the link, and nothing else of
+    docker-compose.yml (`base`). `more` stands above the services."""
+    services: dict[str, Any] = {"link": {"extends": {"file": "docker-compose.host.yml", "service": "link"}}}
+    for name, service in replicas.items():
+        services[name] = {**service, "depends_on": OverrideMap(link={"condition": "service_healthy"})}
+    others = [name for name in yaml.safe_load(base.read_text())["services"] if name not in services]
+    return dump_compose({**more, "services": services}) + "".join(f"  {name}: !reset null\n" for name in others)
+
+
+def unplanned_file(names: Sequence[str], base: Path, gpus: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The same for a host that nobody planned: a replica of each name, on a GPU each where there are `gpus`."""
+    services: dict[str, Any] = {}
+    for number, name in enumerate(names):
+        on_gpu = gpu_service([gpus[number]], 1, 1, environment) if gpus else {"environment": dict(environment)}
+        services[name] = _begun(name, base) | on_gpu
+    return host_file(services, base, {})
+
+
+def _replicas_of(base: Path) -> list[str]:
+    """The replicas that docker-compose.yml has."""
+    return [name for name in yaml.safe_load(base.read_text())["services"] if re.fullmatch(r"vllm-\d+", name)]
+
+
+def _begun(name: str, base: Path) -> dict[str, Any]:
+    """What a replica's service begins with: nothing where docker-compose.yml has it, for Compose would add its lists
+    to themselves; else all that the first one there is."""
+    in_base = _replicas_of(base)
+    if name in in_base:
+        return {}
+    return {"extends": {"file": base.name, "service": in_base[0]}, "hostname": f"{name}.fleet"}
 
 
 def _order(replica: Replica) -> dict[str, str]:
@@ -414,13 +452,15 @@ def _order(replica: Replica) -> dict[str, str]:
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": numbers}
 
 
-def fleet_file(parts: list[Part]) -> str:
-    """The gateway's fleet: one upstream a replica, its weight where they differ."""
+def fleet_file(parts: list[Part], host: Sequence[int] | None = None) -> str:
+    """The gateway's fleet: one upstream a replica, its weight where they differ. `host`: the numbers of the GPUs of the
+    gateway's own host, if there are several; `make host` adds the replicas of the others."""
     lines = []
     weighted = any(replica.weight > 1 for _, _, replica in _named(parts))
     for name, _, replica in _named(parts):
-        lines.append(fleet_line(name, weight=replica.weight if weighted else None))
-    return "\n".join(lines) + "\n"
+        if host is None or replica.gpus[0].index in host:
+            lines.append(fleet_line(name, weight=replica.weight if weighted else None) + "\n")
+    return "".join(lines)
 
 
 def _named(parts: list[Part]) -> list[tuple[str, Part, Replica]]:
@@ -428,12 +468,12 @@ def _named(parts: list[Part]) -> list[tuple[str, Part, Replica]]:
     return [(f"vllm-{number}", part, replica) for number, (part, replica) in enumerate(every)]
 
 
-def signed(body: str, what: str) -> str:
+def signed(body: str, what: str, by: str = "make plan") -> str:
     """`body` under a header that says who wrote it and lets `changed_by_hand` see whether it is still the same."""
     day = datetime.now(UTC).date()
     lines = [
-        f"# Written by `make plan` on {day}: {what}.",
-        "# Change it as you like: `make plan` asks before it writes over a changed file.",
+        f"# Written by `{by}` on {day}: {what}.",
+        f"# Change it as you like: `{by}` asks before it writes over a changed file.",
         f"# sha256 {_hash(body)}",
     ]
     return "\n".join(lines) + "\n" + body

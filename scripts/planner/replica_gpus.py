@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from stack.compose import GPU_FILE
+from stack.compose import GPU_FILE, is_replica
 from stack.shell import ROOT
 
 
@@ -15,11 +15,16 @@ class Override(list[Any]):
     """A list that replaces the one of an earlier Compose file; Compose would append to it otherwise."""
 
 
+class OverrideMap(dict[str, Any]):
+    """A mapping that replaces the one of an earlier Compose file."""
+
+
 class _Dumper(yaml.SafeDumper):
     pass
 
 
 _Dumper.add_representer(Override, lambda dumper, value: dumper.represent_sequence("!override", value))
+_Dumper.add_representer(OverrideMap, lambda dumper, value: dumper.represent_mapping("!override", value))
 
 
 def gpu_service(
@@ -55,6 +60,12 @@ def gpu_service(
             }
         },
     }
+
+
+def beside_gpus() -> dict[str, Any]:
+    """What docker-compose.gpu.yml says of other services than replicas: whoever plans does not use that file."""
+    services: dict[str, Any] = yaml.safe_load((ROOT / GPU_FILE).read_text())["services"]
+    return {name: service for name, service in services.items() if not is_replica(name)}
 
 
 def dump_compose(document: Mapping[str, Any]) -> str:

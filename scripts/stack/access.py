@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from access.keys import KeyStore, Limits
-from access.store import MAX_NUMBER, Mistake, Secrets
+from access.store import MAX_NUMBER, Mistake, Secrets, Strict, read
 from access.tokens import TokenStore, strong
 from access.users import UserStore, from_environment
 from stack import settings
@@ -21,6 +21,16 @@ OwnName = Literal["make-up"]
 OWN_NOTE = "of a command that runs"
 # So that no role's limits stand against a command.
 AMPLE = dict.fromkeys(Limits.model_fields, MAX_NUMBER)
+
+
+# What Open WebUI's key is called.
+WEBUI = "open-webui"
+
+
+class WebuiKey(Strict):
+    """The whole of secrets/webui/key.json."""
+
+    key: str
 
 
 @contextmanager
@@ -87,6 +97,33 @@ def check_users() -> None:
         raise Problem(
             "COMPOSE_PROFILES starts the token service, and there is no user who could sign in",
             "make user ARGS='add NAME', or take tokens out of COMPOSE_PROFILES",
+        )
+
+
+def webui_key(secrets: Secrets) -> bool:
+    """Makes secrets/webui/key.json hold a key that is in force, whose holder may name end users. Says whether it is
+    another one than before. The new key counts at the gateway before Open WebUI can read it."""
+    with as_problems():
+        store = KeyStore(secrets)
+        keys = store.read()
+        old = read(secrets.webui, WebuiKey)
+        if old and keys.holder(old.key, time.time()):
+            return False
+        if any(key.name == WEBUI for key in keys.keys):
+            secret = store.rotate(WEBUI, overlap_s=0)
+        else:
+            secret = store.create(WEBUI, end_users=True, note="made by make up, for Open WebUI")
+        with secrets.locked():
+            secrets.replace(secrets.written(secrets.webui, WebuiKey(key=secret)), secrets.webui)
+    return True
+
+
+def check_webui(wanted: settings.Settings) -> None:
+    """A Problem where nobody could sign in to Open WebUI."""
+    if wanted.gateway_auth == "off":
+        raise Problem(
+            "COMPOSE_PROFILES starts Open WebUI, and with GATEWAY_AUTH=off nobody could sign in to it",
+            "take GATEWAY_AUTH out of .env, or webui out of COMPOSE_PROFILES",
         )
 
 

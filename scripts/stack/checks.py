@@ -28,7 +28,13 @@ GIB = 2**30
 MEMORY_OF_VLLM = int(1.9 * GIB)
 MEMORY_OF_THE_REST = GIB // 2
 # What an image takes with the layers that it is built in: a replica's (with its model), and one of the rest.
-DISK: dict[Literal["cpu", "gpu", "rest"], int] = {"cpu": 11 * GIB, "gpu": 44 * GIB, "rest": GIB // 2}
+DISK: dict[Literal["cpu", "gpu", "traces", "webui", "rest"], int] = {
+    "cpu": 11 * GIB,
+    "gpu": 44 * GIB,
+    "traces": 3 * GIB,
+    "webui": 6 * GIB,
+    "rest": GIB // 2,
+}
 
 
 def version(text: str) -> Version | None:
@@ -57,14 +63,17 @@ def docker_answers(error: str) -> None:
         )
 
 
-def memory_suffices(available: int, total: int, replicas: Collection[int]) -> None:
-    """A Problem where the replicas, with so many bytes each, do not fit into the available memory (bytes)."""
+def memory_suffices(available: int, total: int, replicas: Collection[int], asleep: int = 0) -> None:
+    """A Problem where the replicas, with so many bytes each, do not fit into the available memory (bytes). `asleep` of
+    all these are weights of replicas that sleep."""
     needed = sum(replicas) + MEMORY_OF_THE_REST
     if available < needed:
+        of_these = f" ({asleep / GIB:.1f} for the weights of those that sleep)" if asleep else ""
         raise Problem(
-            f"too little memory: {len(replicas)} replicas and the rest need {needed / GIB:.1f} GiB, "
+            f"too little memory: {len(replicas)} replicas and the rest need {needed / GIB:.1f} GiB{of_these}, "
             f"{available / GIB:.1f} of {total / GIB:.1f} GiB are free",
-            "stop other programs, or let `make plan` plan a fleet that fits",
+            "stop other programs, or "
+            + ("set SLEEP_LEVEL=2, which keeps no weights" if asleep else "let `make plan` plan a fleet that fits"),
         )
 
 
@@ -98,8 +107,23 @@ def profiles_are_known(wanted: str, known: Collection[str]) -> None:
         if profile != "*" and profile not in known:
             there = ", ".join(sorted(known)) or "none"
             raise Problem(
-                f"COMPOSE_PROFILES names {profile}, which no service has", f"correct it in .env: there is {there}"
+                f"COMPOSE_PROFILES names {profile}, which no service has",
+                f"correct it in .env; the profiles are: {there}",
             )
+
+
+def traces_have_a_store(*, wanted: bool, there: bool) -> None:
+    """A Problem where TRACE_SAMPLE asks for traces and the service that takes them is not there, or the other way."""
+    if wanted and not there:
+        raise Problem("TRACE_SAMPLE is set, but nothing takes the traces", "add traces to COMPOSE_PROFILES in .env")
+    if there and not wanted:
+        raise Problem("the profile traces has a store of traces, but none are made", "set TRACE_SAMPLE=0.1 in .env")
+
+
+def triton_is_built(there: Mapping[str, bool]) -> None:
+    """A Problem where a service that runs Triton has no image; `there` says which have one."""
+    for name in (name for name, present in there.items() if not present):
+        raise Problem(f"{name} has no image on this machine yet", "run `make triton` once, which builds it")
 
 
 def port_is_free(name: str, address: Address, port: int, taken: Iterable[tuple[str, int]]) -> None:
@@ -154,7 +178,10 @@ def gpu_choice(wanted: Choice, gpus: int, override: Override, *, toolkit: bool) 
     if needed and not toolkit:
         raise Problem(f"{who} asks for GPUs, but Docker has no NVIDIA container toolkit", f"{install}, or {otherwise}")
     if override != "none" and wanted == "auto":
-        return False, f"{file} decides: the replicas run on {'GPUs' if override == 'gpu' else 'the CPU'}"
+        if override == "gpu":
+            return False, f"{file} decides: the replicas run on GPUs"
+        hint = "; GPU=on in .env adds docker-compose.gpu.yml" if gpus and toolkit else ""
+        return False, f"{file} decides: the replicas run on the CPU{hint}"
     if gpus and not toolkit:
         return False, f"{gpus} GPUs, but Docker cannot use them; on the CPU. For the GPUs: {install}"
     if gpus:

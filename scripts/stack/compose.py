@@ -19,6 +19,11 @@ OVERRIDE = ROOT / "docker-compose.override.yml"
 GPU_FILE = "docker-compose.gpu.yml"
 TLS_FILE = "docker-compose.tls.yml"
 ACME_FILE = "docker-compose.acme.yml"
+WEBUI_FILE = "docker-compose.webui.yml"
+# The links to other hosts; `make host` writes it.
+LINKS_FILE = "docker-compose.links.yml"
+# How many replicas there are, where `make up` was told so with --replicas (stack/scale.py).
+REPLICAS_FILE = "docker-compose.replicas.yml"
 
 
 class Build(BaseModel):
@@ -83,12 +88,19 @@ class Config(BaseModel):
         """Names what is built without a name as Compose does."""
         for name, service in self.services.items():
             service.image = service.image or f"{self.name}-{name}"
+        # a plan may be for more than --replicas leaves
+        self.planned = {name: sizes for name, sizes in self.planned.items() if name in self.services}
         return self
 
     @property
     def replicas(self) -> list[str]:
         """The services that run `vllm serve`."""
         return sorted(filter(is_replica, self.services))
+
+    @property
+    def tritons(self) -> list[str]:
+        """The services that run Triton."""
+        return sorted(name for name in self.services if name.startswith("triton"))
 
 
 class Container(BaseModel):
@@ -130,8 +142,11 @@ class Compose:
                 self.files = listed.split(settings.value_of("COMPOSE_PATH_SEPARATOR") or os.pathsep)
             else:
                 self.files = ["docker-compose.yml", *([OVERRIDE.name] if OVERRIDE.exists() else [])]
+            missing = [file for file in further if file not in self.files]
             # before what a plan or the user says
-            self.files[1:1] = [file for file in further if file not in self.files]
+            self.files[1:1] = [file for file in missing if file != REPLICAS_FILE]
+            # and this one says which of all those are there
+            self.files += [file for file in missing if file == REPLICAS_FILE]
 
     def command(self, *args: str) -> list[str]:
         """A `docker compose` command line."""
@@ -145,6 +160,14 @@ class Compose:
             raise Problem(f"docker compose {args[0]}: {lines[-1]}", "correct it and run the command again")
         return done.stdout
 
+    def read_anew(self, service: str) -> None:
+        """Makes a service that runs read its files anew. It must take SIGHUP for that, and ends no connection.
+
+        Not by `docker kill --signal`, which Docker takes for a stop by hand: the container would stay down when this
+        host boots.
+        """
+        self.ask("exec", "-T", service, "sh", "-c", "kill -HUP 1")
+
     def config(self) -> Config:
         """What the files say, settings filled in. A Problem where they are not those of the stack."""
         try:
@@ -156,13 +179,15 @@ class Compose:
                 "correct them; COMPOSE_FILE, where it is set, has to name docker-compose.yml first",
             ) from None
 
-    def check_launch(self, config: Config, command: str) -> None:
-        """A Problem with all settings that a replica's launcher refuses, asked in its image beside whatever runs.
+    def check_launch(self, config: Config, command: str) -> str:
+        """A Problem with all settings that a replica's or Triton's launcher refuses, asked in its image; else says in
+        words whose were accepted.
 
         Replicas that differ only in which GPUs they have are asked once. `command` is what to run when all is mended.
         """
+        names = [*config.replicas, *config.tritons]
         alike: dict[str, str] = {}
-        for name in config.replicas:
+        for name in names:
             replica = config.services[name]
             kind = repr((replica.image, replica.environment, replica.volumes, len(replica.gpus)))
             alike.setdefault(kind, name)
@@ -178,6 +203,7 @@ class Compose:
                 "\n".join(f"{name}: {line}" for line, name in refused.items()),
                 f"correct that and run `{command}` again; what runs was left as it is",
             )
+        return f"accepted for {', '.join(names)}" if names else "there are none here"
 
     def containers(self) -> dict[str, Container]:
         """The stack's containers, running or not, by service."""
@@ -239,6 +265,8 @@ def running(what: str) -> str:
 
 
 def running_files() -> list[str]:
-    """Which of the files that `make up` adds the running stack was started with."""
+    """Which of the files that `make up` adds the running stack was started with, and are still there: without another
+    host there is no file of links any more."""
     used = running('{{.Label "com.docker.compose.project.config_files"}}')
-    return [file for file in (GPU_FILE, TLS_FILE, ACME_FILE) if f"{os.sep}{file}" in used]
+    added = (GPU_FILE, TLS_FILE, ACME_FILE, WEBUI_FILE, LINKS_FILE, REPLICAS_FILE)
+    return [file for file in added if f"{os.sep}{file}" in used and (ROOT / file).exists()]

@@ -63,7 +63,7 @@ def refused(error: OSError) -> Problem:
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, PermissionError):
         return Problem(what, "see whose it is; after a run as root: `sudo chown -R $USER .cache .venv models secrets`")
-    return Problem(what, "mend that, and run the command again")
+    return Problem(what, "correct that, and run the command again")
 
 
 @contextmanager

@@ -21,9 +21,9 @@ DOCKER_LOG = Path("/var/log/dockerd.log")
 PLUGIN_SUITE = "forky"
 
 
-def docker_version() -> tuple[checks.Version | None, str]:
+def docker_version(timeout_s: float = 60) -> tuple[checks.Version | None, str]:
     """The version of the engine that answers and '', or None and what the client says of it."""
-    done = ask("docker", "version", "--format", "{{.Server.Version}}")
+    done = ask("docker", "version", "--format", "{{.Server.Version}}", timeout=timeout_s)
     return (checks.version(done.stdout), "") if done.returncode == 0 else (None, done.stderr)
 
 

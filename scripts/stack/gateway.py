@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationError
 
 from stack import certificate
 from stack.compose import Compose, Config
@@ -29,6 +29,8 @@ ANSWER_SECONDS = 120
 NEW_KEY_SECONDS = 10
 # It reads a certificate that is new within ten.
 NEW_CERTIFICATE_SECONDS = 12
+# States in which requests go to a replica: at once, or it wakes for them.
+SERVING = ("ready", "asleep")
 # What vLLM says to a request that a model cannot answer: an embedding model to a chat, one without a chat template too.
 NOT_THIS_WAY = {httpx.codes.BAD_REQUEST, httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED}
 
@@ -65,10 +67,11 @@ WAYS = (
 )
 
 
-def fleet_line(name: str, port: int = 8000, weight: int | None = None) -> str:
-    """A replica's line in the gateway's fleet file, without its end; `name` is its host too, `weight` its share."""
+def fleet_line(name: str, port: int = 8000, weight: int | None = None, at: str = "") -> str:
+    """A replica's line in the gateway's fleet file, without its end; `name` is its host too, if `at` is not, `weight`
+    its share."""
     share = f" weight={weight}" if weight is not None else ""
-    return f"upstream {name} {{ zone {name} 64k; server {name}:{port} resolve{share}; keepalive 64; }}"
+    return f"upstream {name} {{ zone {name} 64k; server {at or name}:{port} resolve{share}; keepalive 64; }}"
 
 
 def mounted(config: Config) -> dict[str, Path]:
@@ -76,12 +79,22 @@ def mounted(config: Config) -> dict[str, Path]:
     return {volume.target: Path(volume.source) for volume in config.services["gateway"].volumes}
 
 
+def fleet_folder(config: Config) -> Path:
+    """Where the gateway's fleet files are on this host."""
+    folders = mounted(config)
+    return folders.get("/etc/nginx/fleet", folders["/etc/nginx"] / "fleet")
+
+
+def named(files: Iterable[Path]) -> set[str]:
+    """The replicas that some of the gateway's fleet files name."""
+    lines = "".join(file.read_text() for file in files)
+    return set(re.findall(r"^\s*upstream\s+(\S+)", lines, re.MULTILINE))
+
+
 def check_named(config: Config) -> None:
     """A Problem where the gateway's fleet files do not name a replica: it would start and get no request."""
-    folders = mounted(config)
-    folder = folders.get("/etc/nginx/fleet", folders["/etc/nginx"] / "fleet")
-    lines = "".join(file.read_text() for file in folder.glob("*.conf"))
-    for name in sorted(set(config.replicas) - set(re.findall(r"^\s*upstream\s+(\S+)", lines, re.MULTILINE))):
+    folder = fleet_folder(config)
+    for name in sorted(set(config.replicas) - named(folder.glob("*.conf"))):
         raise Problem(
             f"{folder}/ does not name {name}, so it would get no request",
             f"add this line there, or plan the fleet again (`make plan`): {fleet_line(name)}",
@@ -98,9 +111,12 @@ def certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationErr
 
 
 class Replica(BaseModel):
-    """A replica as the gateway sees it now. Counts are requests, `kv_usage` is the share of its KV cache in use."""
+    """A replica as the gateway sees it now. Counts are requests, `kv_usage` is the share of its KV cache in use. `on`
+    is the other host that it is on, '' for this one."""
 
     name: str
+    # the admin interface calls an address its host
+    on: str = Field(default="", validation_alias=AliasChoices("on", "host"))
     state: str
     reason: str | None = None
     models: list[str] = []
@@ -110,35 +126,58 @@ class Replica(BaseModel):
     waiting: float | None = None
     kv_usage: float | None = None
 
+    @property
+    def serves(self) -> bool:
+        """Whether requests go to it."""
+        return self.state in SERVING
+
+    @property
+    def well(self) -> bool:
+        """Whether it is as it should be: it serves, or the autoscaler has stopped it."""
+        return self.serves or self.state == "stopped"
+
 
 class Gateway:
     """The gateway of a stack, asked as users do at its `url`, and through its container where only that may.
 
-    `domain` is the name in its certificate, where that is not in secrets/.
+    `domain` is the name in its certificate, where that is not in secrets/. `differences` are sentences of its last
+    `published`: what differs between its replicas and should not.
     """
+
+    differences: list[str]
 
     def __init__(self, compose: Compose, url: str = "", domain: str | None = None) -> None:
         self._compose = compose
         self._url = url
         self._domain = domain
+        self.differences = []
 
     def published(self) -> list[Replica] | None:
         """All replicas, as the gateway tells at its port; None where it does not answer there.
 
         A certificate that cannot be verified is a Problem: waiting would not help.
         """
+        said = self.status()
+        try:
+            replicas = TypeAdapter(list[Replica]).validate_python(said["replicas"])
+            self.differences = TypeAdapter(list[str]).validate_python(said.get("differences", []))
+            return replicas  # noqa: TRY300 - all that may fail is above
+        # or something else answers at that port
+        except (ValueError, LookupError, TypeError):
+            return None
+
+    def status(self) -> Any:
+        """What /status.json says at its port; None where it does not answer there. Refuses a certificate as
+        `published` does."""
         try:
             answer = self._http("GET", "/status.json", timeout_s=5)
-            if answer.status_code == httpx.codes.UNAUTHORIZED:
-                # It asks for keys. Whoever may enter its container needs none.
-                said = self._admin("GET", "/status.json")
-            else:
-                said = answer.raise_for_status().json()
-            return TypeAdapter(list[Replica]).validate_python(said["replicas"])
+            if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.SERVICE_UNAVAILABLE):
+                # It asks for keys, or lets nobody in as their file is gone. Whoever may enter its container needs none.
+                return self._admin("GET", "/status.json")
+            return answer.raise_for_status().json()
         except certificate.Untrusted:
             raise
-        # or something else answers at that port
-        except (httpx.HTTPError, ValueError, LookupError, TypeError, Problem):
+        except (httpx.HTTPError, ValueError, Problem):
             return None
 
     def answers(self) -> bool:
@@ -163,9 +202,16 @@ class Gateway:
         """One replica by name."""
         return next(replica for replica in self.replicas() if replica.name == name)
 
-    def ask_replica(self, name: str, path: str) -> str | None:
-        """What a replica itself answers, which only the gateway's container reaches; None where it does not answer."""
-        curl = ("curl", "--silent", "--show-error", "--fail", "--max-time", "10", f"http://{name}:8000{path}")
+    def stopped(self) -> list[str]:
+        """The replicas that the autoscaler has stopped; none where the gateway does not answer."""
+        return [replica.name for replica in self.published() or () if replica.state == "stopped"]
+
+    def ask_replica(self, name: str, path: str, *options: str) -> str | None:
+        """What a replica itself answers, which only the gateway's container reaches; None where it does not answer.
+
+        `options` are further ones of curl.
+        """
+        curl = ("curl", "--silent", "--show-error", "--fail", "--max-time", "10", *options, f"http://{name}:8000{path}")
         done = ask(*self._compose.command("exec", "-T", "gateway", *curl))
         return done.stdout if done.returncode == 0 else None
 
@@ -190,16 +236,22 @@ class Gateway:
         files = [path for folder in folders for path in (folder, *folder.rglob("*"))]
         if max(path.lstat().st_mtime for path in files) <= read:
             return "unchanged"
+        self.check_files()
+        self._compose.ask(*NGINX, "-s", "reload")
+        RELOADED.touch()
+        return "read again, as its files changed"
+
+    def check_files(self) -> None:
+        """A Problem where Nginx would refuse the gateway's files, asked in its container. What runs stays as it is."""
         check = ask(*self._compose.command(*NGINX, "-t"))
-        if check.returncode:
-            error = next((line for line in check.stderr.splitlines() if "[emerg]" in line), check.stderr.strip())
+        if error := next((line for line in check.stderr.splitlines() if "[emerg]" in line), ""):
             raise Problem(
                 f"the gateway's files have a mistake, so it keeps its old configuration: {error}",
                 "correct it and run `make up` again",
             )
-        self._compose.ask(*NGINX, "-s", "reload")
-        RELOADED.touch()
-        return "read again, as its files changed"
+        if check.returncode:
+            said = check.stderr.strip() or "no reason given"
+            raise Problem(f"Nginx in the gateway's container cannot be asked: {said}", "see `docker compose ps --all`")
 
     def first_answer(self, question: str, key: str = "") -> str:
         """What the fleet says to a question that is put as users do: a chat where a model chats. None is a Problem.
@@ -217,7 +269,9 @@ class Gateway:
             answer = wait_for(listed, within_s=NEW_KEY_SECONDS)
             if answer is None:
                 raise Problem(f"{self._url} does not know a key that was made for it", fix)
-            models = answer.raise_for_status().json()["data"]
+            if answer.is_error:
+                raise Problem(f"{self._url}/v1/models answered {answer.status_code}: {answer.text.strip()[:300]}", fix)
+            models = answer.json()["data"]
             for way in WAYS:
                 for model in models:
                     asked = {"model": model["id"], **way.body(question)}

@@ -47,11 +47,12 @@ class DebianBase:
         return f"vllm-fleet/base-{self.name}:{digest(repr(self))}"
 
 
-# forky has the Nginx and Prometheus that docker-compose.yml pins; bookworm has the Python that the wheels are for.
+# forky has the Nginx, Prometheus and node exporter that docker-compose.yml pins; bookworm has the Python that the
+# wheels are for.
 GATEWAY = DebianBase(
     "gateway",
     "forky",
-    ("nginx", "libnginx-mod-http-js", "curl", "ca-certificates"),
+    ("nginx", "libnginx-mod-http-js", "libnginx-mod-stream", "curl", "ca-certificates"),
     (
         'echo nginx:x:101: >>"$1/etc/group"',
         'echo nginx:x:101:101:nginx:/nonexistent:/bin/false >>"$1/etc/passwd"',
@@ -60,20 +61,47 @@ GATEWAY = DebianBase(
     ),
 )
 PROMETHEUS = DebianBase("prometheus", "forky", ("prometheus", "promtool", "ca-certificates"))
+NODE_EXPORTER = DebianBase(
+    "node-exporter",
+    "forky",
+    ("prometheus-node-exporter", "wget"),
+    ('ln -s prometheus-node-exporter "$1/usr/bin/node_exporter"',),
+)
+ALERTMANAGER = DebianBase(
+    "alertmanager",
+    "forky",
+    ("prometheus-alertmanager", "ca-certificates"),
+    # as the official image calls it
+    ('ln -s prometheus-alertmanager "$1/usr/bin/alertmanager"',),
+)
 PYTHON = DebianBase(
     "python",
     "bookworm",
-    ("python3", "python3-venv", "libgomp1", "libnuma1", "libtcmalloc-minimal4", "curl", "ca-certificates"),
+    # libpython3.11 is for Triton, which runs its backends in it
+    (
+        "python3",
+        "python3-venv",
+        "libpython3.11",
+        "libgomp1",
+        "libnuma1",
+        "libtcmalloc-minimal4",
+        "curl",
+        "ca-certificates",
+    ),
 )
-TOKENS = DebianBase("tokens", "bookworm", ("python3", "python3-venv", "ca-certificates"))
+# numpy, of the store of traces, needs libstdc++
+TOKENS = DebianBase("tokens", "bookworm", ("python3", "python3-venv", "ca-certificates", "libstdc++6"))
 PYTHON_OF_THE_WHEELS = "3.11"
 
 ACME = DebianBase("acme", "forky", ("lego", "ca-certificates"))
 
 STAND_INS: Mapping[str, DebianBase] = {
     "docker.io/library/nginx": GATEWAY,
+    "docker.io/prom/node-exporter": NODE_EXPORTER,
     "docker.io/prom/prometheus": PROMETHEUS,
+    "docker.io/prom/alertmanager": ALERTMANAGER,
     "docker.io/library/python": TOKENS,
+    "ghcr.io/open-webui/open-webui": TOKENS,
     "docker.io/vllm/vllm-openai-cpu": PYTHON,
     "docker.io/goacme/lego": ACME,
 }
@@ -120,8 +148,12 @@ def official_base(build: Build) -> str:
     return build.args["GPU_BASE" if build.args.get("DEVICE") == "gpu" else "BASE"]
 
 
-def kind(build: Build) -> Literal["cpu", "gpu", "rest"]:
-    """Whether an image is a replica's, for a CPU or for GPUs, or one of the rest."""
+def kind(build: Build) -> Literal["cpu", "gpu", "traces", "webui", "rest"]:
+    """Whether an image is a replica's, for a CPU or for GPUs, or the store of traces, Open WebUI, or one of
+    the rest."""
+    match build.context.name:
+        case "traces" | "webui" as own:
+            return own
     if "GPU_BASE" not in build.args:
         return "rest"
     return "gpu" if build.args.get("DEVICE") == "gpu" else "cpu"
@@ -202,7 +234,7 @@ def other_version(official: str, base: str) -> str:
 def build_over(base: str, image: str, build: Build, say: Say) -> bool:
     """Builds an image over a base; says whether it changed. What is built already comes from BuildKit's cache."""
     before = image_id(image)
-    if official_base(build).startswith("docker.io/library/python:"):
+    if stand_in_for(official_base(build)) is TOKENS:
         lay_wheels(build, base == TOKENS.tag, say)
     # not `docker build`, which is BuildKit only in newer clients
     command = ["docker", "buildx", "build", "--load", "--progress=plain", f"--label={BASE_LABEL}={base}"]
@@ -290,9 +322,13 @@ def build_debian(base: DebianBase, say: Say) -> None:
 
 
 def lay_wheels(build: Build, needed: bool, say: Say) -> None:
-    """Makes `wheels` beside the token service's Dockerfile hold its packages, for Debian's Python, or none of them."""
-    folder, packages = build.context / "wheels", build.args["PACKAGES"].split()
+    """Makes `wheels` beside a service's Dockerfile hold its packages, for Debian's Python, or none of them."""
+    folder, packages = build.context / "wheels", build.args.get("PACKAGES", "").split()
     wanted, complete = "\n".join(packages), folder / "complete"
+    # where the official image brings more than Python, what stands in for it is listed
+    if not packages:
+        listed = ROOT / "images" / build.context.name / "requirements.txt"
+        wanted, packages = listed.read_text(), ["--no-deps", f"--requirement={listed}"]
     if needed and complete.exists() and complete.read_text() == wanted:
         return
     for old in (complete, *folder.glob("*.whl")):
@@ -300,6 +336,19 @@ def lay_wheels(build: Build, needed: bool, say: Say) -> None:
     if needed:
         work([*fetch_wheels(folder), *packages], say, fix="check the network, or pip's configuration, and run it again")
         complete.write_text(wanted)
+
+
+def lay_further_wheels(folder: Path, wanted: list[str], needed: bool) -> None:
+    """Makes a folder hold the wheels that these words of `pip download` ask for, for Debian's Python, or none."""
+    complete, recipe_ = folder / "complete", "\n".join(wanted)
+    if needed and complete.exists() and complete.read_text() == recipe_:
+        return
+    for old in (complete, *folder.glob("*.whl")):
+        old.unlink(missing_ok=True)
+    if needed:
+        fix = "check the network, or pip's configuration, and run it again"
+        work([*fetch_wheels(folder), *wanted], console.log, fix=fix)
+        complete.write_text(recipe_)
 
 
 def fetch_wheels(folder: Path) -> list[str]:

@@ -72,6 +72,8 @@ class Settings(BaseModel):
     acme_server: Annotated[str, AfterValidator(by_https)] | None = Field(None, alias="ACME_SERVER")
     grafana_port: int = Field(3000, alias="GRAFANA_PORT", ge=1, le=65535)
     prometheus_port: int = Field(9090, alias="PROMETHEUS_PORT", ge=1, le=65535)
+    webui_port: int = Field(8080, alias="WEBUI_PORT", ge=1, le=65535)
+    link_port: int = Field(9443, alias="LINK_PORT", ge=1, le=65535)
     bind_address: Annotated[ipaddress.IPv4Address | ipaddress.IPv6Address, BeforeValidator(without_brackets)] = Field(
         ipaddress.IPv4Address("127.0.0.1"), alias="BIND_ADDRESS"
     )
@@ -84,6 +86,12 @@ class Settings(BaseModel):
     )
     route_policy: Literal["prefix", "least_busy", "round_robin", "session"] | None = Field(None, alias="ROUTE_POLICY")
     gateway_bodies_mb: int = Field(1024, alias="GATEWAY_BODIES_MB", ge=64, lt=10**9)
+    gateways: int = Field(1, alias="GATEWAYS", ge=1, le=99)
+    sleep_after_seconds: int = Field(600, alias="SLEEP_AFTER_SECONDS", ge=1, lt=10**7)
+    # hours.py checks it
+    awake: str | None = Field(None, alias="AWAKE")
+    trace_sample: float | None = Field(None, alias="TRACE_SAMPLE", ge=0, le=1)
+    traces_port: int = Field(6006, alias="TRACES_PORT", ge=1, le=65535)
     user_list: str | None = Field(None, alias="USER_LIST")
     jwt_key: SecretStr | None = Field(None, alias="JWT_KEY")
     access_token_expire_minutes: int = Field(30, alias="ACCESS_TOKEN_EXPIRE_MINUTES", ge=1, le=1440)
@@ -93,11 +101,15 @@ class Settings(BaseModel):
     @property
     def url(self) -> str:
         """Where the gateway answers, seen from this host."""
+        return self.at(self.https_port or self.http_port)
+
+    def at(self, port: int) -> str:
+        """The address of a port of the gateway, seen from this host."""
         address = self.bind_address
         if address.is_unspecified:
             address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
         host = f"[{address}]" if address.version == 6 else str(address)
-        scheme, port, usual = ("https", self.https_port, 443) if self.https_port else ("http", self.http_port, 80)
+        scheme, usual = ("https", 443) if self.https_port else ("http", 80)
         return f"{scheme}://{host}" if port == usual else f"{scheme}://{host}:{port}"
 
 
@@ -117,6 +129,9 @@ OF_COMPOSE = {
 # what each alias in USER_LIST may have behind it, as access/users.py reads it
 OF_A_USER = ("USERNAME", "HASHED_PASSWORD", "ROLE")
 
+# what is named like a secret, and is none
+NO_SECRET = {"ACCESS_TOKEN_EXPIRE_MINUTES", "HF_TOKEN_FILE"}
+
 
 def names_of_users(user_list: str) -> set[str]:
     """The settings of the users that USER_LIST names."""
@@ -128,9 +143,11 @@ def known_names(example: str) -> set[str]:
     return set(re.findall(r"^(?:#\s?)?([A-Z][A-Z0-9_]*)=", example, re.MULTILINE))
 
 
-def parse_env(text: str, known: set[str]) -> dict[str, str]:
-    """Reads the text of a `.env`. A line that is no setting, or names one that nothing reads, is a Problem."""
+def lines_of(text: str, known: set[str]) -> tuple[dict[str, str], list[Problem]]:
+    """The settings in the text of a `.env`, and its mistakes: lines that are no setting, or name one that nothing
+    reads."""
     values: dict[str, str] = {}
+    mistakes = []
     known = known | OF_COMPOSE
     bindings = list(parse_stream(io.StringIO(text)))
     for binding in bindings:
@@ -143,25 +160,45 @@ def parse_env(text: str, known: set[str]) -> dict[str, str]:
         number = binding.original.line + written[: len(written) - len(written.lstrip())].count("\n")
         # what the line says is not shown: it may be a part of a secret, which can look like a name before its "="
         if name is None or value is None or not NAME.fullmatch(name):
-            raise Problem(f".env, line {number}: this is not NAME=value", "correct or delete the line")
-        if name not in known:
+            mistakes.append(Problem(f".env, line {number}: this is not NAME=value", "correct or delete the line"))
+        elif name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise Problem(f".env, line {number}: nothing reads {name}", f"{hint}.env.example lists every setting")
-        values[name] = value
+            what = f".env, line {number}: nothing reads {name}"
+            mistakes.append(Problem(what, f"{hint}.env.example lists every setting"))
+        else:
+            values[name] = value
+    return values, mistakes
+
+
+def parse_env(text: str, known: set[str]) -> dict[str, str]:
+    """The settings in the text of a `.env`; the first of its mistakes is raised."""
+    values, mistakes = lines_of(text, known)
+    if mistakes:
+        raise mistakes[0]
     return values
+
+
+def wrong_values(values: Mapping[str, str]) -> list[Problem]:
+    """A Problem for each value that is out of its range."""
+    try:
+        Settings.model_validate({name: value for name, value in values.items() if value})
+    except ValidationError as error:
+        return [
+            Problem(
+                f"{one['loc'][0]}={one['input']} will not do: {one['msg'].removeprefix('Value error, ')}",
+                f"correct {one['loc'][0]} in .env or in the environment",
+            )
+            for one in error.errors()
+        ]
+    return []
 
 
 def check(values: Mapping[str, str]) -> Settings:
     """Settings from the values of `.env` and the environment; a value out of its range is a Problem."""
-    try:
-        settings = Settings.model_validate({name: value for name, value in values.items() if value})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name, why = first["loc"][0], first["msg"].removeprefix("Value error, ")
-        raise Problem(
-            f"{name}={first['input']} will not do: {why}", f"correct {name} in .env or in the environment"
-        ) from None
+    if wrong := wrong_values(values):
+        raise wrong[0]
+    settings = Settings.model_validate({name: value for name, value in values.items() if value})
     if settings.https_domain and not (settings.https_port and settings.acme_email):
         raise Problem(
             "HTTPS_DOMAIN is set, but not HTTPS_PORT or not ACME_EMAIL",
@@ -201,6 +238,37 @@ def read(env_file: Path) -> dict[str, str]:
     return parse_env(text, known_names(EXAMPLE_FILE.read_text()))
 
 
+def written(env_file: Path = ENV_FILE) -> list[tuple[str, str]]:
+    """The names and values in a `.env` as they stand there, whatever is wrong with them."""
+    if not env_file.is_file():
+        return []
+    with env_file.open(errors="replace") as file:
+        return [(binding.key, binding.value or "") for binding in parse_stream(file) if binding.key]
+
+
+def mistakes(env_file: Path = ENV_FILE, environment: Mapping[str, str] = os.environ) -> list[Problem]:
+    """All that is wrong with the settings of this checkout, where `load` stops at the first."""
+    try:
+        load(env_file, environment)
+    except Problem as first:
+        known = known_names(EXAMPLE_FILE.read_text())
+        text = env_file.read_text(errors="replace") if env_file.exists() else ""
+        values, found = lines_of(text, known)
+        given = {name: environment[name] for name in known if name in environment}
+        return [*found, *wrong_values(values | given)] or [first]
+    return []
+
+
+def as_far_as_readable(env_file: Path = ENV_FILE, environment: Mapping[str, str] = os.environ) -> Settings:
+    """The settings without what is wrong with them, for a look at a stack that runs with some of them."""
+    values = {name: value for name, value in [*written(env_file), *environment.items()] if name in ALIASES and value}
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        wrong = {problem["loc"][0] for problem in error.errors()}
+        return Settings.model_validate({name: value for name, value in values.items() if name not in wrong})
+
+
 def check_private(env_file: Path = ENV_FILE) -> None:
     """A Problem where other users of this host can read a `.env` that holds a secret."""
     secret = (name for name, value in read(env_file).items() if value and is_secret(name))
@@ -211,6 +279,12 @@ def check_private(env_file: Path = ENV_FILE) -> None:
 def is_secret(name: str) -> bool:
     """Whether a setting's value is one."""
     return name == "JWT_KEY" or name.endswith("_HASHED_PASSWORD")
+
+
+def may_be_secret(name: str) -> bool:
+    """Whether a setting, or a variable of whatever program, is named as secrets are."""
+    words = {*re.split(r"[^A-Z]+", name.upper())}
+    return bool(words & {"TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "APIKEY"}) and name not in NO_SECRET
 
 
 def value_of(

@@ -1,0 +1,1 @@
+"""What `make doctor` looks at and says, and what `make report` packs."""
