@@ -1,10 +1,12 @@
-"""Draws the fleet's dashboard from a live Prometheus, for the docs: nothing here needs Grafana.
+"""Draws a dashboard from a live Prometheus, for the docs: nothing here needs Grafana.
 
 scripts/bootstrap.sh bench
-.venv/bin/python -m lab.dashboard docs/pictures/dashboard.png --section Now --section Requests --section Latency
+.venv/bin/python -m lab.dashboard docs/pictures/dashboard.png
+.venv/bin/python -m lab.dashboard docs/pictures/replica.png --dashboard replica --section Scheduler --section Cache
 """
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +27,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 from rich.console import Console
 
-from grafana.dashboards import FLEET, STATES, rendered
+from grafana.dashboards import DASHBOARDS
+from grafana.panels import Dashboard
+from grafana.render import rendered
 
 matplotlib.use("agg")
 COLUMNS = 24
@@ -33,8 +37,17 @@ WIDTH_IN = 14.0
 ROW_IN = 0.27
 STEP_S = 5  # the scrape interval
 # As Grafana fills them in with All chosen: its window is four scrape intervals.
-VARIABLES = {"$__rate_interval": "20s", "$model": ".*", "$replica": ".*"}
-COLOURS = {"green": "#37872d", "orange": "#e0752d", "red": "#c4162a", "blue": "#3274d9", "yellow": "#e0b400"}
+VARIABLES = {"$__rate_interval": "20s", "$__range": "15m", "$model": ".*", "$replica": ".*", "$key": ".*"}
+BY_NAME = {dashboard.uid: dashboard for dashboard in DASHBOARDS if dashboard.folder == "dashboards"}
+COLOURS = {
+    "green": "#37872d",
+    "orange": "#e0752d",
+    "red": "#c4162a",
+    "blue": "#3274d9",
+    "yellow": "#e0b400",
+    "gray": "#8e8e8e",
+    "purple": "#8f3bb8",
+}
 
 Json = dict[str, Any]
 Series = dict[str, list[float]]
@@ -54,24 +67,35 @@ def series(prometheus: httpx.Client, target: Json, times: Sequence[float]) -> Se
         for label, text in line["metric"].items():
             legend = legend.replace(f"{{{{{label}}}}}", text)
         values = {round(float(at) - times[0]): float(value) for at, value in line["values"]}
-        found[legend] = [values.get(round(at - times[0]), nan) for at in times]
+        # Grafana too writes the name of a label that a line has not
+        found[re.sub(r"\{\{(\w+)\}\}", r"\1", legend)] = [values.get(round(at - times[0]), nan) for at in times]
     return found
 
 
 def written(value: float, unit: str) -> str:
     """A value with its unit, as short as Grafana writes it."""
-    if unit == "percentunit":
-        return f"{value * 100:.3g} %"
+    if unit in ("percentunit", "percent"):
+        return f"{value * (100 if unit == 'percentunit' else 1):.3g} %"
     if unit == "s":
         return f"{value * 1000:.3g} ms" if 0 < value < 1 else f"{value:.3g} s"
-    number = f"{value / 1000:.3g} K" if value >= 1000 else f"{value:.3g}"
-    return f"{number} req/s" if unit == "reqps" else number
+    step = 1024 if unit == "bytes" else 1000
+    prefixes = "KMGT" if value >= step else ""
+    for prefix in prefixes:
+        value /= step
+        if value < step or prefix == prefixes[-1]:
+            prefixes = f" {prefix}"
+            break
+    after = {"reqps": "req/s", "bytes": "iB" if prefixes else "B", "Bps": "B/s"}.get(unit, "")
+    gap = "" if prefixes and unit in ("bytes", "Bps") else " "
+    return f"{value:.3g}{prefixes}{gap}{after}".rstrip()
 
 
 def draw_figure(axes: Axes, panel: Json, lines: Series) -> None:
     """The last value in large type over its own small graph, in the colour of its threshold."""
     defaults = panel["fieldConfig"]["defaults"]
     axes.axis("off")
+    if not lines:
+        axes.text(0.5, 0.55, defaults["noValue"], transform=axes.transAxes, ha="center", va="center", fontsize=19)
     for values in lines.values():
         known = [value for value in values if not isnan(value)]
         last = known[-1] if known else 0.0
@@ -83,13 +107,13 @@ def draw_figure(axes: Axes, panel: Json, lines: Series) -> None:
         axes.text(0.5, 0.55, text, transform=axes.transAxes, ha="center", va="center", fontsize=19, color=colour)
 
 
-def draw_states(axes: Axes, times: Sequence[float], lines: Series) -> None:
-    """A bar for each replica, in the colour of its state."""
-    colours = [COLOURS[name] for name in STATES.values()]
+def draw_states(axes: Axes, panel: Json, times: Sequence[float], lines: Series) -> None:
+    """A bar for each line, in the colour of its state."""
+    states = panel["fieldConfig"]["defaults"]["mappings"][0]["options"]
     for row, (name, values) in enumerate(sorted(lines.items(), reverse=True)):
         for start, end, value in zip(times, times[1:], values, strict=False):
             if not isnan(value):
-                axes.barh(row, end - start, left=start, height=0.8, color=colours[int(value) - 1])
+                axes.barh(row, end - start, left=start, height=0.8, color=COLOURS[states[str(int(value))]["color"]])
         axes.text(times[0], row, f" {name}", va="center", fontsize=8, color="white")
     axes.set_yticks([])
 
@@ -97,7 +121,7 @@ def draw_states(axes: Axes, times: Sequence[float], lines: Series) -> None:
 def draw_lines(axes: Axes, panel: Json, times: Sequence[float], lines: Series) -> None:
     """Lines over time, stacked where the panel says so, with their legend below."""
     defaults = panel["fieldConfig"]["defaults"]
-    if defaults["custom"]["stacking"]["mode"] == "normal":
+    if lines and defaults["custom"]["stacking"]["mode"] == "normal":
         stacked = [[0.0 if isnan(value) else value for value in values] for values in lines.values()]
         axes.stackplot(times, stacked, labels=list(lines), alpha=0.6)
     else:
@@ -112,6 +136,15 @@ def draw_lines(axes: Axes, panel: Json, times: Sequence[float], lines: Series) -
         axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.12), ncols=4, fontsize=7.5, frameon=False, borderpad=0)
 
 
+def draw_table(axes: Axes, panel: Json, lines: Series) -> None:
+    """The last value of each line in a row of its own."""
+    axes.axis("off")
+    unit = panel["fieldConfig"]["defaults"]["unit"]
+    rows = [[name, written(values[-1], unit)] for name, values in sorted(lines.items()) if not isnan(values[-1])]
+    if rows:
+        axes.table(rows, loc="upper center", edges="open")
+
+
 def draw(figure: Figure, panel: Json, rows: int, times: Sequence[float], lines: Series) -> None:
     """One panel in its place of Grafana's grid, of which the figure shows `rows`."""
     grid = panel["gridPos"]
@@ -124,16 +157,26 @@ def draw(figure: Figure, panel: Json, rows: int, times: Sequence[float], lines: 
     )
     figure.add_artist(box)
     figure.text(x + 4 * gap, y + tall - line * 0.75, panel["title"], fontsize=9, va="center")
+    if panel["type"] == "table":
+        return draw_table(figure.add_axes((x + 2 * gap, y, width - 4 * gap, tall - 1.5 * line)), panel, lines)
     if panel["type"] == "stat":
-        inside = (x + 2 * gap, y + line / 4, width - 4 * gap, tall - 1.5 * line)
-        return draw_figure(figure.add_axes(inside), panel, lines)
+        # side by side, as Grafana has them
+        share = (width - 4 * gap) / max(1, len(lines))
+        for index, (name, values) in enumerate(sorted(lines.items())):
+            inside = (x + 2 * gap + index * share, y + line / 4, share, tall - 1.5 * line)
+            axes = figure.add_axes(inside)
+            draw_figure(axes, panel, {name: values})
+            if len(lines) > 1:
+                label = name.rpartition("/")[2]
+                axes.text(0.5, 0.08, label, transform=axes.transAxes, ha="center", fontsize=6, color="#5b6470")
+        return None
     inside = (x + 0.042, y + line * 1.9, width - 0.052, tall - 3.3 * line)
     axes = figure.add_axes(inside)
     minutes = [at for at in times if at % 60 == 0]
     marks = minutes[:: 1 + len(minutes) // 6]
     axes.set_xticks(marks, [datetime.fromtimestamp(at, UTC).strftime("%H:%M") for at in marks])
     if panel["type"] == "state-timeline":
-        draw_states(axes, times, lines)
+        draw_states(axes, panel, times, lines)
     else:
         draw_lines(axes, panel, times, lines)
     axes.set_xlim(times[0], times[-1])
@@ -142,12 +185,14 @@ def draw(figure: Figure, panel: Json, rows: int, times: Sequence[float], lines: 
     return None
 
 
-def picture(path: Path, prometheus: httpx.Client, sections: Sequence[str], minutes: float, ago: float) -> None:
+def picture(
+    path: Path, prometheus: httpx.Client, whole: Dashboard, sections: Sequence[str], minutes: float, ago: float
+) -> None:
     """Writes the picture of the sections' panels over some minutes, which ended `ago` minutes before now.
 
     Raises httpx.HTTPError where Prometheus does not answer.
     """
-    part = replace(FLEET, sections={name: panels for name, panels in FLEET.sections.items() if name in sections})
+    part = replace(whole, sections={name: panels for name, panels in whole.sections.items() if name in sections})
     shown = json.loads(rendered(part))["panels"]
     end = (time.time() - ago * 60) // STEP_S * STEP_S
     times = [end - minutes * 60 + at for at in range(0, round(minutes * 60) + 1, STEP_S)]
@@ -160,10 +205,14 @@ def picture(path: Path, prometheus: httpx.Client, sections: Sequence[str], minut
             continue
         lines: Series = {}
         for target in panel["targets"]:
-            lines |= series(prometheus, target, times)
+            # a table names its rows by their labels
+            labels = re.findall(r"^sum by \((.+?)\)", target["expr"])[0] if panel["type"] == "table" else ""
+            rows_of = "".join(f"{{{{{label}}}}} " for label in labels.split(", ") if label)
+            legend = {"legendFormat": f"{rows_of}{target['legendFormat']}"}
+            lines |= series(prometheus, target | legend, times)
         draw(figure, panel, rows, times, lines)
     drawn = (
-        f"Grafana's dashboard “{FLEET.title}”, drawn by `python -m lab.dashboard` from the data that Prometheus had on"
+        f"Grafana's dashboard “{whole.title}”, drawn by `python -m lab.dashboard` from the data that Prometheus had on"
         f" {datetime.now(UTC):%Y-%m-%d} (times in UTC). Not a screenshot of Grafana."
     )
     figure.text(0.006, 0.18 / (rows * ROW_IN + 0.4), drawn, fontsize=8.5, color="#5b6470", va="center")
@@ -175,20 +224,25 @@ def picture(path: Path, prometheus: httpx.Client, sections: Sequence[str], minut
 
 def main(
     path: Annotated[Path, typer.Argument(help="The picture to write, a .png.")],
+    name: Annotated[str, typer.Option("--dashboard", help=f"Which one: {', '.join(BY_NAME)}.")] = "fleet",
     section: Annotated[list[str] | None, typer.Option(help="Draw only these sections (several may be given).")] = None,
     url: Annotated[str, typer.Option(help="Where Prometheus answers.")] = "http://127.0.0.1:9090",
     minutes: Annotated[float, typer.Option(help="How many minutes the graphs show.")] = 15,
     ago: Annotated[float, typer.Option(help="How many minutes ago they end.")] = 0,
 ) -> None:
-    """Draw the fleet's dashboard from a live Prometheus."""
+    """Draw a dashboard from a live Prometheus."""
     console = Console(stderr=True, soft_wrap=True)
-    unknown = set(section or ()) - set(FLEET.sections)
+    if name not in BY_NAME:
+        console.print(f"no dashboard {name}: there are {', '.join(BY_NAME)}")
+        raise typer.Exit(1)
+    whole = BY_NAME[name]
+    unknown = set(section or ()) - set(whole.sections)
     if unknown:
-        console.print(f"no section {', '.join(sorted(unknown))}: there are {', '.join(FLEET.sections)}")
+        console.print(f"no section {', '.join(sorted(unknown))}: there are {', '.join(whole.sections)}")
         raise typer.Exit(1)
     try:
         with httpx.Client(base_url=url, timeout=30) as prometheus:
-            picture(path, prometheus, section or list(FLEET.sections), minutes, ago)
+            picture(path, prometheus, whole, section or list(whole.sections), minutes, ago)
     except httpx.HTTPError as error:
         console.print(f"Prometheus at {url} does not answer ({error}): is the stack up (make status)?")
         raise typer.Exit(1) from None

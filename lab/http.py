@@ -1,8 +1,18 @@
-"""Small HTTP calls."""
+"""Small HTTP calls, and the key for a stack that asks for one."""
 
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+
+# The key of an admin, where the running stack asks for keys.
+KEY = "FLEET_KEY"
+
+
+def key_headers() -> dict[str, str]:
+    """The header with the key in $FLEET_KEY; nothing without it."""
+    key = os.environ.get(KEY, "")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def get(

@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Any, Self
 from urllib.error import HTTPError
 
-from lab.http import get
+from lab.http import KEY, get, key_headers
 from lab.waiting import until
 from stack.shell import ask
 
@@ -39,16 +39,21 @@ class Stack:
     prometheus_url: str
     model: str  # that every request may ask for
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request has to bring: the key in $FLEET_KEY, where there is one."""
+        return key_headers()
+
     @classmethod
     def find(cls) -> Self:
         """The stack that is up; StackError where none answers."""
         try:
             url, prometheus_url = published("gateway", 80), published("prometheus", 9090)
-            model = json.loads(get(f"{url}/v1/models"))["data"][0]["id"]
+            model = json.loads(get(f"{url}/v1/models", headers=key_headers()))["data"][0]["id"]
         except HTTPError as why:
             if why.code == HTTPStatus.UNAUTHORIZED:
-                fix = "The tests and the lab want one that asks nobody: GATEWAY_AUTH=off in .env, then `make up`."
-                raise StackError(f"the stack asks for keys. {fix}") from why
+                fix = f"Put an admin's key into {KEY}: export {KEY}=$(make -s key ARGS='create tests --role admin')"
+                raise StackError(f"the stack asks for a key, or does not know the one in {KEY}. {fix}") from why
             raise StackError(f"the gateway answered {why.code}. See `make status`.") from why
         except (StackError, OSError, ValueError, LookupError) as why:
             raise StackError(f"no stack answers here: {why}. Start it with `make up`.") from why
@@ -61,7 +66,7 @@ class Stack:
     def status(self) -> dict[str, Any]:
         """What /status.json says."""
         # A host on which a replica loads may stand still for seconds.
-        status: dict[str, Any] = json.loads(get(f"{self.url}/status.json", timeout=30))
+        status: dict[str, Any] = json.loads(get(f"{self.url}/status.json", timeout=30, headers=self.headers))
         return status
 
     def replicas(self) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import TypeVar
 from stack.shell import wait_for
 
 T = TypeVar("T")
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 
 
 def until(condition: Callable[[], T], what: str, within_s: float = START_SECONDS) -> T:

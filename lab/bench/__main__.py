@@ -1,10 +1,16 @@
 """The comparison with other gateways: same replicas, same prompts, one run. Writes to docs/benchmarks.
 
-make bench                               overhead, workloads, trace and memory, on simulated replicas
+make bench                               all parts on simulated replicas
 make bench ARGS='--parts trace'          one part
+make bench ARGS='--parts instructions --against 79edc65'   instructions of a request, beside another commit's
+make bench ARGS='--parts hits --against 79edc65'           prefix hits, beside another commit's
 make bench ARGS='--parts first-token'    the time to the first token, by the gateway and directly (needs the stack)
+make bench ARGS='--parts fair-real'      fair shares on the stack's replicas (needs the stack)
 make bench ARGS='--real'                 workloads on the running stack's replicas
 make bench ARGS='--quick'                a look at every part; writes nothing
+make bench ARGS='--seconds 30'           so long for each measurement
+
+Without Docker: NGINX and NGINX_MODULES name an Nginx (lab/sim/gateway.py).
 """
 
 import asyncio
@@ -17,9 +23,9 @@ from typing import Annotated
 
 import typer
 
-from lab.bench import overhead, peers, workloads
+from lab.bench import cost, fair, instructions, overhead, peers, reports, workloads
 from lab.bench.peers import DESIGNS, OURS, PEERS, Start, Target
-from lab.bench.real import run_first_token, run_real
+from lab.bench.real import run_fair_real, run_first_token, run_real
 from lab.bench.reports import (
     LOADS,
     MEMORY,
@@ -38,10 +44,16 @@ from lab.report import table
 from lab.sim.replicas import Replicas
 from lab.stack import StackError
 
-PARTS = ("overhead", "workloads", "trace", "memory")
+# of this gateway alone, without peers
+OWN = ("fair", "cost")
+PARTS = ("overhead", "workloads", "trace", "memory", *OWN)
 # of the running stack, so not among those that `make bench` does alone
-FIRST = "first-token"
-EVERY_PART = ", ".join((*PARTS, FIRST))
+FIRST, FAIR_REAL = "first-token", "fair-real"
+# needs valgrind; needs another commit
+INSTRUCTIONS, HITS = "instructions", "hits"
+EVERY_PART = ", ".join((*PARTS, FIRST, FAIR_REAL, INSTRUCTIONS, HITS))
+# Fair shares: how many replicas, and whether clients ask them through the gateway.
+FLEETS = ((2, False), (1, True), (2, True), (4, True))
 REPLICAS = 4
 CLIENTS = 32
 RATE = 12.0  # requests a second of the trace
@@ -135,6 +147,68 @@ def run_memory(requests: int, seed: int, write: bool) -> None:
     publish("memory.md", intro, report, seed, write, "![memory](memory.svg)\n\n")
 
 
+def run_fair(seeds: int, seconds: float, seed: int, write: bool) -> None:
+    """Measures fair shares on fleets of several sizes, `seeds` times each, and without the gateway."""
+    found = {}
+    for count, through in FLEETS:
+        name = f"{count} replica{'s' if count > 1 else ''}" + ("" if through else ", asked in turn")
+        tell(f"fair: {name}")
+        found[name] = fair.simulated(count, range(seed, seed + 10 * seeds, 10), seconds, through)
+    where = f"Simulated replicas (`{' '.join(fair.SHAPE)}`), {seeds} runs of each"
+    text = fair.intro("fair", where, fair.SIMULATED, fair.SIMULATED_CLIENTS)
+    publish("fair.md", text, fair.report(found), seed, write, peers_too=False)
+
+
+def run_cost(rounds: int, seconds: float, seed: int, write: bool) -> None:
+    """Measures what keys, limits and metering cost."""
+    tell("cost: a chunk of a stream")
+    chunk = cost.chunk_us()
+    report = cost.report(cost.measure(rounds, seconds, seed, tell), chunk)
+    intro = cost.INTRO.format(rate=cost.RATE, rounds=rounds, seconds=seconds)
+    publish("cost.md", intro, report, seed, write, peers_too=False)
+
+
+def run_instructions(against: str, seed: int, write: bool) -> None:
+    """Counts the instructions of a request, and beside them those of the gateway at another commit, if one is named."""
+    found = {}
+    for name, variant in instructions.variants().items():
+        tell(f"instructions: {name}")
+        found[name] = instructions.measure(variant, seed)
+    if against:
+        tell(f"instructions: {against}")
+        with peers.gateway_at(against) as source:
+            found[f"at {against}"] = instructions.measure(instructions.Variant(source), seed)
+    intro = instructions.INTRO.format(
+        against=f" --against {against}" if against else "",
+        requests=instructions.REQUESTS,
+        conversations=instructions.CONVERSATIONS,
+    )
+    publish("instructions.md", intro, instructions.report(found), seed, write, peers_too=False)
+
+
+def run_hits(against: str, names: Sequence[str], seeds: int, seconds: float, seed: int, write: bool) -> None:
+    """Measures the prefix hits of this gateway and of the one at another commit, on the same seeds."""
+    load, proxy = overhead.split_cpus()
+    os.sched_setaffinity(0, load)
+    with peers.gateway_at(against) as source:
+        starts: dict[str, Start] = {OURS: PEERS[OURS], f"at {against}": lambda target: peers.gateway(target, source)}
+        found: dict[str, dict[str, list[float]]] = {name: {workload: [] for workload in names} for name in starts}
+        for turn in range(seeds):
+            for name, start in starts.items():
+                for workload, cell in one_peer(name, start, proxy, names, seed + turn, seconds).items():
+                    found[name][workload].append(cell.hit_rate)
+    now, before = found.values()
+    intro = reports.HITS.format(
+        against=against,
+        replicas=REPLICAS,
+        shape=" ".join(workloads.SHAPE),
+        clients=CLIENTS,
+        seconds=seconds,
+        seeds=seeds,
+    )
+    publish("hits.md", intro, reports.hits_report(now, before), seed, write, peers_too=False)
+
+
 @app.command()
 def main(
     parts: Annotated[str, typer.Option(help=f"Which parts, with commas between them: {EVERY_PART}.")] = ",".join(PARTS),
@@ -142,18 +216,31 @@ def main(
     quick: Annotated[bool, typer.Option(help="A look at everything; writes nothing.")] = False,
     only: Annotated[str, typer.Option(help="Only peers with one of these in their names, e.g. gateway,vllm.")] = "",
     workload: Annotated[str, typer.Option(help="Only workloads with this in their names.")] = "",
+    against: Annotated[str, typer.Option(help="A commit to compare with, for instructions and hits.")] = "",
     seed: Annotated[int | None, typer.Option(help="Of all prompts; a new one by default.")] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Of each measurement; by default overhead 3, workloads 10, trace 60, fair 3.5, cost 2.",
+        ),
+    ] = None,
 ) -> None:
     """Measures this gateway beside others and writes the tables."""
     wanted = parts.split(",")
-    if unknown := set(wanted) - {*PARTS, FIRST}:
+    if unknown := set(wanted) - set(EVERY_PART.split(", ")):
         raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; there are {EVERY_PART}")
     for program, package in (("wrk", "wrk"), ("haproxy", "haproxy"), ("taskset", "util-linux")):
-        if not shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
+        if set(wanted) - {INSTRUCTIONS, HITS} and not shutil.which(
+            program, path=f"{os.environ.get('PATH', '')}:/usr/sbin"
+        ):
             console.print(f"{program} is missing: apt-get install {package}", style="red")
             raise typer.Exit(1)
-    tell("the peers' programs")
-    peers.install()
+    if set(wanted) - {*OWN, FAIR_REAL, INSTRUCTIONS, HITS} or real:
+        tell("the peers' programs")
+        peers.install()
+    if HITS in wanted and not against:
+        raise typer.BadParameter("hits: name a commit to compare with, by --against")
     seed = random.randrange(10**9) if seed is None else seed
     chosen, designs = (
         {name: start for name, start in group.items() if any(part in name for part in only.split(","))}
@@ -168,17 +255,29 @@ def main(
             return
         if FIRST in wanted:
             run_first_token(20 if quick else 200, seed, write)
+        if FAIR_REAL in wanted:
+            run_fair_real(1 if quick else 2, 20 if quick else 60, seed, write)
         if "overhead" in wanted:
-            run_overhead(chosen, 1 if quick else 2, 1 if quick else 3, seed, write)
+            run_overhead(chosen, 1 if quick else 2, seconds or (1 if quick else 3), seed, write)
             os.sched_setaffinity(0, affinity)
         if "workloads" in wanted:
-            run_workloads(chosen | designs, names, 3 if quick else 10, seed, write)
+            run_workloads(chosen | designs, names, seconds or (3 if quick else 10), seed, write)
             os.sched_setaffinity(0, affinity)
         if "trace" in wanted:
-            run_trace(dict(chosen), 15 if quick else 60, seed, write)
+            run_trace(dict(chosen), seconds or (15 if quick else 60), seed, write)
             os.sched_setaffinity(0, affinity)
         if "memory" in wanted:
             run_memory(20_000 if quick else 1_000_000, seed, write)
+            os.sched_setaffinity(0, affinity)
+        if "fair" in wanted:
+            run_fair(1 if quick else 5, seconds or 3.5, seed, write)
+        if "cost" in wanted:
+            run_cost(1 if quick else 7, seconds or (1 if quick else 2), seed, write)
+        if INSTRUCTIONS in wanted:
+            run_instructions(against, seed, write)
+        if HITS in wanted:
+            run_hits(against, names, 1 if quick else 5, seconds or (3 if quick else 10), seed, write)
+            os.sched_setaffinity(0, affinity)
     except StackError as why:
         console.print(str(why), style="red", markup=False)
         raise typer.Exit(1) from None

@@ -7,10 +7,14 @@ The paths take turns, so that both meet the machine at the same moments. Prints 
 
 import http.client
 import json
+import os
 import random
 import sys
 import time
 from urllib.parse import urlsplit
+
+KEY = os.environ.get("FLEET_KEY", "")
+HEADERS = {"content-type": "application/json", **({"authorization": f"Bearer {KEY}"} if KEY else {})}
 
 
 def first_token(connection: http.client.HTTPConnection, model: str) -> float:
@@ -19,7 +23,7 @@ def first_token(connection: http.client.HTTPConnection, model: str) -> float:
     body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 2, "stream": True}
     payload = json.dumps(body)
     start = time.perf_counter()
-    connection.request("POST", "/v1/chat/completions", payload, {"content-type": "application/json"})
+    connection.request("POST", "/v1/chat/completions", payload, HEADERS)
     answer = connection.getresponse()
     # A model may end without a word; its end is a token too.
     while not any(sign in (line := answer.readline()) for sign in (b'"content":"', b'"finish_reason":"')) or (
@@ -36,7 +40,7 @@ def main() -> None:
     gateway, count, *replicas = sys.argv[1:]
     paths = [gateway, *replicas]
     connections = [http.client.HTTPConnection(urlsplit(url).netloc, timeout=120) for url in paths]
-    connections[0].request("GET", "/v1/models")
+    connections[0].request("GET", "/v1/models", headers=HEADERS)
     model = json.loads(connections[0].getresponse().read())["data"][0]["id"]
     took: dict[str, list[float]] = {"gateway": [], "direct": []}
     for turn in range(-3, int(count)):

@@ -15,7 +15,8 @@ ANSWER = json.dumps(
         "model": "sim",
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-    }
+    },
+    separators=(",", ":"),  # as vLLM writes it, so that its usage is found
 )
 MODELS = json.dumps({"object": "list", "data": [{"id": "sim", "object": "model", "created": 0, "owned_by": "vllm"}]})
 METRICS = (

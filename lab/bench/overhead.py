@@ -35,9 +35,9 @@ class Cost:
     errors: int = 0
 
 
-def highest_rate(url: str, size: int, seconds: float, seed: int) -> tuple[float, int, int]:
+def highest_rate(url: str, size: int, seconds: float, seed: int, key: str = "") -> tuple[float, int, int]:
     """Requests a second of wrk with 16 connections, requests in all, and how many were not answered with 2xx."""
-    env = {**os.environ, "BODY_BYTES": str(size), "SEED": str(seed)}
+    env = {**os.environ, "BODY_BYTES": str(size), "SEED": str(seed), "KEY": key}
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:.0f}s", "-s", str(SCRIPT), f"{url}/v1/chat/completions"]
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     wrong = re.search(r"Non-2xx or 3xx responses: (\d+)", out)
@@ -51,19 +51,18 @@ def highest_rate(url: str, size: int, seconds: float, seed: int) -> tuple[float,
     return float(rate[1]), int(total[1]), errors
 
 
-async def held_rate(url: str, size: int, rate: float, seconds: float, seed: int) -> list[float]:
+async def held_rate(url: str, size: int, rate: float, seconds: float, seed: int, key: str = "") -> list[float]:
     """Milliseconds from when each request was due to its whole answer, at `rate` requests a second; inf: an error."""
     rng = random.Random(seed)
     head = '{"model":"sim","messages":[{"role":"user","content":"'
     fill = text(rng, size // 4)
     took: list[float] = []
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
     async def one(client: aiohttp.ClientSession, number: int, due: float) -> None:
         own = f"{number} {rng.random()} "
         body = head + own + fill[len(own) + len(head) + 20 :] + '"}],"max_tokens":1}'
-        async with client.post(
-            url + "/v1/chat/completions", data=body, headers={"content-type": "application/json"}
-        ) as answer:
+        async with client.post(url + "/v1/chat/completions", data=body, headers=headers) as answer:
             await answer.read()
         took.append((time.perf_counter() - due) * 1000 if answer.ok else math.inf)
 

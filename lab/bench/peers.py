@@ -18,7 +18,8 @@ from pathlib import Path
 
 from lab.bench.plain import write_plain
 from lab.http import answers, get
-from lab.sim.gateway import Fleet, Gateway, Nginx
+from lab.sim.gateway import Fleet, Gateway, Nginx, end
+from lab.stack import StackError
 from lab.waiting import until
 from stack.shell import ROOT
 
@@ -74,12 +75,7 @@ def process(
             until(ready, f"{Path(command[0]).name} answers", 90)
             yield url
         finally:
-            started.terminate()
-            try:
-                started.wait(5)
-            except subprocess.TimeoutExpired:
-                started.kill()
-                started.wait()
+            end(started)
 
 
 @contextmanager
@@ -152,12 +148,23 @@ def bounded_hash(target: Target) -> AbstractContextManager[str]:
 
 
 @contextmanager
-def gateway(target: Target) -> Iterator[str]:
-    """This gateway as it is shipped."""
+def gateway(target: Target, source: Path = ROOT / "nginx") -> Iterator[str]:
+    """This gateway as it is shipped, or as another folder has it."""
     assert target.fleet, "this gateway is measured over a fleet of its own"
-    with Gateway(target.fleet, cpus=target.cpus) as ours:
+    with Gateway(target.fleet, cpus=target.cpus, source=source) as ours:
         ours.wait_ready()
         yield ours.url
+
+
+@contextmanager
+def gateway_at(commit: str) -> Iterator[Path]:
+    """The folder with the gateway's configuration at another commit of this project."""
+    with tempfile.TemporaryDirectory(prefix="nginx-at-") as folder:
+        tar = subprocess.run(["git", "archive", commit, "nginx"], cwd=ROOT, capture_output=True)
+        if tar.returncode:
+            raise StackError(f"--against {commit}: {tar.stderr.decode().strip()}")
+        subprocess.run(["tar", "-x", "-C", folder], input=tar.stdout, check=True)
+        yield Path(folder) / "nginx"
 
 
 @contextmanager

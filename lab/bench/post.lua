@@ -1,4 +1,4 @@
--- wrk's requests: chat bodies of BODY_BYTES bytes. Each goes on from one of 64 conversations and ends in its own words,
+-- wrk's requests: chat bodies of BODY_BYTES bytes, with KEY if it is not empty. Each goes on from one of 64 conversations and ends in its own words,
 -- so that no two are the same and most share a prefix with an earlier one.
 local size = tonumber(os.getenv("BODY_BYTES"))
 math.randomseed(tonumber(os.getenv("SEED")))
@@ -18,6 +18,7 @@ local heads = {}
 for i = 1, 64 do heads[i] = start .. letters(room - tail) .. middle end
 local filler = letters(tail)
 local headers = { ["content-type"] = "application/json" }
+if os.getenv("KEY") ~= "" then headers["authorization"] = "Bearer " .. os.getenv("KEY") end
 local sent = 0
 
 function request()

@@ -1,7 +1,8 @@
 """The bench's reports: their words and tables, shown and written."""
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from statistics import median
+from statistics import mean, median, stdev
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -52,6 +53,13 @@ The requests have the shape of Mooncake's published trace of conversations: conv
 system prompt, prompts of 900 to 30,000 tokens, bursts of ten at once, give or take five. They come when they are due,
 however busy the replicas are. lab/bench/workloads.py has the quantiles. Two things differ: the pauses within a
 conversation are a twentieth as long, and the answers three tenths.
+"""
+
+HITS = """# Prefix hits, beside those of another commit
+
+Written by `make bench ARGS='--parts hits --against {against}'`. {replicas} simulated replicas (`{shape}`), {clients}
+clients, {seconds:.0f} s after a warm-up, new replicas and a new gateway each time; the same {seeds} seeds for both. The
+mean, and in brackets the least and the most. Lower is what is lower by more than the standard error of the mean.
 """
 
 MEMORY = """# The gateway's memory
@@ -148,20 +156,37 @@ def workloads_report(found: dict[str, dict[str, Cell]]) -> str:
     return "\n".join(parts)
 
 
+def hits_report(now: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> str:
+    """A row for each workload; both have the hits by workload, from the same seeds in the same order."""
+    rows = []
+    for workload, hits in now.items():
+        differences = [one - other for one, other in zip(hits, before[workload], strict=True)]
+        error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+        cells = [f"{mean(some):.1%} ({min(some):.1%} to {max(some):.1%})" for some in (before[workload], hits)]
+        rows.append(
+            [workload, *cells, f"{mean(differences) * 100:+.1f}", "yes" if mean(differences) < -error else "no"]
+        )
+    return table(["", "before", "now", "difference, points", "lower"], rows)
+
+
 def trace_report(found: dict[str, Cell]) -> str:
     """A table with a row for each peer."""
     return table(HEAD, [cell_row(name, cell) for name, cell in found.items()])
 
 
-def publish(name: str, intro: str, report: str, seed: int, write: bool, charts: str = "") -> None:
+def publish(
+    name: str, intro: str, report: str, seed: int, write: bool, charts: str = "", peers_too: bool = True
+) -> None:
     """Shows a report on the terminal and, where `write` says so, writes it with its charts to docs/benchmarks.
 
-    `name` is its file's name, `intro` what stands above its provenance, `charts` the lines that show its charts.
+    `name` is its file's name, `intro` what stands above its provenance, `charts` the lines that show its charts;
+    `peers_too`: other gateways were measured, and their versions count.
     """
     console.print(Markdown(report))
     if not write:
         return
     DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / name).write_text(f"{intro}\n{provenance([nginx_version(), *peers.versions()], seed)}\n{charts}{report}")
+    versions = [nginx_version(), *(peers.versions() if peers_too else [])]
+    (DOCS / name).write_text(f"{intro}\n{provenance(versions, seed)}\n{charts}{report}")
     draw(name)
     console.print(f"written: docs/benchmarks/{name}", highlight=False)

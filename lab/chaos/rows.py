@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from lab.sim.gateway import Gateway
 from lab.sim.load import Outcome, SteadyLoad
@@ -83,6 +84,22 @@ class Watch:
     def since(self, moment: float) -> list[Outcome]:
         """The requests sent at `moment` (of `time.monotonic`) or later."""
         return [outcome for outcome in self.load.outcomes if outcome.sent >= moment]
+
+
+Place = TypeVar("Place", bound=Watch)
+
+
+@dataclass(frozen=True)
+class Case(Generic[Place]):
+    """A row: its name in the table and what happens. `quick`: part of the test suite."""
+
+    name: str
+    run: Callable[[Place], Awaitable[None]]
+    quick: bool = False
+
+    def chosen(self, only: str, quick: bool) -> bool:
+        """Whether its name, or its function's, has `only` in it; with `quick` it must be of the test suite too."""
+        return only.lower() in f"{self.name} {self.run.__name__}".lower() and (self.quick or not quick)
 
 
 @dataclass
@@ -333,35 +350,33 @@ async def clock_step(arena: Arena) -> None:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One row: its name in the table and what it does."""
+class GatewayCase(Case[Arena]):
+    """A row here. `retries`: how often a client sends again what broke before any answer. `clock`: the gateway has its
+    own."""
 
-    name: str
-    run: Callable[[Arena], Awaitable[None]]
-    quick: bool = False
     cuts_anywhere: bool = False
     retries: int = 0
     clock: bool = False
 
 
 CASES = [
-    Case("killed (SIGKILL)", kill, quick=True),
-    Case(f"stopped (SIGSTOP, {HOLD:.0f} s)", stop),
-    Case("wedged: /health answers, no token comes", wedge, quick=True),
-    Case("wedged for good", wedge_for_good),
-    Case(f"network cut (packets dropped, {HOLD:.0f} s)", network_cut),
-    Case("recreated with a new address", recreate),
-    Case("connections reset", resets),
-    Case("answers garbage", garbage),
-    Case("one replica full (503)", one_full),
-    Case("all replicas full (503)", all_full, quick=True),
-    Case("4xx storm", client_errors, quick=True),
-    Case("slow", slow),
-    Case("streams cut after 5 tokens", cut_streams, quick=True),
-    Case("gateway reloaded", reload, quick=True),
-    Case("gateway worker killed", worker_killed, cuts_anywhere=True, retries=2),
-    Case("roll: drain, recreate, undrain each", roll, quick=True),
-    Case("clock step", clock_step, clock=True),
+    GatewayCase("killed (SIGKILL)", kill, quick=True),
+    GatewayCase(f"stopped (SIGSTOP, {HOLD:.0f} s)", stop),
+    GatewayCase("wedged: /health answers, no token comes", wedge, quick=True),
+    GatewayCase("wedged for good", wedge_for_good),
+    GatewayCase(f"network cut (packets dropped, {HOLD:.0f} s)", network_cut),
+    GatewayCase("recreated with a new address", recreate),
+    GatewayCase("connections reset", resets),
+    GatewayCase("answers garbage", garbage),
+    GatewayCase("one replica full (503)", one_full),
+    GatewayCase("all replicas full (503)", all_full, quick=True),
+    GatewayCase("4xx storm", client_errors, quick=True),
+    GatewayCase("slow", slow),
+    GatewayCase("streams cut after 5 tokens", cut_streams, quick=True),
+    GatewayCase("gateway reloaded", reload, quick=True),
+    GatewayCase("gateway worker killed", worker_killed, cuts_anywhere=True, retries=2),
+    GatewayCase("roll: drain, recreate, undrain each", roll, quick=True),
+    GatewayCase("clock step", clock_step, clock=True),
 ]
 
 
@@ -403,25 +418,33 @@ def judge(row: Row, watch: Watch, cuts_anywhere: bool = False) -> None:
         row.wrong.append(f"{row.cut_elsewhere} streams cut on other replicas, e.g. on {first.replica}: {first.why}")
 
 
-async def play(case: Case, replicas: int = 4, clients: int = 16) -> Row:
+def own_clock() -> tuple[dict[str, str], dict[str, bytes]]:
+    """The environment and files of a gateway whose wall clock is ahead by what the file `clock` says, in seconds.
+
+    It alone sees that: the machine's own clock belongs to others.
+    """
+    env = {
+        "LD_PRELOAD": "{conf}/libfaketime.so.1",
+        "FAKETIME_TIMESTAMP_FILE": "{conf}/clock",
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    # Nginx' workers have no other environment.
+    kept = "".join(f"env {name};\n" for name in env).encode()
+    host = (ROOT / "nginx" / "host" / "main.conf").read_bytes()
+    return env, {"libfaketime.so.1": FAKETIME[0].read_bytes(), "clock": b"+0", "host/main.conf": host + kept}
+
+
+async def play(case: GatewayCase, replicas: int = 4, clients: int = 16) -> Row:
     """Runs one case on a fleet and a gateway of its own."""
     row = Row(case.name)
-    env, files = {}, {}
+    env: dict[str, str] = {}
+    files: dict[str, bytes] = {}
     if case.clock:
         if not FAKETIME:
             row.skipped = "libfaketime is not installed"
             return row
-        # The gateway alone sees the step: the machine's own clock belongs to others.
-        env = {
-            "LD_PRELOAD": "{conf}/libfaketime.so.1",
-            "FAKETIME_TIMESTAMP_FILE": "{conf}/clock",
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
-        # Nginx' workers have no other environment.
-        kept = "".join(f"env {name};\n" for name in env).encode()
-        host = (ROOT / "nginx" / "host" / "main.conf").read_bytes()
-        files = {"libfaketime.so.1": FAKETIME[0].read_bytes(), "clock": b"+0", "host/main.conf": host + kept}
+        env, files = own_clock()
     with Replicas(replicas, *SHAPE) as fleet, Gateway(fleet, env=env, files=files) as gateway:
         await asyncio.to_thread(gateway.wait_ready)
         load = SteadyLoad(gateway.url, fleet.model, clients=clients, patience=PATIENCE, retries=case.retries)

@@ -1,4 +1,4 @@
-"""Measures the planner and the gateway on a host with two or more equal GPUs, and writes the report.
+"""Measures the planner and the gateway on a host with equal GPUs, and writes the report.
 
     python -m lab.gpu run --out DIR --work DIR    on that host, with vLLM, and Nginx at $NGINX, $NGINX_MODULES
     python -m lab.gpu report DIR/gpu.json …       writes docs/benchmarks/gpu.md from what was measured
@@ -13,7 +13,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 
 from lab.gpu import report as reports
-from lab.gpu.measure import PARTS
+from lab.gpu.measure import PARTS, SEVERAL
 from lab.gpu.run import START, Run, say
 from lab.report import DOCS
 from lab.sim.gateway import nginx_version
@@ -43,9 +43,9 @@ def run(
     if unknown := [name for name in names if name not in PARTS]:
         raise typer.BadParameter(f"there is no part {unknown[0]}; there are {', '.join(PARTS)}", param_hint="--parts")
     machine = read_machine()
-    if len(machine.gpus) < 2:
-        raise typer.BadParameter(f"it takes two GPUs, here are {len(machine.gpus)}", param_hint="this host")
-    bench = Run(machine, out, work, seconds)
+    if len(machine.gpus) < 2 and (alone := SEVERAL.intersection(names)):
+        raise typer.BadParameter(f"{', '.join(sorted(alone))}: that takes two GPUs or more", param_hint="--parts")
+    bench = Run(machine, out, work, seconds - (time.monotonic() - START))
 
     def end(number: int, _: FrameType | None) -> None:
         if number == signal.SIGALRM:
@@ -59,9 +59,7 @@ def run(
     try:
         bench.keep("date", value=f"{datetime.now(UTC):%Y-%m-%d %H:%M}")
         bench.keep("machine", value=machine.model_dump(mode="json"))
-        packages = ("vllm", "torch", "transformers", "vllm-router")
-        versions = {name: version(name) for name in packages} | {"nginx": nginx_version().removeprefix("nginx/")}
-        bench.keep("versions", value=versions)
+        bench.keep("versions", value=versions())
         for name in names:
             start, (needs, step) = time.monotonic(), PARTS[name]
             bench.part(name, needs, partial(step, bench))
@@ -72,6 +70,15 @@ def run(
         say(f"over after {time.monotonic() - START:.0f} s")
         with contextlib.suppress(LookupError, ArithmeticError):  # the results are on disk, whatever is missing in them
             print(reports.section(bench.results), flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Of what is here and counts; the router is one that some parts are measured beside."""
+    found = {"nginx": nginx_version().removeprefix("nginx/")}
+    for name in ("vllm", "torch", "transformers", "vllm-router"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 @app.command()

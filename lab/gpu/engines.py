@@ -160,7 +160,7 @@ PRELOAD = ["__main__", "vllm.entrypoints.cli.serve", "vllm.entrypoints.openai.ap
 def prepare() -> None:
     """Sets the environment of all engines; to be called before the first one starts."""
     os.environ |= {
-        "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache
+        "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache, /sleep
         "VLLM_WORKER_MULTIPROC_METHOD": "fork",
         "PYTHONUNBUFFERED": "1",
     }
@@ -256,10 +256,14 @@ class Engine:
         now = totals(self.url)
         return not now["vllm:num_requests_running"] + now["vllm:num_requests_waiting"]
 
+    def post(self, path: str, timeout_s: float = 60.0) -> None:
+        """A command of vLLM's developers' mode; OSError where it fails."""
+        get(self.url + path, data=b"", method="POST", timeout=timeout_s)
+
     def forget(self) -> None:
         """Waits until it is idle and empties its prefix cache."""
         until(self.idle, f"{self.name} on GPUs {self.gpus} is idle")
-        get(self.url + "/reset_prefix_cache", data=b"", method="POST")
+        self.post("/reset_prefix_cache", 5.0)
 
 
 PATTERNS = {

@@ -1,4 +1,4 @@
-"""What is measured: the account of families of models, the route of a fleet, the planner's layouts."""
+"""What is measured: the account of families of models, the route of a fleet, the planner's layouts; and all parts."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from functools import partial
 from lab.bench import peers, workloads
 from lab.bench.peers import OURS, PEERS
 from lab.bench.workloads import Sizes
-from lab.gpu import plans
+from lab.gpu import fair, plans, sleep
 from lab.gpu.engines import QUICK, Engine
 from lab.gpu.plans import Layout
 from lab.gpu.run import PER_GPU, Fleet, Load, Run, alone, cpu_seconds
@@ -195,4 +195,8 @@ PARTS: dict[str, tuple[float, Callable[[Run], None]]] = {
     "families": (60, measure_families),
     "route": (120, measure_route),
     "layouts": (75, measure_layouts),
+    "fair": (120, fair.measure),
+    "sleep": (60, sleep.measure),
 }
+# One GPU is enough for the others.
+SEVERAL = {"route", "layouts"}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lab.bench.workloads import Cell
-from lab.gpu import plans
+from lab.gpu import fair, plans, sleep
 from lab.gpu.engines import MAX_LENGTH
 from lab.gpu.measure import (
     FAMILIES,
@@ -208,6 +208,10 @@ def section(found: Mapping[str, Any]) -> str:
         text += route(found["route"], len(machine.gpus))
     if "layouts" in found:
         text += layouts(found["layouts"], machine)
+    if "fair" in found:
+        text += fair.report(found["fair"])
+    if "sleep" in found:
+        text += sleep.report(found["sleep"])
     if failures := found.get("failures"):
         text += "### What is missing\n\n" + "".join(f"- {name}: {why}\n" for name, why in failures.items()) + "\n"
     return text

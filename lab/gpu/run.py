@@ -65,17 +65,17 @@ def steady(url: str, model: str, clients: int, seed: int, seconds: float) -> lis
     return asyncio.run(load())
 
 
-async def alone(url: str, model: str, count: int, answer: int) -> dict[str, float]:
-    """`count` requests of the reference size, one after the other, and one ahead of them that does not count: the
+async def alone(url: str, model: str, count: int, answer: int, warm: int = 1) -> dict[str, float]:
+    """`count` requests of the reference size, one after the other, and `warm` ahead of them that do not count: the
     milliseconds to the first token, and from one to the next."""
     asks = reference(random.Random(), random.Random(), Sizes())
     outcomes = []
     async with session() as connection:
-        for _ in range(count + 1):
+        for _ in range(count + warm):
             messages, _tokens = next(asks)
             body = {"model": model, "messages": messages, "max_tokens": answer, "ignore_eos": True}
             outcomes.append(await stream(connection, url, body, 60))
-    met = outcomes[1:]
+    met = outcomes[warm:]
     gaps = [(one.last - one.first) / (one.tokens - 1) for one in met if one.first and one.last and one.tokens > 1]
     return {"ttft_ms": 1000 * median(one.ttft for one in met), "tpot_ms": 1000 * median(gaps)}
 
@@ -127,7 +127,7 @@ class Run:
     """One run of at most `seconds`: its folder, the results so far and the processes that send load."""
 
     def __init__(self, machine: Machine, out: Path, work: Path, seconds: float) -> None:
-        self.machine, self.work, self.end = machine, work, START + seconds
+        self.machine, self.work, self.end = machine, work, time.monotonic() + seconds
         self.gpus = [gpu.index for gpu in machine.gpus]
         work.mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,9 @@ class Responses:
         return self.event("response.output_text.delta", **place, delta=text)
 
     def end(self, text: str, usage: Json, /) -> str:
-        return self.event("response.completed", response=self.whole(text, usage))
+        whole = self.whole(text, usage)
+        done = self.event("response.output_item.done", output_index=0, item=whole["output"][0])
+        return done + self.event("response.completed", response=whole)
 
     def whole(self, text: str, usage: Json) -> Json:
         content = [{"type": "output_text", "text": text, "annotations": []}]
@@ -150,7 +152,7 @@ class Messages:
         return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
 
     def end(self, _text: str, usage: Json, /) -> str:
-        delta = {"stop_reason": "max_tokens", "stop_sequence": None}
+        delta = {"stop_reason": "end_turn", "stop_sequence": None}
         return (
             event("content_block_stop", {"index": 0})
             + event("message_delta", {"delta": delta, "usage": self.counted(usage)})
@@ -160,8 +162,39 @@ class Messages:
     def whole(self, text: str, usage: Json) -> Json:
         counted = self.counted(usage)
         content = [{"type": "text", "text": text}]
-        return {**self.head, "content": content, "stop_reason": "max_tokens", "stop_sequence": None, "usage": counted}
+        return {**self.head, "content": content, "stop_reason": "end_turn", "stop_sequence": None, "usage": counted}
 
+
+# What vLLM answers on other paths: the same whatever was asked.
+PROMPT = {"prompt_tokens": 7, "total_tokens": 7, "completion_tokens": 0, "prompt_tokens_details": None}
+HEARD = {"type": "duration", "seconds": 4}
+LABELS = {"usage": {"label_mass": 0.9, "argmax_is_label": True}}
+FIXED: dict[str, Json] = {
+    "/v1/embeddings": {"object": "list", "data": [{"index": 0, "embedding": [0.5]}], "usage": PROMPT},
+    "/pooling": {"object": "list", "data": [{"index": 0, "data": [0.5]}], "usage": PROMPT},
+    "/classify": {"object": "list", "data": [{"index": 0, "label": "a", "probs": [1.0]}], "usage": PROMPT},
+    "/v2/embed": {
+        "embeddings": {"float": [[0.5]]},
+        "texts": ['"usage":{"prompt_tokens":1}'],
+        "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 5, "image_tokens": 2}},
+    },
+    "/generative_scoring": {"object": "list", "data": [{"index": 0, "score": 0.5}], "usage": PROMPT},
+    # A client may call a question and its labels as it likes.
+    "/v1/systemone": {
+        "object": "structured_decision",
+        "answers": {"usage": {"input_tokens": 0.5}},
+        "usage": {"input_tokens": 7, "output_tokens": 2},
+        "diagnostics": LABELS,
+    },
+    "/v1/audio/transcriptions": {"text": "hello", "usage": HEARD},
+    "/v1/audio/translations": {"text": "hello"},
+    "/detokenize": {"prompt": "hello"},
+    "/v1/messages/count_tokens": {"input_tokens": 7},
+}
+FIXED["/score"] = FIXED["/v1/score"] = FIXED["/generative_scoring"]
+RERANKED = {"index": 0, "document": {"text": '"usage":{"prompt_tokens":1}'}, "relevance_score": 0.5}
+FIXED["/rerank"] = {"id": "rerank-1", "usage": {"prompt_tokens": 7, "total_tokens": 7}, "results": [RERANKED]}
+FIXED["/v1/rerank"] = FIXED["/v2/rerank"] = FIXED["/rerank"]
 
 DIALECTS: dict[str, type[Dialect]] = {
     "/v1/chat/completions": Chat,

@@ -4,14 +4,17 @@ Model of time. The engine works in steps. A step takes
 
     (step_ms + seq_ms * requests that get a token + prefill_ms * prompt tokens computed) * slow
 
-and computes at most `batch_tokens` tokens: one for each running request first, then prompts in order of arrival, a long
-prompt in pieces over several steps (chunked prefill). A request whose prompt is computed gets its first token in that
+and computes at most `batch_tokens` tokens: for the running requests first, in the order in which they began, one token
+each or the next piece of a prompt; and while tokens are left over, for those that wait, by priority (lower is sooner)
+and arrival. So a long prompt is computed in pieces over several steps (chunked prefill), and who waits begins at the
+next step that has tokens left, but pushes nobody out. A request whose prompt is computed gets its first token in that
 step. So TTFT grows with the uncached prompt and with the queue, ITL grows with the batch and with prompts computed
-beside it.
+beside it. This is `Scheduler.schedule` of vLLM 0.32 with `--scheduling-policy priority`.
 
 Model of memory. A token is four bytes of text, a block `BLOCK` tokens, the cache `kv_blocks` blocks. A block is known
 by the hash of all text up to its end. A request takes the cached blocks that its prompt begins with and reserves all
-others up to its last token at admission (vLLM takes them one by one and preempts; the sum is the same). Full blocks of
+others up to its last token at admission. (vLLM takes them one by one, and preempts the running request of the lowest
+priority where there is none left; the sum is the same.) Full blocks of
 prompt and answer stay when it ends, and go least recently used first. The prompt's last token is always computed, as in
 vLLM.
 
@@ -20,7 +23,9 @@ decoding. `tests/stack/test_sim_shape.py` compares the shape with the real engin
 """
 
 import asyncio
-from collections import OrderedDict, deque
+import heapq
+import itertools
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 BLOCK = 16
@@ -39,6 +44,7 @@ class Shape:
     max_waiting: int = 256
     kv_blocks: int = 8192
     max_model_len: int = 32768
+    answer_tokens: int = 4096  # where an answer ends by itself
 
 
 @dataclass
@@ -49,6 +55,7 @@ class Request:
     max_tokens: int
     answer: bytes
     arrived: float
+    priority: int = 0
     tokens: "asyncio.Queue[int | None]" = field(default_factory=asyncio.Queue)
     hashes: list[int] = field(default_factory=list)
     pinned: list[int] = field(default_factory=list)
@@ -135,26 +142,31 @@ class Blocks:
 
 
 class Engine:
-    """Runs requests in steps. `slow` stretches time; `hung` stops all work, as a wedged engine does."""
+    """Runs requests in steps. `slow` stretches time; `hung` stops all work, as a wedged engine does; `preempting`
+    counts each step in which the next request finds no room in the cache: vLLM would have put one back."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.blocks = Blocks(shape.kv_blocks)
-        self.waiting: deque[Request] = deque()
+        # A heap: priority, number of arrival, request.
+        self.waiting: list[tuple[int, int, Request]] = []
         self.running: list[Request] = []
         self.slow = 1.0
         self.hung = False
+        self.preempting = False
+        self.preemptions = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._wake = asyncio.Event()
+        self._numbers = itertools.count()
 
     def submit(self, request: Request) -> None:
         """Queues a request; raises `QueueFullError` at the queue's cap."""
         if len(self.waiting) >= self.shape.max_waiting:
             raise QueueFullError
-        self.waiting.append(request)
+        heapq.heappush(self.waiting, (request.priority, next(self._numbers), request))
         self._wake.set()
 
     def abort(self, request: Request) -> None:
@@ -172,13 +184,13 @@ class Engine:
         clock = loop.time()
         while True:
             self._drop_gone()
-            self._admit()
-            if self.hung or not self.running:
+            planned = None if self.hung else self._plan()
+            if not planned:
                 self._wake.clear()
                 await self._wake.wait()
                 clock = loop.time()
                 continue
-            decoding, prefilled, millis = self._plan()
+            decoding, prefilled, millis = planned
             # Counted from the step before, so that the time Python needs for a step is not added to it.
             clock = max(clock + millis / 1000 * self.slow, loop.time())
             await asyncio.sleep(clock - loop.time())
@@ -186,36 +198,47 @@ class Engine:
                 self._deliver(decoding, prefilled, loop.time())
 
     def _drop_gone(self) -> None:
-        if any(request.gone for request in self.waiting):
-            self.waiting = deque(request for request in self.waiting if not request.gone)
+        if any(request.gone for _, _, request in self.waiting):
+            self.waiting = [entry for entry in self.waiting if not entry[2].gone]
+            heapq.heapify(self.waiting)
         for request in [request for request in self.running if request.gone]:
             self._finish(request)
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.shape.max_running:
-            request = self.waiting[0]
-            if not request.hashes:
-                request.hashes = block_hashes(request.prompt, [])
-            cached = self.blocks.prefix(request.hashes, (request.prompt_tokens - 1) // BLOCK)
-            private = -(-(request.prompt_tokens + request.max_tokens) // BLOCK) - len(cached)
-            if not self.blocks.admit(cached, private):
-                return
-            self.waiting.popleft()
-            self.running.append(request)
-            request.pinned, request.private = cached, private
-            request.cached_tokens = request.computed = len(cached) * BLOCK
-            self.prefix_queries += request.prompt_tokens
-            self.prefix_hits += request.cached_tokens
+    def _admit(self) -> Request | None:
+        """Lets the first of those that wait begin, if there is room for it."""
+        if not self.waiting or len(self.running) >= self.shape.max_running:
+            return None
+        request = self.waiting[0][2]
+        if not request.hashes:
+            request.hashes = block_hashes(request.prompt, [])
+        cached = self.blocks.prefix(request.hashes, (request.prompt_tokens - 1) // BLOCK)
+        private = -(-(request.prompt_tokens + request.max_tokens) // BLOCK) - len(cached)
+        if not self.blocks.admit(cached, private):
+            self.preemptions += self.preempting
+            return None
+        heapq.heappop(self.waiting)
+        self.running.append(request)
+        request.pinned, request.private = cached, private
+        request.cached_tokens = request.computed = len(cached) * BLOCK
+        self.prefix_queries += request.prompt_tokens
+        self.prefix_hits += request.cached_tokens
+        return request
 
-    def _plan(self) -> tuple[list[Request], list[tuple[Request, int]], float]:
-        decoding = [request for request in self.running if request.computed >= request.prompt_tokens]
-        budget = self.shape.batch_tokens - len(decoding)
-        prefilled = []
-        for request in self.running:
-            if (left := request.prompt_tokens - request.computed) > 0 and budget > 0:
-                piece = min(left, budget)
-                budget -= piece
-                prefilled.append((request, piece))
+    def _plan(self) -> tuple[list[Request], list[tuple[Request, int]], float] | None:
+        """What the next step computes: whose next token, how much of whose prompt, and how long it takes in ms."""
+        budget = self.shape.batch_tokens
+        decoding: list[Request] = []
+        prefilled: list[tuple[Request, int]] = []
+        begun = iter(list(self.running))
+        while budget > 0 and (request := next(begun, None) or self._admit()):
+            left = request.prompt_tokens - request.computed
+            if left > 0:
+                prefilled.append((request, min(left, budget)))
+            else:
+                decoding.append(request)
+            budget -= min(max(left, 1), budget)
+        if not decoding and not prefilled:
+            return None
         computed = sum(piece for _, piece in prefilled)
         shape = self.shape
         return decoding, prefilled, shape.step_ms + shape.seq_ms * len(decoding) + shape.prefill_ms * computed

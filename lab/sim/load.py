@@ -12,6 +12,8 @@ from typing import Self
 
 import aiohttp
 
+from lab.http import key_headers
+
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
@@ -67,16 +69,21 @@ class Outcome:
 
 
 async def stream(
-    session: aiohttp.ClientSession, url: str, body: dict[str, object], patience: float, retries: int = 0
+    session: aiohttp.ClientSession,
+    url: str,
+    body: dict[str, object],
+    patience: float,
+    retries: int = 0,
+    key: str = "",
 ) -> Outcome:
     """Sends one chat request, streamed, and reads it to its end.
 
     A pause of more than `patience` seconds ends it. `retries` is how often it is sent again when the connection is lost
-    before any byte of an answer, as the OpenAI client does (twice by default).
+    before any byte of an answer, as the OpenAI client does (twice by default). `key` is sent where one is asked for.
     """
     outcome = Outcome(time.monotonic())
     payload = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     try:
         sending = session.post(url + "/v1/chat/completions", data=payload, headers=headers)
         async with await asyncio.wait_for(sending, patience) as answer:
@@ -92,7 +99,7 @@ async def stream(
     except (aiohttp.ClientError, TimeoutError, ConnectionError) as why:
         outcome.why = f"{type(why).__name__}: {why}"
         if retries and outcome.status == 0 and not isinstance(why, TimeoutError):
-            again = await stream(session, url, body, patience, retries - 1)
+            again = await stream(session, url, body, patience, retries - 1, key)
             again.sent = outcome.sent
             return again
     outcome.ended = time.monotonic()
@@ -142,9 +149,10 @@ def note(outcome: Outcome, event: bytes) -> None:
 
 
 def session() -> aiohttp.ClientSession:
-    """A client without limits of its own: each client of a load keeps its connection."""
+    """A client without limits of its own: each client of a load keeps its connection. It brings $FLEET_KEY."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout, read_bufsize=2**20)
+    connector = aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**20, headers=key_headers())
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
     python -m lab.sim.replica --host 127.0.0.1 --port 8000 --model sim
 
-It answers /health, /v1/models, what generates in the dialects of `dialects.py` (streamed and whole), /tokenize,
+It answers /health, /v1/models, what generates in the dialects of `dialects.py` (streamed and whole), /tokenize, with
+fixed words all other paths of vLLM that the gateway opens,
 /metrics with vLLM's own metric names, and on `/_sim` its own control: GET gives what it saw, POST a JSON object sets
 faults:
 
@@ -14,8 +15,14 @@ faults:
      "wide": 0,            bytes of each token's text in a stream, if not its own
      "slow": 1.0,          factor on every time
      "health": 200,        the answer of /health
+     "metrics": 200,       the answer of /metrics
+     "preempting": false,  what finds no room in the cache counts as a preemption
      "models": null,       the body of /v1/models, if it is not the list of its models
-     "deadly": "text"}     a request with this text in its body ends the replica
+     "deadly": "text",     a request with this text in its body ends the replica
+     "waking": ""}         what happens when it is to wake: "fail", "hang" or "crash"
+
+With `--sleeps` it has sleep mode, by the code that puts a real replica to sleep (vllm/sleeper.py): it begins asleep,
+and what shares a GPU of `--gpus` with one that is awake has no memory to wake.
 
 A stream's headers come with its first token, as this project's replica sends them (vllm/begin.py); vLLM alone sends
 them at once. Answers depend on the prompt alone: the same prompt gets the same text. HTTP is done by hand on asyncio,
@@ -24,21 +31,25 @@ since a test of a gateway needs replicas that are faster than it.
 
 import argparse
 import asyncio
+import fcntl
 import json
 import os
+import re
 import signal
 import time
 import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any, cast
 
 import uvloop
 
-from lab.sim.dialects import DIALECTS, Dialect
+from lab.sim.dialects import DIALECTS, FIXED, Dialect
 from lab.sim.engine import BLOCK, TOKEN_BYTES, Engine, QueueFullError, Request, Shape
+from vllm.sleeper import Naps
 
 WORDS = b"the and for are but not you all any can had her was one our out day get has him his how man new now".split()
 # Bounds of vLLM's histograms, in seconds.
@@ -55,6 +66,8 @@ REASONS = {
 }
 # Where a request has its prompt, if not in `messages`.
 FIELDS = {"/v1/completions": "prompt", "/v1/responses": "input"}
+# Seconds that falling asleep and waking take, as measured on a GPU (docs/benchmarks/gpu.md).
+NAP_S, WAKE_S = 0.4, 0.9
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -70,8 +83,11 @@ class Faults:
     after_tokens: int = 5
     slow: float = 1.0
     health: int = 200
+    metrics: int = 200
+    preempting: bool = False
     models: str | None = None
     deadly: str = ""
+    waking: str = ""
 
 
 @dataclass
@@ -114,10 +130,45 @@ class Replica:
         self.faults = Faults()
         self.seen: deque[tuple[bytes, bytes]] = deque(maxlen=100)
         self.generations = 0
+        self.started = time.time()
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "abort": 0}
         self.ttft = Histogram(TTFT_BUCKETS)
         self.itl = Histogram(ITL_BUCKETS)
         self.e2e = Histogram(TTFT_BUCKETS)
+        self.naps: Naps | None = None
+        # What it holds of the memory of GPUs: a file each, which one process has at a time.
+        self.memory: list[IO[bytes]] = []
+
+    def sleeps(self, wake_s: float, gpus: list[Path]) -> None:
+        """Gives it sleep mode, and lets it begin asleep. A request waits for `wake_s` seconds; `gpus` are the files
+        that stand for the memory that it shares."""
+
+        def free() -> None:
+            while self.memory:
+                self.memory.pop().close()
+
+        async def nap() -> None:
+            await asyncio.sleep(NAP_S * self.faults.slow)
+            free()
+
+        async def wake() -> None:
+            if self.faults.waking == "crash":
+                os._exit(1)
+            if self.faults.waking == "hang":
+                await asyncio.Event().wait()
+            await asyncio.sleep(WAKE_S * self.faults.slow)
+            if self.faults.waking == "fail":
+                raise RuntimeError("CUDA error: out of memory")
+            try:
+                for gpu in gpus:
+                    self.memory.append(gpu.open("ab"))
+                    fcntl.flock(self.memory[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                free()
+                raise RuntimeError("CUDA error: out of memory") from None
+
+        self.naps = Naps(nap, wake, wake_s, [gpu.name for gpu in gpus])
+        self.naps.sleep()
 
     def set_faults(self, wanted: dict[str, Any]) -> None:
         """Replaces all faults; ValueError where one is unknown."""
@@ -129,6 +180,7 @@ class Replica:
             os._exit(1)
         self.engine.slow = self.faults.slow
         self.engine.hung = self.faults.fault == "hang"
+        self.engine.preempting = self.faults.preempting
         self.engine.wake()
 
     def metrics(self) -> str:
@@ -145,8 +197,9 @@ class Replica:
             "vllm:prefix_cache_hits": engine.prefix_hits,
             "vllm:prompt_tokens": engine.prompt_tokens,
             "vllm:generation_tokens": engine.generation_tokens,
+            "vllm:num_preemptions": engine.preemptions,
         }
-        lines = []
+        lines = ["# TYPE process_start_time_seconds gauge", f"process_start_time_seconds {self.started}"]
         for name, value in gauges.items():
             lines += [f"# TYPE {name} gauge", f"{name}{{{labels}}} {float(value)}"]
         for name, value in counters.items():
@@ -204,6 +257,13 @@ def prompt_of(body: object, field: str) -> bytes:
         raise TypeError(f"{field}: a list of objects is required")
     turns = "".join(f"<|{message.get('role')}|>{text_of(message.get('content'))}" for message in messages)
     return f"{turns}<|assistant|>".encode()
+
+
+def priority_of(head: bytes, body: dict[str, Any]) -> int:
+    """A request's priority: the header's before the body's, as vLLM has it."""
+    found = re.search(rb"(?im)^x-vllm-priority: *(-?\d+)\r?$", head)
+    said = int(found[1]) if found else body.get("priority")
+    return said if isinstance(said, int) else 0
 
 
 def answer_to(prompt: bytes, tokens: int) -> bytes:
@@ -279,22 +339,42 @@ class Connection(asyncio.Protocol):
             replica.seen.append((head, body))
         if generates:
             replica.generations += 1
-            self._generate(method, path, body)
+            self._begin(method, path, head, body)
         elif path in ("/health", "/ping"):
-            self._send(replica.faults.health, b"")
+            told = f"x-sleep: {json.dumps(asdict(replica.naps.told()))}\r\n" if replica.naps else ""
+            self._send(replica.faults.health, b"", more=told)
+        elif replica.naps and (method, path) in (("GET", "/is_sleeping"), ("POST", "/sleep"), ("POST", "/wake_up")):
+            if path == "/sleep":
+                replica.naps.sleep()
+            elif path == "/wake_up":
+                replica.naps.wake_up()
+            self._send_json(200, asdict(replica.naps.told()))
         elif path == "/v1/models":
             text = replica.faults.models
             self._send(200, (json.dumps(replica.models()) if text is None else text).encode())
         elif path == "/metrics":
-            self._send(200, replica.metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
+            self._send(replica.faults.metrics, replica.metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
         elif path == "/version":
             self._send_json(200, {"version": "0.32.0"})
         elif path == "/tokenize":
             self._tokenize(body)
         elif path == "/_sim":
             self._control(method, body)
+        elif path in FIXED:
+            self._fixed(path, body)
         else:
             self._send_json(404, {"detail": "Not Found"})
+
+    def _fixed(self, path: str, body: bytes) -> None:
+        """Answers where no text is generated."""
+        if b"bytes" in body:
+            # vectors as bytes
+            said = json.dumps({"data": [], "usage": FIXED[path]["usage"]})
+            self._send(200, b"\0" * 4, "application/octet-stream", f"metadata: {said}\r\n")
+        elif b"verbose_json" in body:
+            self._send_json(200, {"duration": 3.2, "language": "en", "text": "hello", "segments": []})
+        else:
+            self._send_json(200, FIXED[path])
 
     def _control(self, method: str, body: bytes) -> None:
         replica = self.replica
@@ -324,7 +404,34 @@ class Connection(asyncio.Protocol):
         ids = [int.from_bytes(prompt[at : at + TOKEN_BYTES], "big") for at in range(0, len(prompt), TOKEN_BYTES)]
         self._send_json(200, {"count": len(ids), "max_model_len": self.replica.shape.max_model_len, "tokens": ids})
 
-    def _generate(self, method: str, path: str, body: bytes) -> None:
+    def _begin(self, method: str, path: str, head: bytes, body: bytes) -> None:
+        """Generates, if the replica has sleep mode as soon as it is awake; as vllm/sleeper.py has it."""
+        naps = self.replica.naps
+        if naps and b"\r\nx-request-id:" in head.lower():
+            self.task = asyncio.create_task(self._in_turn(naps, method, path, head, body))
+        elif naps and naps.told().is_sleeping:
+            self._send_json(*error(503, "it sleeps"), more="x-refusal: asleep\r\n")
+        else:
+            self._generate(method, path, head, body)
+
+    async def _in_turn(self, naps: Naps, method: str, path: str, head: bytes, body: bytes) -> None:
+        # One whose client hangs up is cancelled.
+        why = await naps.enter(asyncio.get_running_loop().create_future())
+        self.task = None
+        if why:
+            self._send_json(*error(503, why), more=f"x-refusal: asleep\r\nx-failure: {why}\r\n")
+            self._next()
+            return
+        try:
+            self._generate(method, path, head, body)
+            if self.task:
+                await self.task
+        finally:
+            naps.leave()
+        if self.task is None:
+            self._next()
+
+    def _generate(self, method: str, path: str, head: bytes, body: bytes) -> None:
         replica, faults = self.replica, self.replica.faults
         if faults.deadly and faults.deadly.encode() in body:
             os._exit(1)
@@ -364,12 +471,14 @@ class Connection(asyncio.Protocol):
         if not isinstance(max_tokens, int) or max_tokens < 1:
             self._send_json(*error(400, "max_tokens must be at least 1"))
             return
-        request = Request(prompt, max_tokens, b"", asyncio.get_running_loop().time())
+        priority = priority_of(head, wanted)
+        request = Request(prompt, max_tokens, b"", asyncio.get_running_loop().time(), priority)
         limit = min(replica.shape.max_model_len, replica.shape.kv_blocks * BLOCK)
         if request.prompt_tokens + max_tokens > limit:
             self._send_json(*error(400, f"This model's maximum context length is {limit} tokens."))
             return
-        request.answer = answer_to(prompt, max_tokens)
+        request.max_tokens = min(max_tokens, replica.shape.answer_tokens)
+        request.answer = answer_to(prompt, request.max_tokens)
         try:
             replica.engine.submit(request)
         except QueueFullError:
@@ -443,8 +552,8 @@ class Connection(asyncio.Protocol):
         else:
             self._send_json(200, answer)
 
-    def _send_json(self, status: int, data: object) -> None:
-        self._send(status, json.dumps(data, separators=(",", ":")).encode())
+    def _send_json(self, status: int, data: object, more: str = "") -> None:
+        self._send(status, json.dumps(data, separators=(",", ":")).encode(), more=more)
 
     def _send(self, status: int, body: bytes, kind: str = "application/json", more: str = "") -> None:
         reason = REASONS.get(status, "Error")
@@ -509,6 +618,9 @@ def main() -> None:
         "--load-seconds", type=float, default=0.0, help="time before the port opens, as a model that loads"
     )
     parser.add_argument("--fault", help="the fault to begin with")
+    parser.add_argument("--sleeps", action="store_true", help="it has sleep mode, and begins asleep")
+    parser.add_argument("--wake-seconds", type=float, default=60.0, help="how long a request waits for it to wake")
+    parser.add_argument("--gpus", type=Path, nargs="*", default=[], help="files that stand for GPUs that it shares")
     for item in fields(Shape):
         default = getattr(shape, item.name)
         parser.add_argument("--" + item.name.replace("_", "-"), type=type(default), default=default)
@@ -519,6 +631,8 @@ def main() -> None:
     async def start() -> None:
         replica = Replica(args.model, Shape(**values), args.instant, args.adapters)
         replica.set_faults({"fault": args.fault})
+        if args.sleeps:
+            replica.sleeps(args.wake_seconds, args.gpus)
         await serve(replica, args.host, args.port)
 
     uvloop.run(start())

@@ -22,6 +22,9 @@ from stack.shell import ROOT
 class Sim:
     """One simulated replica and its process."""
 
+    # what a command begins with that is to run where the replica is
+    enter: Sequence[str] = ()
+
     def __init__(self, name: str, host: str, port: int, args: Sequence[str], dns: Dns) -> None:
         self.name = name
         self.host = host
@@ -38,7 +41,7 @@ class Sim:
     def start(self, wait: bool = True) -> None:
         """Starts the process under the present address and gives it its name."""
         command = [sys.executable, "-m", "lab.sim.replica", "--host", self.host, "--port", str(self.port), *self.args]
-        self.process = subprocess.Popen(command, cwd=ROOT)
+        self.process = subprocess.Popen([*self.enter, *command], cwd=ROOT)
         self._dns.names[self.name] = self.host
         if wait:
             self.wait()
