@@ -1,18 +1,24 @@
 """A headless Chromium, and a gateway of a few lines that serves the page with a fleet that the test describes."""
 
+import base64
 import json
 import math
+import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.by import By
 
+from lab.waiting import until
 from stack.shell import ROOT
 
 PAGE = ROOT / "nginx" / "status"
@@ -43,12 +49,21 @@ def replica(name: str, state: str = "ready", **more: object) -> dict[str, Any]:
 
 @dataclass
 class FakeGateway:
-    """Serves the page's files and /status.json, to whoever has the `key` if there is one. All can be changed."""
+    """Serves the page's files; /status.json and a model to whoever has the `key`, if there is one, and the model
+    alone to the `user_key`. All can be changed."""
 
     replicas: list[dict[str, Any]] = field(default_factory=list)
     refused: dict[str, int] = field(default_factory=dict)
+    objectives: list[dict[str, Any]] = field(default_factory=list)
     broken: bool = False
     key: str = ""
+    user_key: str = ""
+    # What the model streams: the events' data. An int is the status of a refusal.
+    answer: list[dict[str, Any]] | int = field(default_factory=list)
+    # What it was asked.
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    # Holds the stream open before its end.
+    hold: threading.Event | None = None
     moving: bool = False
     polls: int = 0
     url: str = ""
@@ -64,7 +79,8 @@ class FakeGateway:
                 one["ttft_ms"] = round(one["ttft_ms"] * (1 - 0.2 * swing))
                 one["prefix_hit_rate"] = round(one["prefix_hit_rate"] * (1 - math.exp(-self.polls / 40)), 3)
         gateway = {"version": "1.30.6", "policy": "prefix", "uptime_s": 11520, "refused": self.refused}
-        return {"gateway": gateway, "models": ["SmolLM2-135M"], "replicas": shown}
+        objectives = json.loads(json.dumps(self.objectives))
+        return {"gateway": gateway, "models": ["SmolLM2-135M"], "objectives": objectives, "replicas": shown}
 
 
 @pytest.fixture
@@ -73,8 +89,18 @@ def gateway() -> Iterator[FakeGateway]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path == "/status.json" and fake.key and self.headers["Authorization"] != f"Bearer {fake.key}":
-                self.reply(401, "application/json", b"{}")
+            if self.path in {"/status.json", "/v1/models"} and fake.key:
+                key = str(self.headers["Authorization"]).removeprefix("Bearer ")
+                if key not in {fake.key, fake.user_key}:
+                    self.reply(401, "application/json", b"{}")
+                    return
+                if key != fake.key and self.path == "/status.json":
+                    self.reply(403, "application/json", b"{}")
+                    return
+            if self.path == "/v1/models":
+                self.reply(
+                    200, "application/json", json.dumps({"data": [{"id": "SmolLM2-135M"}, {"id": "other"}]}).encode()
+                )
                 return
             if self.path == "/status.json":
                 self.reply(503 if fake.broken else 200, "application/json", json.dumps(fake.status()).encode())
@@ -84,6 +110,28 @@ def gateway() -> Iterator[FakeGateway]:
                 self.reply(200, TYPES[path.suffix], path.read_bytes())
             else:
                 self.reply(404, "text/plain", b"")
+
+        def do_POST(self) -> None:
+            fake.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if isinstance(fake.answer, int):
+                message = {"error": {"message": "All replicas are full."}}
+                self.reply(fake.answer, "application/json", json.dumps(message).encode())
+                return
+            self.send_response(200)
+            for name, value in {
+                "Content-Type": "text/event-stream", "X-Replica": "vllm-1", "X-Route-Reason": "prefix",
+            }.items():  # fmt: skip
+                self.send_header(name, value)
+            self.end_headers()
+            for event in fake.answer:
+                text = f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+                # a chunk may end anywhere, within a letter too
+                for piece in (text[: len(text) // 2], text[len(text) // 2 :]):
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+            if fake.hold:
+                fake.hold.wait(20)
+            self.wfile.write(b"data: [DONE]\n\n")
 
         def reply(self, status: int, content_type: str, body: bytes) -> None:
             self.send_response(status)
@@ -137,8 +185,36 @@ def browser(chromium: Chrome) -> Iterator[Chrome]:
     """A browser on an empty page, with a desktop's window and light colours."""
     look(chromium, 1120, 800)
     yield chromium
+    # the next test signs in anew; an empty page has no storage
+    with suppress(WebDriverException):
+        chromium.execute_script("sessionStorage.clear()")
     chromium.get("about:blank")
     errors(chromium)
+
+
+def sign_in(browser: Chrome, key: str) -> None:
+    """Gives the page the key that it asks for."""
+    field = browser.find_element(By.ID, "key")
+    until(field.is_displayed, "the page asks for a key", 10)
+    assert all("401" in error for error in errors(browser))
+    field.send_keys(key)
+    browser.find_element(By.CSS_SELECTOR, "#sign-in button").click()
+
+
+@pytest.fixture
+def picture(browser: Chrome, tmp_path: Path) -> Callable[[str], Path]:
+    """Takes a picture of the whole page under a name."""
+    folder = Path(os.environ.get("PICTURES", tmp_path))
+
+    def take(name: str) -> Path:
+        size = browser.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
+        path = folder / name
+        path.write_bytes(base64.b64decode(shot["data"]))
+        return path
+
+    return take
 
 
 def look(browser: Chrome, width: int, height: int, dark: bool = False, phone: bool = False) -> None:

@@ -3,7 +3,6 @@
 With PICTURES=docs/pictures in the environment the pictures of the docs are taken anew.
 """
 
-import base64
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,10 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
+from lab.http import KEY
 from lab.stack import Stack
 from lab.waiting import until
-from tests.browser.conftest import CONTENT_POLICY, HURRY, FakeGateway, errors, look, replica
+from tests.browser.conftest import CONTENT_POLICY, HURRY, FakeGateway, errors, look, replica, sign_in
 
 BUSY: dict[str, Any] = {
     "in_flight": 8,
@@ -58,6 +58,7 @@ def ready(n: int, **more: Any) -> dict[str, Any]:
 NEARLY_FULL = "The KV cache of vllm-0 is nearly full: requests may be put back."
 WEDGED = replica("vllm-1", "wedged", reason="no token for 8 s")
 LOADING = replica("vllm-1", "loading")
+ASLEEP = replica("vllm-1", "asleep", reason="the next request wakes it")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,16 @@ LOADING = replica("vllm-1", "loading")
             "vllm-0 is slow: first token after 4.2 s, 600 ms elsewhere.",
         ),
         ([ready(0, ttft_ms=4200), ready(1, ttft_ms=600)], "ok", "2 replicas ready, nothing to do."),
+        ([ready(0), ready(1, state="stopped")], "ok", "1 replica ready, 1 stopped, nothing to do."),
         ([LOADING, WEDGED], "bad", "No replica is ready, 1 of 2 is loading: requests are refused until one is."),
+        ([ready(0), ASLEEP], "ok", "1 replica ready, 1 asleep, nothing to do."),
+        ([ready(0), ASLEEP, WEDGED | {"name": "vllm-2"}], "warn", "vllm-2 is wedged; vllm-0 carries all load."),
+        ([ASLEEP], "ok", "vllm-1 sleeps: the first request wakes it."),
+        (
+            [ASLEEP | {"name": "vllm-0"}, ASLEEP, LOADING | {"name": "vllm-2"}],
+            "warn",
+            "vllm-0 and vllm-1 sleep: the first request for a model wakes it, and vllm-2 is away.",
+        ),
         ([], "bad", "The gateway knows no replica: add one in nginx/fleet/."),
     ],
 )
@@ -132,6 +142,45 @@ def test_each_replica_shows_its_numbers(gateway: FakeGateway, browser: Chrome) -
     bar = card(browser, "vllm-0").find_element(By.CSS_SELECTOR, "[role=meter]")
     assert bar.get_attribute("aria-valuenow") == "62"
     assert bar.find_element(By.TAG_NAME, "span").size["width"] == pytest.approx(0.62 * bar.size["width"], abs=2)
+
+
+AIM = {"ttft_p95_seconds": 2, "itl_p95_seconds": 0.1, "availability": 0.999}
+
+
+def stands(model: str, ttft: list[float], itl: list[float]) -> dict[str, Any]:
+    """How a model stands, as /status.json says it: of first and next tokens [in time, all]."""
+    return {"model": model, "objective": AIM, "ttft": ttft, "itl": itl}
+
+
+def test_objectives_are_held_against_what_came_since_the_page_is_open(gateway: FakeGateway, browser: Chrome) -> None:
+    """What was before does not count, a miss is marked, and without a request there is no figure."""
+    gateway.replicas = [ready(0)]
+    gateway.objectives = [stands("org/<b>quick", [900, 1000], [5000, 5000]), stands("idle", [7, 7], [90, 90])]
+    browser.get(gateway.url + "/status")
+
+    read = (
+        "return [...document.querySelectorAll('#objectives tbody tr')].map((row) =>"
+        " [...row.children].map((cell) => [cell.textContent.replaceAll('\\u00a0', ' '), cell.dataset.level || '']))"
+    )
+
+    def rows() -> list[list[list[str]]]:
+        # at once: the page makes its rows anew each second
+        found: list[list[list[str]]] = browser.execute_script(read)
+        return found
+
+    until(lambda: len(rows()) == 2, "two models are shown", 10)
+    assert rows()[0][1] == ["– within 2.0 s, aim 95 %", "unknown"]
+    gateway.objectives = [stands("org/<b>quick", [997, 1100], [5900, 6000]), stands("idle", [7, 7], [90, 90])]
+    gateway.refused = {"failed": 1, "none_ready": 0, "limit": 50}
+    until(lambda: rows()[0][1][1] == "ok" and "101" in rows()[0][3][0], "the new counts are shown", 10)
+    assert rows()[0] == [
+        ["org/<b>quick", ""],
+        ["97 % within 2.0 s, aim 95 %", "ok"],
+        ["90 % within 100 ms, aim 95 %", "bad"],
+        ["99 % of 101 requests, aim 99.9 %", "bad"],
+    ]
+    assert rows()[1][1] == ["– within 2.0 s, aim 95 %", "unknown"]
+    assert errors(browser) == []
 
 
 def test_page_follows_the_fleet(gateway: FakeGateway, browser: Chrome) -> None:
@@ -211,34 +260,16 @@ return [...document.querySelectorAll('body *')]
 """
 
 
-@pytest.fixture
-def picture(browser: Chrome, tmp_path: Path) -> Callable[[str], Path]:
-    """Takes a picture of the whole page under a name."""
-    folder = Path(os.environ.get("PICTURES", tmp_path))
-
-    def take(name: str) -> Path:
-        size = browser.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
-        path = folder / name
-        path.write_bytes(base64.b64decode(shot["data"]))
-        return path
-
-    return take
-
-
 def test_pictures(gateway: FakeGateway, browser: Chrome, picture: Callable[[str], Path]) -> None:
-    """A fleet under load, on a desktop and on a phone in the dark; in the docs' pictures after two minutes."""
+    """A fleet under load; in the docs' picture after two minutes."""
     enough = 130 if "PICTURES" in os.environ else 20
     gateway.replicas, gateway.moving = FLEET[:3], True
     hurry = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": HURRY})
     try:
-        for name, width, dark in (("status.png", 1120, False), ("status-phone.png", 360, True)):
-            look(browser, width, 100, dark=dark, phone=dark)
-            gateway.polls = 0
-            browser.get(f"{gateway.url}/status")
-            until(lambda: gateway.polls >= enough, f"{enough} polls", 60)
-            assert picture(name).stat().st_size > 20_000
+        look(browser, 1120, 100)
+        browser.get(f"{gateway.url}/status")
+        until(lambda: gateway.polls >= enough, f"{enough} polls", 60)
+        assert picture("status.png").stat().st_size > 20_000
     finally:
         browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", hurry)
     assert not errors(browser)
@@ -248,6 +279,8 @@ def test_real_gateway_serves_the_page(stack: Stack, browser: Chrome) -> None:
     """The running gateway serves the page under the same policy, and the page shows the running fleet."""
     assert httpx.get(f"{stack.url}/status").headers["Content-Security-Policy"] == CONTENT_POLICY
     browser.get(f"{stack.url}/status")
+    if stack.headers:
+        sign_in(browser, os.environ[KEY])
     replicas = stack.replicas()
     await_text(browser, "ready", f"{len(replicas)} of {len(replicas)}")
     assert {name: field(browser, name, "models") for name in replicas} == dict.fromkeys(replicas, stack.model)
@@ -262,8 +295,7 @@ def test_where_keys_are_asked_for_the_page_signs_in(browser: Chrome, gateway: Fa
     browser.get(f"{gateway.url}/status")
     await_text(browser, "word", "Sign in")
     for key in ("wrong", "right"):
-        browser.find_element(By.ID, "key").send_keys(key)
-        browser.find_element(By.CSS_SELECTOR, "#sign-in button").click()
+        sign_in(browser, key)
         await_text(
             browser, "sentence" if key == "wrong" else "word", "not taken here" if key == "wrong" else "All well"
         )

@@ -234,7 +234,11 @@ def test_the_log_names_the_keys_holder(keyed: Gateway, client: httpx.Client) -> 
     assert line(forged.headers["x-request-id"])["end_user"] == ""
 
 
-@pytest.mark.parametrize("user", ["", "a b", "x" * 129, "\xe9", USER, f"me-{USER}", "eyJhbGciOiJFUzI1NiJ9.e30.c2ln"])
+@pytest.mark.parametrize(
+    "user",
+    ["", "a b", "x" * 129, "\xe9", USER, f"me-{USER}", "eyJhbGciOiJFUzI1NiJ9.e30.c2ln"],
+    ids=["empty", "two words", "long", "accent", "a key", "with a key", "a token"],
+)
 def test_an_end_users_name_is_plain(client: httpx.Client, user: str) -> None:
     headers = [(b"Authorization", f"Bearer {FRONT}".encode()), (b"X-End-User", user.encode("latin-1"))]
     answer = client.post(CHAT, json=chat("hi"), headers=headers)

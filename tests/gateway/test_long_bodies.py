@@ -1,7 +1,9 @@
 """Long bodies hold up nobody: not by their shape, and not by their sum."""
 
 import contextlib
+import itertools
 import json
+import os
 import re
 import socket
 import threading
@@ -44,6 +46,18 @@ def worked_ms(worker: int) -> float:
     return int(Path(f"/proc/{worker}/schedstat").read_text().split()[0]) / 1e6
 
 
+@contextmanager
+def first_in_line() -> Iterator[None]:
+    """This thread runs as soon as it can, where that is allowed: else a busy machine would let its answers lie."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
 def upload(*parts: bytes) -> bytes:
     return b"".join(b"--b\r\nContent-Disposition: form-data; name=" + part + b"\r\n" for part in parts) + b"--b--\r\n"
 
@@ -71,10 +85,11 @@ def sent_beside(gateway: Gateway, path: str, kind: str, body: bytes) -> tuple[ht
     with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=120) as asker:
         asker.get(gateway.url + "/health")
         sent = pool.submit(httpx.post, gateway.url + path, content=body, headers={"Content-Type": kind}, timeout=120)
-        while not sent.done():
-            before = worked_ms(worker)
-            asker.get(gateway.url + "/health")
-            longest = max(longest, worked_ms(worker) - before)
+        with first_in_line():
+            while not sent.done():
+                before = worked_ms(worker)
+                asker.get(gateway.url + "/health")
+                longest = max(longest, worked_ms(worker) - before)
         return sent.result(), longest
 
 
@@ -246,11 +261,17 @@ def files(gateway: Gateway) -> int:
     return size
 
 
+CLIENTS = (f"127.{net}.{host // 250}.{host % 250 + 1}" for net in itertools.count(200) for host in range(10_000))
+
+
 @contextmanager
-def begun(gateway: Gateway, length: str, sent: bytes = b"{", path: str = PATH) -> Iterator[socket.socket]:
-    """A request whose body never comes whole; `length` is the header that says how long it is."""
+def begun(
+    gateway: Gateway, length: str, sent: bytes = b"{", path: str = PATH, client: str = ""
+) -> Iterator[socket.socket]:
+    """A request whose body never comes whole; `length` is the header that says how long it is. `client`: from which
+    address it comes, if not from one of its own."""
     host, port = gateway.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), 5) as connection:
+    with socket.create_connection((host, int(port)), 5, (client or next(CLIENTS), 0)) as connection:
         connection.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode() + sent)
         yield connection
 
@@ -300,8 +321,9 @@ def test_bodies_in_memory_have_a_limit_and_go_to_disk_beyond_it(small: Gateway) 
             stack.enter_context(begun(small, f"Content-Length: {MIB}"))
         until(lambda: held(small, "disk") == 54 * MIB, "310 bodies have room")
         assert held(small, "memory") == 256 * MIB
-        # Too short to be worth a file.
-        assert httpx.post(small.url + PATH, json=chat("hi")).status_code == 429
+        # Too short to be worth a file, and too small to be counted.
+        assert httpx.post(small.url + PATH, json=chat("hi", x="y" * 20_000)).status_code == 429
+        assert httpx.post(small.url + PATH, json=chat("hi")).status_code == 200
     until(lambda: held(small, "disk") == held(small, "memory") == 0, "their room is free")
 
 
@@ -343,6 +365,29 @@ def test_the_room_of_a_killed_worker_is_free_again(small: Gateway) -> None:
     until(lambda: held(small, "disk") == held(small, "memory") == 0, "and nothing is counted out twice")
 
 
+def test_without_keys_an_address_has_half_of_the_room_and_keeps_nobody_out(small: Gateway) -> None:
+    one = "127.0.0.77"
+    with ExitStack() as stack:
+        for _ in range(180):
+            stack.enter_context(begun(small, f"Content-Length: {MIB}", client=one))
+        until(
+            lambda: (held(small, "memory"), held(small, "disk")) == (128 * MIB, 32 * MIB),
+            "half of each",
+        )
+        with begun(small, f"Content-Length: {MIB}", client=one) as more:
+            answer = more.recv(65536).decode()
+        assert answer.startswith("HTTP/1.1 429")
+        assert "Too many bytes of this address's other requests" in answer
+        # Little ones go on, and so do others.
+        body = json.dumps(chat("hi")).encode()
+        with begun(small, f"Content-Length: {len(body)}", body, client=one) as little:
+            assert little.recv(65536).startswith(b"HTTP/1.1 200")
+        assert httpx.post(small.url + PATH, json=chat("hi", x="y" * 20 * MIB)).status_code == 200
+    until(lambda: held(small, "disk") == held(small, "memory") == 0, "their room is free")
+    # One body may be longer than the half.
+    assert httpx.post(small.url + PATH, json=chat("hi", x="y" * 40 * MIB)).status_code == 200
+
+
 def test_one_key_has_a_quarter_of_the_room_and_keeps_nobody_out(replicas: Replicas) -> None:
     """It may have its bodies again when they are over, and when the worker that read them was killed."""
     greedy, other = new_key(), new_key()
@@ -364,7 +409,7 @@ def test_one_key_has_a_quarter_of_the_room_and_keeps_nobody_out(replicas: Replic
                     lambda: (held(gateway, "memory"), held(gateway, "disk")) == (64 * MIB, 16 * MIB),
                     "a quarter of each",
                 )
-                refused = post(gateway, greedy, 1)
+                refused = post(gateway, greedy, 20_000)
                 assert (refused.status_code, refused.json()["error"]["code"]) == (429, "bodies_full")
                 assert "the key greedy's other requests" in refused.text
                 assert post(gateway, other, 1).status_code == post(gateway, other, 2 * MIB).status_code == 200
@@ -378,7 +423,8 @@ def test_one_key_has_a_quarter_of_the_room_and_keeps_nobody_out(replicas: Replic
 
 def test_sixty_uploads_at_once_cost_no_stream_and_no_worker(replicas: Replicas) -> None:
     """Streams of others go on while 60 × 20 MB come; some are refused, and the workers' memory hardly grows."""
-    with Gateway(replicas) as gateway:
+    # All come from one address, which has half of it.
+    with Gateway(replicas, env={"GATEWAY_BODIES_MB": "2048"}) as gateway:
         gateway.wait_ready()
         workers = gateway.serving_workers()
         body = json.dumps(chat("upload", x="y" * 20_000_000)).encode()

@@ -48,15 +48,26 @@ def test_all_known_series_are_there_from_the_start(gateway: Gateway) -> None:
     series = exposed(gateway)
     for replica in ("vllm-0", "vllm-1", "vllm-2"):
         states = [f'gateway_replica_state{{replica="{replica}",state="{state}"}}'
-                  for state in ("ready", "loading", "wedged", "draining", "unreachable")]  # fmt: skip
-        assert [series[state] for state in states] == [1, 0, 0, 0, 0]
+                  for state in ("ready", "loading", "wedged", "draining", "unreachable", "asleep")]  # fmt: skip
+        assert [series[state] for state in states] == [1, 0, 0, 0, 0, 0]
         assert f'gateway_requests_in_flight{{replica="{replica}"}}' in series
         assert f'gateway_time_to_first_byte_seconds_count{{replica="{replica}"}}' in series
-        for cause in ("connect", "reset", "timeout", "failed", "refused", "draining"):
+        for cause in ("connect", "reset", "timeout", "failed", "refused", "draining", "asleep"):
             assert f'gateway_retries_total{{replica="{replica}",cause="{cause}"}}' in series
         for result in ("alive", "dead", "token", "no_token"):
             assert f'gateway_probes_total{{replica="{replica}",result="{result}"}}' in series
-    for cause in ("full", "none_ready", "failed", "unknown_model", "closed", "host", "origin", "media", "connection"):
+    for cause in (
+        "full",
+        "none_ready",
+        "asleep",
+        "failed",
+        "unknown_model",
+        "closed",
+        "host",
+        "origin",
+        "media",
+        "connection",
+    ):
         assert f'gateway_refusals_total{{cause="{cause}"}}' in series
     assert 'gateway_prefix_blocks_total{result="matched"}' in series
 

@@ -214,13 +214,13 @@ def test_the_list_of_models_serves_clients_of_both_apis(client: httpx.Client) ->
 def test_health_ready_and_status_answer(client: httpx.Client) -> None:
     health = client.get("/health")
     assert (health.text, health.headers["content-type"]) == ("ok\n", "text/plain")
-    assert client.get("/ready").json() == {"ready": 3, "replicas": 3}
+    assert client.get("/ready").json() == {"ready": 3, "asleep": 0, "replicas": 3}
     status = client.get("/status.json").json()
     assert status["models"] == ["sim"]
     assert status["gateway"]["policy"] == "prefix"
     assert set(status["replicas"][0]) == {
-        "name", "state", "reason", "models", "weight", "in_flight", "running", "waiting", "kv_usage", "prefix_hit_rate",
-        "tokens_per_s", "ttft_ms",
+        "name", "host", "state", "reason", "models", "weight", "in_flight", "running", "waiting", "kv_usage",
+        "prefix_hit_rate", "tokens_per_s", "ttft_ms",
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from lab.http import get
 from lab.sim.gateway import Gateway
 from lab.sim.replicas import Replicas
 from lab.waiting import until
-from tests.gateway.conftest import chat
+from tests.gateway.conftest import agent, chat
 
 WORDS = "lorem ipsum dolor sit amet consectetur " * 20
 
@@ -107,6 +107,16 @@ def test_a_completion_prompt_counts_too(client: httpx.Client) -> None:
     shots = f"few shots {WORDS * 3}"
     home = complete(f"{shots} one")
     assert {complete(f"{shots} {n}") for n in range(5)} == {home}
+
+
+def test_an_agents_conversation_stays_with_its_replica(client: httpx.Client) -> None:
+    """Codex' requests find their prompt again without a session too."""
+    turns = [f"say hello {WORDS}"]
+    for turn in range(4):
+        answer = client.post("/v1/responses", json=agent(*turns, max_output_tokens=1))
+        assert answer.status_code == 200, answer.text
+        assert turn == 0 or answer.headers["x-route-reason"] == "prefix"
+        turns.append(f"question {turn}")
 
 
 @pytest.mark.parametrize("kind", ["header", "cache key"])
@@ -230,8 +240,8 @@ def test_matched_blocks_and_reasons_are_counted(client: httpx.Client, gateway: G
     until(lambda: counted(gateway, "gateway_requests_in_flight") == 0, "all before is counted")
     before = counted(gateway, 'gateway_prefix_blocks_total{result="matched"}')
     by_prefix = counted(gateway, 'gateway_requests_total{replica="vllm-')
-    ask(client, f"counted {WORDS}")
-    ask(client, f"counted {WORDS}")
+    ask(client, f"counted {WORDS * 2}")
+    ask(client, f"counted {WORDS * 2}")
     assert counted(gateway, 'gateway_prefix_blocks_total{result="matched"}') >= before + 2
     until(lambda: counted(gateway, 'gateway_requests_total{replica="vllm-') == by_prefix + 2, "both counted")
 

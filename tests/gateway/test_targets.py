@@ -103,7 +103,7 @@ MALFORMED = {
     "CONNECT": (b"CONNECT a.example:443 HTTP/1.1\r\nHost: a.example:443\r\n\r\n", 405),
     "TRACE": (b"TRACE / HTTP/1.1\r\n" + HOST + b"\r\n", 405),
     "a TLS hello": (bytes.fromhex("16030100c8010000c40303") + b"\x01" * 190, 400),
-    "an HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    "half an HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n", 400),
     "HTTP/3.0": (b"GET / HTTP/3.0\r\n" + HOST + b"\r\n", 505),
     "20 KB of address": (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
     "20 KB in one header": (b"GET / HTTP/1.1\r\n" + HOST + b"X-A: " + b"a" * 20_000 + b"\r\n\r\n", 431),

@@ -1,40 +1,23 @@
 """Signing in through the gateway: the real token service behind the real Nginx, and none."""
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
-import argon2
 import httpx
 import pytest
-import uvicorn
 
 from access import service
 from access.keys import KeyStore
 from access.store import Secrets
-from access.tokens import TokenStore
-from access.users import User, Users
 from lab.sim.gateway import Gateway
 from lab.sim.replicas import Replicas
 from lab.waiting import until
-
-PASSWORD = "four words that fit together"
-
-
-@pytest.fixture(scope="module")
-def secrets(tmp_path_factory: pytest.TempPathFactory) -> Secrets:
-    folder = Secrets(tmp_path_factory.mktemp("fleet") / "secrets")
-    password = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1).hash(PASSWORD)
-    with folder.locked():
-        users = Users(users=[User(name="alice", password=password), User(name="root", password=password, role="admin")])
-        folder.replace(folder.written(folder.users, users), folder.users)
-    TokenStore(folder).take(None, 30)
-    KeyStore(folder).create("bob")
-    return folder
+from tests.gateway.conftest import PASSWORD, token_service
 
 
 @pytest.fixture(scope="module")
 def gateway(secrets: Secrets) -> Iterator[Gateway]:
+    KeyStore(secrets).create("bob")
     files = {f"secrets/{path.name}": path.read_bytes() for path in (secrets.keys, secrets.issuers)}
     with Replicas(1) as replicas, Gateway(replicas, files=files) as gateway:
         until(lambda: httpx.get(f"{gateway.url}/ready").status_code == 200, "the replica ready")
@@ -43,15 +26,8 @@ def gateway(secrets: Secrets) -> Iterator[Gateway]:
 
 @pytest.fixture
 def tokens(gateway: Gateway, secrets: Secrets) -> Iterator[None]:
-    """The service, where the gateway looks for it."""
-    app = service.build(secrets.users.parent)
-    server = uvicorn.Server(uvicorn.Config(app, gateway.host, 8000, log_level="warning", access_log=False))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    until(lambda: server.started, "the service", 30)
-    yield
-    server.should_exit = True
-    thread.join(30)
+    with token_service(gateway, secrets):
+        yield
 
 
 def sign_in(gateway: Gateway, name: str, password: str = PASSWORD, **more: Any) -> httpx.Response:

@@ -3,9 +3,11 @@
 import base64
 import hmac
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,6 +21,7 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from lab.sim.gateway import Gateway
 from lab.sim.replicas import Replicas
 from lab.waiting import until
+from stack.shell import ROOT
 from tests.gateway.conftest import chat
 from tests.gateway.test_access import CHAT, bearer, entry, keys_file, new_key
 from tests.gateway.test_public import error_of
@@ -249,34 +252,160 @@ def test_a_wrong_file_changes_nothing(gateway: Gateway, text: str) -> None:
     assert ask(gateway, GOOD["HS256"]).status_code == 200
 
 
-def test_keys_come_from_an_issuers_address(gateway: Gateway) -> None:
-    """A later one too; keys of other kinds are passed over, and a failing address keeps what it gave."""
-    served: dict[str, Any] = {
-        "status": 200,
-        "keys": [EC_JWK, {"kty": "oct", "kid": "x", "k": b64(SECRET)}, {"kty": "new"}],
-    }
+class Provider:
+    """An outside issuer's address: what it answers, or whether it keeps its callers waiting."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = json.dumps({"keys": served["keys"]}).encode()
-            self.send_response(served["status"])
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def __init__(self) -> None:
+        self.status, self.body, self.waits = 200, b"", False
+        self.let_go = threading.Event()
+        provider = self
 
-        def log_message(self, *_: object) -> None: ...
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if provider.waits:
+                    provider.let_go.wait(30)
+                    return
+                # Of what is too much the gateway does not read the end.
+                with suppress(ConnectionError):
+                    self.send_response(provider.status)
+                    self.send_header("Content-Length", str(len(provider.body)))
+                    self.end_headers()
+                    self.wfile.write(provider.body)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/jwks"
-        gateway.write_secret("tokens.json", tokens_file(issuer("out", ["ES256", "RS256"], jwks_uri=address)))
-        first = jwt.encode(claims("out"), EC, "ES256", headers={"kid": "ec"})
-        later = jwt.encode(claims("out"), RSA, "RS256", headers={"kid": "rsa"})
-        until(lambda: ask(gateway, first).status_code == 200, "the key has come", 15)
-        assert ask(gateway, later).status_code == 401
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/jwks"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def serve(self, *keys: dict[str, Any]) -> None:
+        self.status, self.body = 200, json.dumps({"keys": keys}).encode()
+
+    def end(self) -> None:
+        """Nobody listens there any more."""
+        self.let_go.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    one = Provider()
+    yield one
+    one.end()
+
+
+def sooner(later_ms: int) -> dict[str, bytes]:
+    """A gateway's `files` with which it asks issuers' addresses after so many ms, not after five minutes."""
+    files = {}
+    for name, swaps in (
+        ("njs/keys.js", {"LATER = 300000;": f"LATER = {later_ms};", "SOON = 15000;": "SOON = 500;"}),
+        ("nginx.conf", {"fetchKeys interval=5s;\n            js_fetch_timeout 4s;":
+                        "fetchKeys interval=600ms;\n            js_fetch_timeout 400ms;"}),
+    ):  # fmt: skip
+        text = (ROOT / "nginx" / name).read_text()
+        for old, new in swaps.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        files[name] = text.encode()
+    return files
+
+
+@contextmanager
+def trusting(provider: Provider, later_ms: int) -> Iterator[Gateway]:
+    """A gateway that asks this provider for its keys."""
+    issuers = tokens_file(issuer("out", ["ES256", "RS256"], jwks_uri=provider.url))
+    files = {"secrets/tokens.json": issuers.encode(), "secrets/keys.json": keys_file().encode(), **sooner(later_ms)}
+    with Replicas(1) as replicas, Gateway(replicas, files=files) as gateway:
+        until(lambda: httpx.get(gateway.url + "/ready").status_code == 200, "ready")
+        yield gateway
+
+
+def by_ec() -> str:
+    return jwt.encode(claims("out"), EC, "ES256", headers={"kid": "ec"})
+
+
+def by_rsa() -> str:
+    return jwt.encode(claims("out"), RSA, "RS256", headers={"kid": "rsa"})
+
+
+def statuses(gateway: Gateway, token: str) -> set[int]:
+    """What all workers say to it: each connection meets one of them."""
+    return {ask(gateway, token).status_code for _ in range(8)}
+
+
+def test_keys_come_from_an_issuers_address(provider: Provider) -> None:
+    """A later one comes when a token brings it, without the five minutes' wait, and the one that it replaced goes with
+    it. Keys of other kinds are passed over."""
+    provider.serve(EC_JWK, {"kty": "oct", "kid": "x", "k": b64(SECRET)}, {"kty": "new"})
+    with trusting(provider, 300_000) as gateway:
+        until(lambda: ask(gateway, by_ec()).status_code == 200, "the key has come", 15)
+        assert ask(gateway, by_rsa()).status_code == 401
         assert ask(gateway, by_hand({"alg": "HS256", "kid": "x"}, claims("out"))).status_code == 401
-        served["keys"] = [EC_JWK, RSA_JWK]
-        until(lambda: ask(gateway, later).status_code == 200, "the new key has come", 30)
-        served["status"] = 500
-        assert ask(gateway, first).status_code == 200
-        server.shutdown()
+        provider.serve(RSA_JWK)
+        until(lambda: ask(gateway, by_rsa()).status_code == 200, "the new key has come", 10)
+        assert statuses(gateway, by_ec()) == {401}
+        assert error_of(ask(gateway, by_ec()))["code"] == "invalid_api_key"
+
+
+def test_a_key_that_an_issuer_takes_away_is_refused_though_no_token_brings_another(provider: Provider) -> None:
+    provider.serve(EC_JWK, RSA_JWK)
+    with trusting(provider, 1000) as gateway:
+        until(lambda: ask(gateway, by_ec()).status_code == 200, "the keys have come", 15)
+        provider.serve(RSA_JWK)
+        until(lambda: ask(gateway, by_ec()).status_code == 401, "the key is gone", 10)
+        assert statuses(gateway, by_ec()) == {401}
+        assert statuses(gateway, by_rsa()) == {200}
+
+
+RUBBISH = {
+    "an error": (500, b"{}"),
+    "no JSON": (200, b"<html>planted"),
+    "nothing": (200, b""),
+    "null": (200, b"null"),
+    "no keys": (200, b'{"planted": 1}'),
+    "keys that are none": (200, b'{"keys": "planted"}'),
+    "an empty set": (200, b'{"keys": []}'),
+    "only keys of other kinds": (200, b'{"keys": [{"kty": "planted"}, null, 7]}'),
+    "a weak key": (200, json.dumps({"keys": [{**RSA_JWK, "n": "AQAB"}]}).encode()),
+    "too much": (200, json.dumps({"keys": [EC_JWK], "more": "planted" * 10_000}).encode()),
+    "another address": (302, json.dumps({"keys": [EC_JWK]}).encode()),
+}
+
+
+def stays(gateway: Gateway, provider: Provider, what: str) -> None:
+    """The last good key stays in force, no other comes, and both the log and the metric say that something is wrong."""
+
+    def told() -> tuple[int, int]:
+        metrics = httpx.get(gateway.metrics_url + "/metrics").text
+        (counted,) = re.findall(r'gateway_secrets_refused_total\{file="jwks"\} (\d+)', metrics)
+        return gateway.log().count(f"the keys at {provider.url} are not taken"), int(counted)
+
+    before = told()
+    # The first complaint may be about what stood there before.
+    until(lambda: all(now >= then + 2 for then, now in zip(before, told(), strict=True)), what, 30)
+    assert statuses(gateway, by_rsa()) == {200}, what
+    assert statuses(gateway, by_ec()) == {401}, what
+
+
+def test_an_issuer_that_answers_rubbish_keeps_its_last_good_keys_and_that_is_told(provider: Provider) -> None:
+    """The keys count again as soon as it gives some."""
+    provider.serve(RSA_JWK)
+    with trusting(provider, 300) as gateway:
+        until(lambda: ask(gateway, by_rsa()).status_code == 200, "the key has come", 15)
+        for what, (status, body) in RUBBISH.items():
+            provider.status, provider.body = status, body
+            stays(gateway, provider, what)
+        assert "planted" not in gateway.log()
+        provider.serve(EC_JWK, RSA_JWK)
+        until(lambda: ask(gateway, by_ec()).status_code == 200, "what it gives counts again", 10)
+
+
+def test_an_issuer_that_is_down_keeps_its_last_good_keys_and_that_is_told(provider: Provider) -> None:
+    provider.serve(RSA_JWK)
+    with trusting(provider, 300) as gateway:
+        until(lambda: ask(gateway, by_rsa()).status_code == 200, "the key has come", 15)
+        provider.waits = True
+        stays(gateway, provider, "it keeps the gateway waiting")
+        provider.end()
+        stays(gateway, provider, "nobody listens")

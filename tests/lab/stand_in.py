@@ -51,6 +51,9 @@ class StandIn(Engine):
         """What its log says, and memory in use."""
         return super().facts() | {"used": [130.42 for _ in self.gpus]}
 
+    def post(self, path: str, timeout_s: float = 60.0) -> None:
+        """It never sleeps."""
+
     def forget(self) -> None:
         """Waits until it is idle."""
         until(self.idle, f"{self.name} is idle")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab.bench.peers import OURS, PEERS
-from lab.gpu import engines, measure, plans, report
+from lab.gpu import engines, fair, measure, plans, report
 from lab.gpu import run as runs
 from lab.gpu.engines import SHAPES, config_of
 from lab.gpu.plans import Layout
@@ -156,6 +156,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "LAYOUT_SHAPES": ("Llama-70B",),
     }.items():
         monkeypatch.setattr(measure, name, value)
+    for name, value in {"CLIENTS": 8, "SECONDS": 1.5, "SETTLE": 0.5, "STEPS": (2048,)}.items():
+        monkeypatch.setattr(fair, name, value)
     found = Run(machine(4), tmp_path / "out", tmp_path / "work", 300)
     yield found
     found.close()
@@ -197,9 +199,19 @@ def test_a_run_measures_all_and_goes_on_where_an_engine_does_not_start(
     assert found["layouts"]["Llama-70B"].keys() == {one.name for one in first} - {"1 × tp 1 × pp 4"}
     assert all(one["full"]["tokens_per_s"] > 0 for one in found["layouts"]["Llama-70B"].values())
 
+    phases = found["fair"]["2048"]
+    assert phases.keys() == {fair.ALONE, fair.IN_TURN, fair.SHARED}
+    assert all(
+        waits["requests"] > 1 and not waits["lost"] for one in phases.values() for waits in one["waits"].values()
+    )
+    assert phases[fair.SHARED]["flood"]["requests"] > 8
+    assert len(found["sleep"]) == 5
+
     text = report.section({**found, "date": "2026-01-01 00:00", "machine": run.machine.model_dump(mode="json")})
     assert "1 × tp 1 × pp 4: not measured" in text
     assert "4 behind the gateway give" in text
+    assert "| 2,048 in a step, 512 in |" in text
+    assert "| level 2, 2 |" in text
     print(text)
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from lab.http import get
-from lab.sim.engine import BLOCK, TOKEN_BYTES, Blocks, block_hashes
+from lab.sim.engine import BLOCK, TOKEN_BYTES, Blocks, Engine, Request, Shape, block_hashes
 from lab.sim.load import Outcome, session, stream
+from lab.sim.replica import priority_of
 from lab.sim.replicas import Replicas
 from lab.waiting import until
 
@@ -119,3 +120,57 @@ def test_the_oldest_blocks_are_dropped_first_and_a_tail_before_its_head() -> Non
     assert blocks.prefix(one, 3) == one[:1]
     assert not blocks.admit(other, 2)
     assert blocks.used == 0
+
+
+def first_tokens(shape: Shape, *requests: tuple[str, int, int]) -> list[str]:
+    """The names of requests in the order of their first tokens: (name, tokens of the prompt, priority), all at once."""
+
+    async def run() -> list[str]:
+        engine = Engine(shape)
+        found = {}
+        for name, tokens, priority in requests:
+            prompt = (name * tokens * TOKEN_BYTES).encode()
+            found[name] = Request(prompt, 8, b"x" * 8 * TOKEN_BYTES, 0.0, priority)
+            engine.submit(found[name])
+        working = asyncio.create_task(engine.run())
+        for request in found.values():
+            while await request.tokens.get() is not None:
+                pass
+        working.cancel()
+        return sorted(found, key=lambda name: found[name].first_token_at)
+
+    return asyncio.run(run())
+
+
+def test_who_waits_begins_by_priority_and_then_by_arrival() -> None:
+    shape = Shape(step_ms=1, max_running=1)
+    assert first_tokens(shape, ("a", 10, 9), ("b", 10, 9), ("c", 10, 1), ("d", 10, -1)) == ["d", "c", "a", "b"]
+
+
+def test_no_priority_takes_a_step_from_a_prompt_that_has_begun() -> None:
+    """As in vLLM: who runs goes on, and who waits gets what tokens are left over."""
+
+    async def late() -> tuple[float, float]:
+        engine = Engine(Shape(step_ms=1, prefill_ms=0.05, batch_tokens=100))
+        long = Request(b"l" * 400 * TOKEN_BYTES, 4, b"x" * 4 * TOKEN_BYTES, 0.0, 9)
+        urgent = Request(b"u" * 10 * TOKEN_BYTES, 4, b"x" * 4 * TOKEN_BYTES, 0.0, -9)
+        engine.submit(long)
+        working = asyncio.create_task(engine.run())
+        while not long.computed:
+            await asyncio.sleep(0)
+        engine.submit(urgent)
+        for request in (long, urgent):
+            while await request.tokens.get() is not None:
+                pass
+        working.cancel()
+        return long.first_token_at, urgent.first_token_at
+
+    first, urgent = asyncio.run(late())
+    assert first < urgent
+
+
+def test_the_header_says_a_requests_priority_before_its_body() -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nX-Vllm-Priority: 7"
+    assert priority_of(head, {"priority": 3}) == 7
+    assert priority_of(b"POST /v1/completions HTTP/1.1", {"priority": 3}) == 3
+    assert priority_of(b"POST /v1/completions HTTP/1.1", {}) == 0

@@ -35,7 +35,7 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         missing = True
     if missing:
         request.getfixturevalue("stack")
-    for name in ("scripts", "nginx", "presets", "docs", "vllm"):
+    for name in ("scripts", "nginx", "presets", "docs", "vllm", "autoscaler"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "Makefile", ".gitignore", ".env.example"):
         shutil.copy(ROOT / name, folder / name)
@@ -47,7 +47,10 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         service["image"] = f"{PROJECT}/{name}:1"
     del services["gateway"]["ports"]
     only = {"name": PROJECT, "x-pins": document["x-pins"], "services": services}
-    only |= {"networks": {"fleet": {"internal": True}}, "volumes": dict.fromkeys(("hub", "compiled", "used", "bodies"))}
+    only |= {
+        "networks": {"fleet": {"internal": True}},
+        "volumes": dict.fromkeys(("hub", "compiled", "used", "bodies", "autoscaler")),
+    }
     (folder / "docker-compose.yml").write_text(yaml.safe_dump(only))
     run("git", "-C", str(folder), "init", "--quiet")
     run("git", "-C", str(folder), "add", "--all")

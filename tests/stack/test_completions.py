@@ -55,7 +55,9 @@ def test_tokenize_and_back(stack: Stack) -> None:
     """Text becomes token numbers, and these become the same text again."""
     tokens = tokenize(stack, PROMPT)
     assert len(tokens) > 3
-    back = requests.post(f"{stack.url}/detokenize", json={"model": stack.model, "tokens": tokens}, timeout=30)
+    back = requests.post(
+        f"{stack.url}/detokenize", json={"model": stack.model, "tokens": tokens}, headers=stack.headers, timeout=30
+    )
     assert back.json()["prompt"] == PROMPT
 
 
@@ -67,7 +69,9 @@ def test_tokenize_counts_as_usage_does(stack: Stack, client: openai.OpenAI) -> N
 
 
 def tokenize(stack: Stack, prompt: str) -> list[int]:
-    answer = requests.post(f"{stack.url}/tokenize", json={"model": stack.model, "prompt": prompt}, timeout=30)
+    answer = requests.post(
+        f"{stack.url}/tokenize", json={"model": stack.model, "prompt": prompt}, headers=stack.headers, timeout=30
+    )
     assert answer.status_code == 200, answer.text
     tokens: list[int] = answer.json()["tokens"]
     assert answer.json()["count"] == len(tokens)

@@ -1,8 +1,10 @@
 """The commands that the docs show, run as they stand there."""
 
 import json
+import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -23,9 +25,12 @@ NOT_RUN = {
     "docker compose -f": "needs GPUs",
     "docker compose exec gateway curl": "changes who gets requests; the gateway's tests do the same",
     "docker compose exec grafana": "Grafana's image may not be there",
-    "docker compose logs --no-log-prefix": "a placeholder stands in it",
+    "make logs": "a placeholder stands in it; tests/stack/test_logs.py follows a request",
     "make key": "would ask the tests for keys; tests/unit/test_access_docs.py runs them",
     "make user": "would ask the tests for keys; tests/unit/test_access_docs.py runs them",
+    "make doctor": "tells of alerts that other tests cause; test_doctor.py runs it",
+    "make report": "test_doctor.py runs it",
+    "export FLEET_KEY=": "would ask the tests for keys",
     "make bundle": "takes minutes and gigabytes; has tests of its own",
     "tar xpf": "needs a bundle",
     "vllm-fleet/install.sh": "needs a bundle",
@@ -56,9 +61,12 @@ def test_a_command_of_the_docs_succeeds(stack: Stack, command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_readmes_curl_is_answered(stack: Stack) -> None:
+def test_the_readmes_curl_is_answered(stack: Stack, tmp_path: Path) -> None:
     """The command that a new user copies from the README gives an answer in words."""
     (command,) = re.findall(r"^```sh\n(curl .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     here = command.replace("http://localhost/", f"{stack.url}/").replace("curl ", "curl --silent --show-error ", 1)
-    done = subprocess.run(["bash", "-c", here], text=True, capture_output=True, timeout=60, check=True)
+    header = "".join(f'header = "{name}: {value}"\n' for name, value in stack.headers.items())
+    (tmp_path / ".curlrc").write_text(header)
+    env = {**os.environ, "CURL_HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", here], env=env, text=True, capture_output=True, timeout=60, check=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"]

@@ -115,6 +115,7 @@ def test_a_request_sent_into_a_cut_network_goes_elsewhere(stack: Stack) -> None:
 
     # One connection to the gateway: the worker that has it is the one that kept a connection to the victim.
     with requests.Session() as client:
+        client.headers.update(stack.headers)
 
         def known_to_victim() -> str:
             prompt = f"{secrets.token_hex(16)} " + "and so on " * 50

@@ -35,7 +35,7 @@ def test_every_replica_serves(stack: Stack) -> None:
 
     def served_by(number: int) -> str:
         body = {"model": stack.model, "prompt": f"{number} different prompts. Number {number}:", "max_tokens": 8}
-        answer = requests.post(f"{stack.url}/v1/completions", json=body, timeout=60)
+        answer = requests.post(f"{stack.url}/v1/completions", json=body, headers=stack.headers, timeout=60)
         assert answer.status_code == 200, answer.text
         return answer.headers["X-Replica"]
 
@@ -54,7 +54,8 @@ def test_a_client_that_hangs_up(stack: Stack) -> None:
         "ignore_eos": True,
         "stream": True,
     }
-    with requests.post(f"{stack.url}/v1/completions", json=body, stream=True, timeout=60) as answer:
+    url = f"{stack.url}/v1/completions"
+    with requests.post(url, json=body, headers=stack.headers, stream=True, timeout=60) as answer:
         assert answer.status_code == 200
         replica = answer.headers["X-Replica"]
         lines = answer.iter_lines()  # kept: without a reader the client's side closes
@@ -67,10 +68,10 @@ def test_request_id(stack: Stack) -> None:
     """A request id is passed on and echoed; where the client has none, the gateway makes one, a new one each time."""
     body = {"model": stack.model, "prompt": "Hello", "max_tokens": 1}
     url = f"{stack.url}/v1/completions"
-    named = requests.post(url, json=body, headers={"X-Request-Id": "my-own-id-42"}, timeout=60)
+    named = requests.post(url, json=body, headers={**stack.headers, "X-Request-Id": "my-own-id-42"}, timeout=60)
     assert named.headers["X-Request-Id"] == "my-own-id-42"
     assert "my-own-id-42" in named.json()["id"], "the replica knows the request by the same id"
-    made = {requests.post(url, json=body, timeout=60).headers["X-Request-Id"] for _ in range(2)}
+    made = {requests.post(url, json=body, headers=stack.headers, timeout=60).headers["X-Request-Id"] for _ in range(2)}
     assert len(made) == 2
     assert all(made)
 

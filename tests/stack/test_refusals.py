@@ -28,7 +28,10 @@ def assert_refused(answer: requests.Response, status: int) -> dict[str, Any]:
 def test_unknown_model(stack: Stack, client: openai.OpenAI) -> None:
     """A model that nobody serves: 404, which names the models there are, and OpenAI's client says NotFoundError."""
     answer = requests.post(
-        f"{stack.url}/v1/chat/completions", json={"model": "no-such-model", "messages": MESSAGES}, timeout=30
+        f"{stack.url}/v1/chat/completions",
+        json={"model": "no-such-model", "messages": MESSAGES},
+        headers=stack.headers,
+        timeout=30,
     )
     error = assert_refused(answer, 404)
     assert "no-such-model" in error["message"]
@@ -43,7 +46,7 @@ def test_bad_json(stack: Stack, body: str) -> None:
     answer = requests.post(
         f"{stack.url}/v1/chat/completions",
         data=body.encode(),
-        headers={"Content-Type": "application/json"},
+        headers={**stack.headers, "Content-Type": "application/json"},
         timeout=30,
     )
     assert_refused(answer, 400)
@@ -57,14 +60,18 @@ def test_bad_json(stack: Stack, body: str) -> None:
 def test_bad_parameter(stack: Stack, wrong: dict[str, Any]) -> None:
     """A parameter of the wrong type or out of its range: 400."""
     body = {"model": stack.model, "messages": MESSAGES, "max_tokens": 1} | wrong
-    assert_refused(requests.post(f"{stack.url}/v1/chat/completions", json=body, timeout=30), 400)
+    assert_refused(requests.post(f"{stack.url}/v1/chat/completions", json=body, headers=stack.headers, timeout=30), 400)
 
 
 def test_too_long_a_prompt(stack: Stack) -> None:
     """A prompt longer than the model's context: 400, which names that length."""
-    length = requests.get(f"{stack.url}/v1/models", timeout=10).json()["data"][0]["max_model_len"]
+    length = requests.get(f"{stack.url}/v1/models", headers=stack.headers, timeout=10).json()["data"][0][
+        "max_model_len"
+    ]
     body = {"model": stack.model, "prompt": "word " * (length + 10), "max_tokens": 1}
-    error = assert_refused(requests.post(f"{stack.url}/v1/completions", json=body, timeout=30), 400)
+    error = assert_refused(
+        requests.post(f"{stack.url}/v1/completions", json=body, headers=stack.headers, timeout=30), 400
+    )
     assert str(length) in error["message"]
 
 
@@ -73,6 +80,8 @@ def test_too_big_a_body(stack: Stack) -> None:
     connection = http.client.HTTPConnection(urlsplit(stack.url).netloc, timeout=10)
     connection.putrequest("POST", "/v1/chat/completions")
     connection.putheader("Content-Type", "application/json")
+    for header in stack.headers.items():
+        connection.putheader(*header)
     connection.putheader("Content-Length", str(2**30))
     connection.endheaders()
     answer = connection.getresponse()
@@ -87,7 +96,7 @@ def test_too_big_a_body(stack: Stack) -> None:
 )
 def test_wrong_method(stack: Stack, method: str, path: str) -> None:
     """A path that exists, asked with a method that it does not have: 405."""
-    assert_refused(requests.request(method, stack.url + path, timeout=10), 405)
+    assert_refused(requests.request(method, stack.url + path, headers=stack.headers, timeout=10), 405)
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/nothing", "/v2/chat/completions", "/v1/chat/completions/7"])

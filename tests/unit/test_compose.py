@@ -18,6 +18,8 @@ from vllm import launch
 BASE = ROOT / "docker-compose.yml"
 GPU = ROOT / "docker-compose.gpu.yml"
 TLS = ROOT / "docker-compose.tls.yml"
+WEBUI = ROOT / "docker-compose.webui.yml"
+RAY, RAY_GPU = ROOT / "docker-compose.ray.yml", ROOT / "docker-compose.ray-gpu.yml"
 REPLICAS = ("vllm-0", "vllm-1")
 # The host's commands read these themselves.
 NOT_FOR_COMPOSE = {"IMAGES", "GPU", "HF_TOKEN_FILE", "USER_LIST", "JWT_KEY", "ACCESS_TOKEN_EXPIRE_MINUTES"}
@@ -63,18 +65,32 @@ def test_the_parts_are_there(services: dict[str, Any]) -> None:
     assert set(services) == {"gateway", *REPLICAS, "prometheus", "grafana"}
 
 
-@pytest.mark.parametrize("name", ["gateway", *REPLICAS, "prometheus", "grafana", "tokens"])
+PROFILES = {
+    "tokens": "tokens",
+    "hardware": "node-exporter",
+    "traces": "traces",
+    "alerts": "alertmanager",
+    "autoscaler": "autoscaler",
+    "triton": "triton",
+    "triton-canary": "triton-canary",
+    "webui": "webui",
+}
+# The switch has Docker's socket, whose owner is root: tests/gateway/test_switch.py holds it to three requests.
+IN_NETWORKS = {"autoscaler": {"fleet", "switch"}, "switch": {"switch"}, "webui": {"webui"}}
+
+
+@pytest.mark.parametrize("name", ["gateway", *REPLICAS, "prometheus", "grafana", *PROFILES.values(), "switch"])
 def test_every_service_is_confined_checked_and_bounded(name: str) -> None:
-    service = compose(BASE, settings={"COMPOSE_PROFILES": "tokens"})["services"][name]
+    service = compose(BASE, settings={"COMPOSE_PROFILES": ",".join(PROFILES)})["services"][name]
     assert service["healthcheck"]["test"][0] == "CMD"
     assert service["restart"] == "unless-stopped"
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert not service["user"].startswith(("0", "root"))
+    assert name == "switch" or not service["user"].startswith(("0", "root"))
     assert int(service["mem_limit"]) > 0
     assert set(service["logging"]["options"]) == {"max-size", "max-file"}
-    assert set(service["networks"]) == {"fleet"}
+    assert set(service["networks"]) == IN_NETWORKS.get(name, {"fleet"})
 
 
 def test_no_registry_is_asked_for_an_image_that_is_built_here(services: dict[str, Any]) -> None:
@@ -84,6 +100,37 @@ def test_no_registry_is_asked_for_an_image_that_is_built_here(services: dict[str
     assert {name for name, service in services.items() if service.get("pull_policy") == "never"} == built
 
 
+def test_open_webui_reaches_the_gateway_and_nothing_else() -> None:
+    """Its network has no way out, and nobody but the gateway is in it."""
+    profiles = {"COMPOSE_PROFILES": ",".join(PROFILES)}
+    plain, opened = compose(BASE, settings=profiles), compose(BASE, WEBUI, settings=profiles)
+    assert {"webui", "tokens"} <= set(compose(BASE, settings={"COMPOSE_PROFILES": "webui"})["services"])
+    assert opened["networks"]["webui"]["internal"] is True
+    assert [name for name, one in opened["services"].items() if "webui" in one["networks"]] == ["gateway", "webui"]
+    assert set(opened["services"]["gateway"]["networks"]) == {"fleet", "webui"}
+    assert not opened["services"]["webui"].get("ports")
+    # nobody who does not want it meets it
+    assert plain["services"]["gateway"] == compose(BASE)["services"]["gateway"]
+    assert "webui" not in compose(BASE)["networks"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "port"),
+    [
+        ({}, (WEBUI,), ("127.0.0.1", "8080", 8090)),
+        ({"WEBUI_PORT": "3001", "BIND_ADDRESS": "0.0.0.0"}, (WEBUI,), ("0.0.0.0", "3001", 8090)),
+        ({"HTTPS_PORT": "443"}, (TLS, WEBUI), ("127.0.0.1", "8080", 18090)),
+    ],
+)
+def test_open_webui_has_a_port_of_the_gateway_where_the_gateway_is_published(
+    settings: dict[str, str], files: tuple[Path, ...], port: tuple[str, str, int]
+) -> None:
+    ports = compose(BASE, *files, settings=settings)["services"]["gateway"]["ports"]
+    assert (ports[-1]["host_ip"], ports[-1]["published"], ports[-1]["target"]) == port
+    listens = re.findall(r"^listen (\d+)( ssl)?", (ROOT / "nginx/host/webui.conf").read_text(), re.MULTILINE)
+    assert (str(port[2]), " ssl" if "HTTPS_PORT" in settings else "") in listens
+
+
 def test_only_the_gateway_is_published_beyond_loopback_and_only_when_asked() -> None:
     def published(config: dict[str, Any]) -> dict[str, set[str]]:
         ports = {name: service.get("ports", []) for name, service in config["services"].items()}
@@ -91,6 +138,8 @@ def test_only_the_gateway_is_published_beyond_loopback_and_only_when_asked() -> 
 
     loopback = {"gateway": {"127.0.0.1"}, "prometheus": {"127.0.0.1"}, "grafana": {"127.0.0.1"}}
     assert published(compose(BASE)) == loopback
+    profile = {"COMPOSE_PROFILES": "traces"}
+    assert published(compose(BASE, settings=profile)) == loopback | {"traces": {"127.0.0.1"}}
     assert published(compose(BASE, settings={"BIND_ADDRESS": "0.0.0.0"})) == loopback | {"gateway": {"0.0.0.0"}}
     assert published(compose(BASE, settings={"BIND_ADDRESS": "[::1]"})) == loopback | {"gateway": {"::1"}}
 
@@ -109,7 +158,7 @@ def test_https_without_its_file_starts_no_gateway(files: tuple[Path, ...], port:
 def test_who_sees_which_secrets() -> None:
     """The gateway sees hashes and public keys, the token service users and private keys, and nobody else anything."""
     users = {"USER_LIST": "A", "A_USERNAME": "alice", "A_HASHED_PASSWORD": "planted-1", "JWT_KEY": "planted-2"}
-    config = compose(BASE, settings=users | {"COMPOSE_PROFILES": "tokens"})
+    config = compose(BASE, settings=users | {"COMPOSE_PROFILES": "tokens,alerts,webui"})
     mounts = {
         (name, Path(volume["source"]).relative_to(ROOT), volume["target"], volume.get("read_only"))
         for name, service in config["services"].items()
@@ -119,6 +168,8 @@ def test_who_sees_which_secrets() -> None:
     assert mounts == {
         ("gateway", Path("secrets/gateway"), "/etc/fleet/secrets", True),
         ("tokens", Path("secrets/tokens"), "/etc/fleet/secrets", True),
+        ("webui", Path("secrets/webui"), "/etc/fleet/secrets", True),
+        ("alertmanager", Path("secrets/alertmanager"), "/etc/fleet/secrets", True),
     }
     assert not config["services"]["tokens"].get("ports")
     # neither in an environment, which `docker inspect` shows, nor anywhere else
@@ -146,7 +197,7 @@ def test_what_is_dear_to_make_again_is_kept(services: dict[str, Any]) -> None:
         for name, service in services.items()
     }
     assert kept["vllm-0"] == kept["vllm-1"] == {"/cache/hub", "/cache/compiled"}
-    assert kept["gateway"] == {"/var/cache/bodies", "/var/lib/fleet"}
+    assert kept["gateway"] == {"/var/cache/bodies", "/var/lib/fleet", "/var/lib/autoscaler"}
     assert kept["prometheus"] == {"/prometheus"}
     assert kept["grafana"] == {"/var/lib/grafana"}
 
@@ -167,7 +218,16 @@ def test_every_setting_of_the_launcher_reaches_it_from_the_env_file(tmp_path: Pa
 
 def test_a_setting_that_is_not_set_does_not_reach_the_container(services: dict[str, Any]) -> None:
     environment = services["vllm-0"]["environment"]
-    assert {name for name, value in environment.items() if value is not None} == {"DRAIN_SECONDS", "HF_ENDPOINT"}
+    assert {name for name, value in environment.items() if value} == {"DRAIN_SECONDS", "HF_ENDPOINT"}
+
+
+def test_traces_go_to_their_store_only_where_they_are_made() -> None:
+    """Another share of them is another setting of the gateway alone: no replica restarts for it."""
+    made = [compose(BASE, settings={"TRACE_SAMPLE": share})["services"] for share in ("", "0.1", "0.5")]
+    replicas = [services["vllm-0"]["environment"]["TRACES_URL"] for services in made]
+    assert replicas == ["", *["http://traces:4318/v1/traces"] * 2]
+    assert made[1]["vllm-0"] == made[2]["vllm-0"]
+    assert made[1]["gateway"] != made[2]["gateway"]
 
 
 def test_a_mirror_of_the_hub_reaches_the_replicas_and_a_token_reaches_nothing() -> None:
@@ -185,7 +245,8 @@ def test_the_example_names_every_setting_that_is_read_and_no_other() -> None:
     read = set(re.findall(r"(?<!\$)\$\{([A-Z0-9_]+)", files)) | set(
         re.findall(r"^ {4,6}([A-Z][A-Z0-9_]*):$", files, re.MULTILINE)
     )
-    assert example == read | NOT_FOR_COMPOSE
+    # Compose itself knows what the project is called
+    assert example == read - {"COMPOSE_PROJECT_NAME"} | NOT_FOR_COMPOSE
 
 
 def test_the_example_changes_nothing_as_it_stands() -> None:
@@ -207,17 +268,37 @@ def test_no_replica_shares_its_name_with_what_runs_beside_it(services: dict[str,
     assert {services[name]["hostname"] for name in REPLICAS} == {f"{name}.fleet" for name in REPLICAS}
 
 
+PACKAGES = ("vllm", "tokens", "traces", "autoscaler", "triton", "triton-gpu")
+
+
 def test_every_image_is_pinned_in_one_place() -> None:
     pins = yaml.safe_load(BASE.read_text())["x-pins"]
-    packages = [*pins.pop("vllm-packages").split(), *pins.pop("tokens-packages").split()]
+    packages = [pin for name in PACKAGES for pin in pins.pop(f"{name}-packages").split()]
     assert [package for package in packages if not re.search(r"==\d+(\.\w+)+$", package)] == []
     assert re.fullmatch(r"[0-9a-f]{40}", pins.pop("model-revision"))
-    assert [image for image in pins.values() if not re.search(r":v?\d+\.\d+\.\d+(-slim)?$", image)] == []
+    triton = yaml.safe_load(BASE.read_text())["x-pins"]["triton-packages"]
+    on_gpus = re.fullmatch(r"nvcr\.io/nvidia/tritonserver:(\d\d\.\d\d)-vllm-python-py3", pins.pop("triton"))[1]  # type: ignore[index]
+    assert [
+        image
+        for image in pins.values()
+        if not re.search(r":v?\d+\.\d+\.\d+(-slim|-\d+\.\d+\.\d+-ubuntu22\.04)?$", image)
+    ] == []
+    assert pins["triton-image"].split(":")[1] == triton.split()[0].removeprefix("nvidia-pytriton==")
+    assert GPU.read_text().count(f"vllm-fleet/triton:{on_gpus}-gpu") == 1
     assert pins["replica-image"] == f"vllm-fleet/replica:{pins['vllm-cpu'].split(':v')[1]}"
     assert pins["vllm-gpu"].split(":")[1] == pins["vllm-cpu"].split(":")[1]
     assert pins["gateway-image"].split(":")[1] == pins["nginx"].split(":")[1]
     assert pins["prometheus-image"].split(":")[1] == pins["prometheus"].split(":v")[1]
+    assert (
+        pins["traces-image"].split(":")[1]
+        == yaml.safe_load(BASE.read_text())["x-pins"]["traces-packages"].split("==")[1]
+    )
+    assert pins["webui-image"].split(":")[1] == pins["webui"].split(":v")[1]
+    assert f"open-webui=={pins['webui'].split(':v')[1]}" in (ROOT / "images/webui/requirements.txt").read_text().split()
     assert pins["tokens-image"].split(":")[1] == pins["python"].split(":")[1].removesuffix("-slim")
+    assert pins["autoscaler-image"].split(":")[1] == pins["tokens-image"].split(":")[1]
+    assert pins["node-exporter-image"].split(":")[1] == pins["node-exporter"].split(":v")[1]
+    assert GPU.read_text().count(pins["dcgm-exporter"]) == 1
     assert f"{pins['replica-image']}-gpu" == gpu_service(["0"], 1)["image"]
 
 
@@ -233,6 +314,59 @@ def test_the_gpu_file_pins_each_replica_to_its_own_gpu() -> None:
         assert config[name]["environment"]["TENSOR_PARALLEL_SIZE"] == "1"
         mounts = {volume["target"]: Path(volume["source"]).name for volume in config[name]["volumes"]}
         assert mounts["/etc/vllm/engine.yaml"] == "engine.gpu.yaml"
+
+
+def test_the_exporters_are_there_by_profile_and_see_the_host_read_only() -> None:
+    """Neither is published, and whatever they mount of the host they can only read."""
+    names = {"node-exporter", "dcgm-exporter"}
+    assert not names & set(compose(BASE, GPU)["services"])
+    services = compose(BASE, GPU, settings={"COMPOSE_PROFILES": "hardware"})["services"]
+    for name in names:
+        assert not services[name].get("ports")
+        assert all(volume["read_only"] for volume in services[name]["volumes"])
+        assert services[name]["cap_drop"] == ["ALL"]
+        assert int(services[name]["mem_limit"]) > 0
+    assert not services["node-exporter"].get("pid")
+    assert devices(services["dcgm-exporter"])[0]["count"] == -1
+
+
+def test_the_gpus_figures_that_are_shown_are_collected() -> None:
+    """prometheus/gpus.csv names each field that the recorded metrics have, and no other."""
+    rows = [row.split(",") for row in (ROOT / "prometheus/gpus.csv").read_text().splitlines() if row[0] != "#"]
+    assert all(len(row) == 3 for row in rows)
+    recorded = json.loads((ROOT / "grafana/metrics.json").read_text())["elsewhere"]
+    assert {row[0] for row in rows} == {name for name in recorded if name.startswith("DCGM_")}
+
+
+def test_what_only_a_profile_starts_is_scraped_by_the_name_of_its_service() -> None:
+    """A name that no service has would never be found. Triton's port is the one that it is started with."""
+    config = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    asked = {job["job_name"]: one for job in config for one in job.get("dns_sd_configs", ())}
+    services = compose(BASE, GPU, settings={"COMPOSE_PROFILES": "*"})["services"]
+    by_profile = {name for name, service in services.items() if service.get("profiles")}
+    assert asked.keys() == {"autoscaler", "triton", "host", "gpus"}
+    assert {name for one in asked.values() for name in one["names"]} <= by_profile
+    assert f"--metrics-port={asked['triton']['port']}" in (ROOT / "triton/start.py").read_text()
+
+
+def test_triton_is_there_by_profile_and_has_what_its_engines_share_with_the_replicas() -> None:
+    """Its models and caches are theirs; of their settings it has all that an engine takes, and nothing is published."""
+    assert "triton" not in compose(BASE)["services"]
+    for files, device in ((BASE,), "cpu"), ((BASE, GPU), "gpu"):
+        services = compose(*files, settings={"COMPOSE_PROFILES": "triton,triton-canary"})["services"]
+        for name in ("triton", "triton-canary"):
+            triton, replica = services[name], services["vllm-0"]
+            assert not triton.get("ports")
+            assert triton["build"]["args"]["DEVICE"] == device
+            assert Service.model_validate(triton).on_gpus == (device == "gpu")
+            caches = {one["target"]: one["source"] for one in replica["volumes"]}
+            assert caches.items() <= {one["target"]: one["source"] for one in triton["volumes"]}.items()
+            engine = (
+                launch.Settings.model_fields.keys() - launch.OTHERWISE - {"tool_call_parser", "max_num_queued_reqs"}
+            )
+            assert {one.upper() for one in engine} | {"MODEL", "CPU_THREADS", "KV_CACHE_GB"} <= triton[
+                "environment"
+            ].keys()
 
 
 def test_the_gpu_file_says_what_the_planner_would_say(tmp_path: Path) -> None:
@@ -273,3 +407,48 @@ def test_nccl_is_left_alone_unless_set() -> None:
     assert {plain[name] for name in names} == {None}
     chosen = compose(BASE, GPU, settings=names)["services"]["vllm-0"]["environment"]
     assert {name: chosen[name] for name in names} == names
+
+
+@pytest.mark.parametrize("ignore", sorted(ROOT.glob("*/.dockerignore")), ids=lambda path: str(path.parent.name))
+def test_what_an_image_copies_is_sent_to_its_build(ignore: Path) -> None:
+    sent = {line.removeprefix("!") for line in ignore.read_text().splitlines() if line.startswith("!")}
+    copies = re.findall(r"^COPY (?:--\S+ )*(.*) \S+$", ignore.with_name("Dockerfile").read_text(), re.MULTILINE)
+    assert copies
+    assert {name for line in copies for name in line.split()} <= sent
+
+
+def test_the_example_of_models_on_demand_gives_two_models_one_gpu(tmp_path: Path) -> None:
+    """docs/models-on-demand.md, laid over the files that a host with GPUs starts, with the `.env` that it shows."""
+    page = (ROOT / "docs" / "models-on-demand.md").read_text()
+    env, override, *_ = re.findall(r"^```\w*\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "override.yml").write_text(override)
+    settings = dict(line.split("=", 1) for line in env.splitlines())
+    services = compose(BASE, GPU, tmp_path / "override.yml", settings=settings)["services"]
+    replicas = [services[name] for name in REPLICAS]
+    assert [devices(one)[0]["device_ids"] for one in replicas] == [["0"]] * 2
+    assert [(one["environment"]["SLEEP_LEVEL"], one["environment"]["SHARED_GPUS"]) for one in replicas] == [
+        ("1", "0")
+    ] * 2
+    assert len({one["environment"]["MODEL"] for one in replicas}) == 2
+    assert {name: it["condition"] for name, it in replicas[1]["depends_on"].items()} == {
+        "gateway": "service_healthy", "vllm-0": "service_healthy",
+    }  # fmt: skip
+
+
+def test_a_ray_node_has_every_setting_of_a_replica() -> None:
+    """And its image lies over the replica's, with what is added pinned."""
+    replica = compose(BASE)["services"]["vllm-0"]["environment"]
+    pins, base = (yaml.safe_load(file.read_text())["x-pins"] for file in (RAY, BASE))
+    assert pins["replica"] == base["replica-image"]
+    assert [pin for pin in pins["ray-packages"].split() if not re.search(r"==\d+(\.\w+)+$", pin)] == []
+    for files, suffix in (((RAY,), ""), ((RAY, RAY_GPU), "-gpu")):
+        services = compose(*files)["services"]
+        assert set(services) == {"ray-head", "ray-worker"}
+        for service in services.values():
+            assert set(replica) - set(service["environment"]) == {"TRACES_URL"}
+            assert service["build"]["args"]["BASE"] == pins["replica"] + suffix
+            assert service["image"] == pins["ray-image"] + suffix
+            assert service["cap_drop"] == ["ALL"]
+            assert not [
+                volume for volume in service["volumes"] if "/secrets" in volume["target"] and not volume["read_only"]
+            ]

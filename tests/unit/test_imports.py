@@ -9,11 +9,12 @@ from stack.shell import ROOT
 
 # A folder, and what nothing in it may import.
 BARRED = {
-    "access": {"tests", "lab", "stack", "models", "planner"},
+    "access": {"tests", "lab", "stack", "models", "planner", "diagnosis"},
     "lab": {"tests"},
     "scripts": {"tests", "lab"},
     "grafana": {"tests", "lab"},
     "vllm": {"tests", "lab"},
+    "ray": {"tests", "lab", "stack"},
     "images": {"tests", "lab"},
 }
 # Weights on this host may bring Python of their own.

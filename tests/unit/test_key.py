@@ -467,6 +467,31 @@ def test_no_key_is_made_where_nobody_is_asked_for_one(of_stack: Secrets, wanted:
     assert of_stack.keys.parent.is_dir()  # made before Docker would make it as root
 
 
+def test_open_webui_has_one_key_that_may_name_users_and_gets_another_where_that_one_is_gone(of_stack: Secrets) -> None:
+    def key() -> str:
+        return access.WebuiKey.model_validate_json(of_stack.webui.read_bytes()).key
+
+    assert access.webui_key(of_stack)
+    assert not access.webui_key(of_stack)
+    holder = KeyStore(of_stack).read().holder(key(), time.time())
+    assert holder
+    assert (holder.name, holder.role, holder.end_users) == ("open-webui", "user", True)
+    first = key()
+    for lost in ("the file", "the key"):
+        if lost == "the file":
+            of_stack.webui.unlink()
+        else:
+            KeyStore(of_stack).revoke("open-webui")
+        assert access.webui_key(of_stack)
+        assert KeyStore(of_stack).read().holder(key(), time.time())
+    assert KeyStore(of_stack).read().holder(first, time.time()) is None
+    # Open WebUI reads it as a user of its own, and the folder above is closed
+    assert of_stack.webui.stat().st_mode & 0o777 == 0o644
+    with pytest.raises(Problem, match="GATEWAY_AUTH=off nobody could sign in"):
+        access.check_webui(SAID_NO)
+    access.check_webui(LOOPBACK)
+
+
 def test_a_key_on_loopback_closes_the_gateway_and_off_opens_it(of_stack: Secrets) -> None:
     created("create alice")
     assert access.asks_for_keys(LOOPBACK)

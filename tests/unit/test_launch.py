@@ -43,6 +43,7 @@ def start(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         monkeypatch.setattr(launch, "MODELS", models)
         monkeypatch.setattr(launch, "CACHE", tmp_path / "cache")
         monkeypatch.setattr(launch, "PID_FILE", tmp_path / "pid")
+        monkeypatch.setattr(launch, "HEALTH_FILE", tmp_path / "health.json")
         monkeypatch.setattr(os, "environ", {"PATH": os.environ.get("PATH", ""), **environment})
         monkeypatch.setattr(os, "execve", lambda _path, arguments, _environment: executed.append(arguments))
         status = launch.main([])
@@ -91,6 +92,17 @@ def test_a_model_may_have_several_names(start: Start, engine: str) -> None:
     at = arguments.index("--served-model-name")
     assert arguments[at + 1 : at + 3] == ["a/b", "claude-x"]
     assert arguments[at + 3].startswith("--")
+
+
+def test_spans_are_exported_where_a_store_is_named_and_only_there() -> None:
+    """A trace never begins at a replica: its health checks would be traces too."""
+    settings = launch.Settings(model="a")
+    url = "http://traces:4318/v1/traces"
+    for store, command in (("", False), (url, True)):
+        process = launch.process_environment(settings, {"TRACES_URL": store}, "vllm-0")
+        assert process["OTEL_TRACES_SAMPLER"] == "parentbased_always_off"
+        assert process.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "") == store
+        assert ("--otlp-traces-endpoint" in launch.serve_command(settings, "m", None, store)) is command
 
 
 def test_the_middleware_is_told_when_to_keep_a_stream_alive(tmp_path: Path) -> None:
@@ -343,6 +355,53 @@ def test_what_would_undo_what_the_gateway_relies_on_is_refused(start: Start, wor
     assert errors.count("\n") == 1
 
 
+GPU = {"FLEET_DEVICE": "gpu", "PATH": "/nowhere", "NVIDIA_VISIBLE_DEVICES": "0"}
+
+
+def test_a_replica_with_a_level_of_sleep_has_sleep_mode_and_the_middleware(tmp_path: Path) -> None:
+    engine = tmp_path / "engine.yaml"
+    engine.write_text("model: org/small\nsleep_level: 1\nshared_gpus: [0, 1]")
+    settings = read(engine, {"SLEEP_LEVEL": "2", "SHARED_GPUS": "a,b"})
+    command = launch.serve_command(settings, "m", None)
+    wrapped = [command[n + 1] for n, word in enumerate(command) if word == "--middleware"]
+    assert wrapped == ["begin.Begin", "sleeper.Sleeper", "drain.Drain", "lines.Lines"]
+    assert "--enable-sleep-mode" in command
+    assert not {"--sleep-level", "--wake-seconds", "--shared-gpus"} & {*command}
+    told = launch.process_environment(settings, {}, "vllm-0")
+    assert {name: told[name] for name in ("SLEEP_LEVEL", "WAKE_SECONDS", "SHARED_GPUS")} == {
+        "SLEEP_LEVEL": "2", "WAKE_SECONDS": "60", "SHARED_GPUS": "a,b",
+    }  # fmt: skip
+
+
+def test_without_a_level_nothing_of_sleep_mode_is_there(start: Start) -> None:
+    _, _, arguments = start()
+    assert not [word for word in arguments if "sleep" in word]
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"SLEEP_LEVEL": "1"}, "SLEEP_LEVEL is 1, but vLLM has no sleep mode on a CPU: leave it out"),
+        ({"SLEEP_LEVEL": "3", **GPU}, "SLEEP_LEVEL is '3'; it must be 1 (weights kept in the host's memory) or 2"),
+        ({"SHARED_GPUS": "0,1", **GPU}, "SHARED_GPUS is 0,1, but without SLEEP_LEVEL this replica never gives them up"),
+        ({"SLEEP_LEVEL": "1", "SHARED_GPUS": "0,,1", **GPU}, "SHARED_GPUS is '0,,1' (a name is empty"),
+        ({"SLEEP_LEVEL": "1", "WAKE_SECONDS": "0", **GPU}, "WAKE_SECONDS is '0'; it must be a whole number"),
+        ({"SLEEP_LEVEL": "1", "EXTRA_ARGS": "--api-server-count 2", **GPU}, "EXTRA_ARGS has --api-server-count: each"),
+        ({"SLEEP_LEVEL": "1", "EXTRA_ARGS": "-dp 2", **GPU}, "EXTRA_ARGS has -dp: each process"),
+    ],
+)
+def test_what_cannot_sleep_is_refused(start: Start, environment: dict[str, str], says: str) -> None:
+    status, errors, arguments = start(**environment)
+    assert (status, arguments) == (2, [])
+    assert says in errors
+    assert errors.count("\n") == 1
+
+
+def test_what_runs_over_ray_does_not_sleep() -> None:
+    with pytest.raises(launch.SettingsError, match="what runs over Ray does not sleep"):
+        launch.check_sleep(launch.Settings(model="m", sleep_level=1), on_gpus=True, over_hosts=True)
+
+
 def test_other_arguments_pass(start: Start) -> None:
     words = "--seed 1 --enable-force-include-usage --hf-overrides {} -O3 --api-server-count 2 --"
     assert start(EXTRA_ARGS=words)[0] == 0
@@ -576,3 +635,9 @@ def test_a_value_means_the_same_in_the_file_and_in_the_environment(
         name.upper(): json.dumps(value) if isinstance(value, dict) else str(value) for name, value in values.items()
     }
     assert read(folder / "full.yaml", {}) == read(folder / "bare.yaml", texts)
+
+
+def test_a_replica_does_not_begin_with_what_was_found_of_the_last(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "health.json").write_text('{"failures": 3}')
+    assert start()[0] == 0
+    assert not (tmp_path / "health.json").exists()

@@ -29,6 +29,7 @@ class Engine(ThreadingHTTPServer):
         self.status = {"/v1/completions": 200}
         self.wedged = threading.Event()
         self.takes_s = 0.0  # for each answer
+        self.sleep: dict[str, object] = {}  # what it says of its sleep, if it has sleep mode
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -47,6 +48,8 @@ class Answer(BaseHTTPRequestHandler):
                 'vllm:num_requests_waiting{engine="0"} 0\n'
                 'vllm:num_requests_waiting_by_reason{engine="0"} 99\n',
             )
+        elif self.path == "/is_sleeping":
+            self.reply(200 if self.server.sleep else 404, json.dumps(self.server.sleep))
         else:
             self.reply(200, json.dumps({"data": [{"id": "m"}]}))
 
@@ -142,6 +145,31 @@ def test_a_check_ends_before_docker_ends_it_though_each_answer_is_in_time(
     began = time.monotonic()
     assert health.main() == 1
     assert time.monotonic() - began < 5
+
+
+def test_a_sleeper_is_healthy_and_nothing_wakes_it(engine: Engine, replica: subprocess.Popen[bytes]) -> None:
+    engine.sleep = {"is_sleeping": True, "state": "asleep", "seconds": 9000.0}
+    engine.wedged.set()
+    assert [health.main() for _ in range(4)] == [0] * 4
+    engine.sleep = {"is_sleeping": True, "state": "waking", "seconds": 30.0}
+    assert health.main() == 0
+    assert engine.asked == []
+    engine.sleep = {"is_sleeping": False, "state": "closing", "seconds": 30.0}
+    engine.running = 1
+    assert health.main() == 0  # the step since then
+    assert health.main() == 1
+    assert replica.poll() is None
+
+
+def test_a_replica_that_does_not_wake_within_ten_minutes_is_ended(
+    engine: Engine, replica: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.sleep = {"is_sleeping": True, "state": "asleep", "seconds": 1.0}
+    assert health.main() == 0
+    engine.sleep = {"is_sleeping": True, "state": "waking", "seconds": 601.0}
+    assert [health.main() for _ in range(3)] == [1] * 3
+    assert "it has been waking for 601 s" in capsys.readouterr().out
+    assert replica.wait(5) == -signal.SIGKILL
 
 
 def test_a_restarted_engine_is_asked_again(engine: Engine) -> None:

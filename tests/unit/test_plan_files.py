@@ -19,6 +19,7 @@ from planner.choose import Wish, choose
 from planner.config import read_model
 from planner.machine import Machine, join, load_machine
 from planner.render import Part
+from stack import hosts
 from stack.compose import Config
 from stack.console import Problem
 from stack.shell import ROOT
@@ -184,10 +185,12 @@ def written(checkout: Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         pass
 
-    def sequence(loader: yaml.SafeLoader, node: Any) -> list[Any]:
+    def replaced(loader: yaml.SafeLoader, node: Any) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return loader.construct_mapping(node, deep=True)
         return loader.construct_sequence(node, deep=True)
 
-    Loader.add_constructor("!override", sequence)
+    Loader.add_constructor("!override", replaced)
     Loader.add_constructor("!reset", lambda *_: None)
     text = (checkout / "docker-compose.override.yml").read_text()
     found: dict[str, Any] = yaml.load(text, Loader)["services"]  # noqa: S506 - a SafeLoader with Compose's two tags
@@ -401,10 +404,17 @@ def test_a_fleet_over_several_hosts_is_written_a_folder_a_host(checkout: Path, l
         assert services.get("vllm-0", "reset") is None or number == 0
         (devices,) = services[f"vllm-{number}"]["deploy"]["resources"]["reservations"]["devices"]
         assert devices["device_ids"] == ["0"], "as it is called on its own host"
-        assert (folder / "fleet").exists() == ("gateway" in services) == (number == 0)
-    upstreams = (checkout / "hosts" / "gpu-a" / "fleet" / "default.conf").read_text().splitlines()
-    weights = [int(line.split("weight=")[1].split(";")[0]) for line in upstreams if line.startswith("upstream")]
-    assert len(weights) == 4
+        assert (folder / "fleet").exists() == (services.get("gateway") is not None) == (number == 0)
+        others = [service for service, what in services.items() if what and not service.startswith("vllm-")]
+        assert ("gateway" in others) if number == 0 else others == ["link"], "nothing but its replicas and the link"
+    fleet = (checkout / "hosts" / "gpu-a" / "fleet" / "default.conf").read_text()
+    weights = [int(weight) for weight in re.findall(r"^upstream .*weight=(\d+)", fleet, re.MULTILINE)]
+    for number, name in enumerate("bcd", 1):
+        _, (member,) = hosts.part_of(f"gpu-{name}", checkout / "hosts")
+        assert member.name == f"vllm-{number}", "as `make host` takes it"
+        assert member.weight
+        weights.append(member.weight)
+    assert len(weights) == 4, "the gateway's own list has its own replica alone"
     assert weights[0] < weights[1] == weights[2] == weights[3], "the 3060 gets less"
     assert not (checkout / "docker-compose.override.yml").exists(), "this host has no part in it"
 

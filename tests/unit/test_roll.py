@@ -15,17 +15,18 @@ from stack.gateway import Gateway, Replica
 class Fleet(Gateway):
     """A gateway over a fleet that is `name: model`; `drained` are those it was told to drain."""
 
-    def __init__(self, served: dict[str, str], *, down: str = "") -> None:
-        self.served, self.down = served, down
+    def __init__(self, served: dict[str, str], *, down: str = "", stopped: str = "") -> None:
+        self.served, self.down, self.stopped_one = served, down, stopped
         self.drained: list[str] = []
 
     def replicas(self) -> list[Replica]:
         return [
-            Replica(
-                name=name, state="unreachable" if name == self.down else "ready", reason="", models=[model], in_flight=0
-            )
+            Replica(name=name, state=self.state(name), reason="", models=[model], in_flight=0)
             for name, model in self.served.items()
         ]
+
+    def state(self, name: str) -> str:
+        return "stopped" if name == self.stopped_one else "unreachable" if name == self.down else "ready"
 
     def drain(self, name: str) -> None:
         self.drained.append(name)
@@ -44,9 +45,10 @@ class Containers(Compose):
         services = {"vllm-0": Service(image="replica")}
         return Config.model_validate({"services": services, "x-pins": {}})
 
-    def check_launch(self, _: Config, command: str) -> None:
+    def check_launch(self, _: Config, command: str) -> str:
         if self.refused:
             raise Problem(self.refused, command)
+        return ""
 
     def ask(self, *_: str, timeout_s: float = 60) -> str:  # noqa: ARG002
         return ""
@@ -78,6 +80,27 @@ def test_all_are_rolled_in_turn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert run(monkeypatch, fleet) == 0
     assert fleet.drained == ["vllm-0", "vllm-1"]
     assert "rolled: vllm-0, vllm-1" in heard(capsys)
+
+
+def test_what_the_autoscaler_has_stopped_is_made_anew_and_left_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def ask(_: Containers, *words: str, timeout_s: float = 60) -> str:
+        asked.append(words)
+        return ""
+
+    monkeypatch.setattr(Containers, "ask", ask)
+    fleet = Fleet({"vllm-0": "chat", "vllm-1": "chat", "vllm-2": "chat"}, stopped="vllm-1")
+    assert run(monkeypatch, fleet) == 0
+    assert fleet.drained == ["vllm-0", "vllm-2"]
+    assert ("up", "--no-start", "--force-recreate", "--no-deps", "vllm-1") in asked
+    # where one alone runs, nothing could stand in for it
+    alone = Fleet({"vllm-0": "chat", "vllm-1": "chat"}, stopped="vllm-1")
+    assert run(monkeypatch, alone) == 1
+    assert alone.drained == []
+    assert "start one that the autoscaler has stopped (docker compose start vllm-1)" in heard(capsys)
 
 
 def test_the_only_replica_of_a_model_is_left_as_it_is_and_the_others_are_rolled(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import up
-from stack import checks, docker, settings
+from stack import checks, docker, host, settings
 from stack.console import Problem, one_line_for_mistakes
 from stack.shell import ROOT
 
@@ -141,18 +141,34 @@ def test_a_port_on_another_address_is_free() -> None:
     checks.port_is_free("HTTP_PORT", ip_address("::1"), 9093, TAKEN)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_a_program_that_listens_is_found_and_one_that_is_connected_is_not(host: str) -> None:
-    with socket.create_server((host, 0)) as server:
+@pytest.mark.parametrize(
+    ("profiles", "there"), [("alerts", False), ("tokens", False), ("tokens, webui", True), ("*", True)]
+)
+def test_open_webuis_file_and_port_come_with_its_profile(
+    monkeypatch: pytest.MonkeyPatch, profiles: str, there: bool
+) -> None:
+    monkeypatch.setenv("COMPOSE_PROFILES", profiles)
+    wanted = settings.check({"HTTPS_PORT": "443", "WEBUI_PORT": "8085"})
+    files = ["docker-compose.tls.yml", *["docker-compose.webui.yml"] * there]
+    assert host.further_files(wanted, gpu=False) == files
+    ports = host.check_ports(wanted, {80, 443, 8085, 3000, 9090}).split(", ")
+    assert ("8085" in ports) == there
+    assert wanted.at(wanted.webui_port) == "https://127.0.0.1:8085"
+    assert wanted.url == "https://127.0.0.1"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
+def test_a_program_that_listens_is_found_and_one_that_is_connected_is_not(address: str) -> None:
+    with socket.create_server((address, 0)) as server:
         port = server.getsockname()[1]
         wanted = settings.check({"HTTP_PORT": str(port)})
         with pytest.raises(Problem, match=rf"port {port} \(HTTP_PORT\) is taken"):
-            up.check_ports(wanted, set())
+            host.check_ports(wanted, set())
         # those of the stack itself are no hindrance
-        up.check_ports(wanted, {port, 3000, 9090})
+        host.check_ports(wanted, {port, 3000, 9090})
         with socket.create_connection(("127.0.0.1", port)) as client:
             own = settings.check({"HTTP_PORT": str(client.getsockname()[1])})
-            up.check_ports(own, {3000, 9090})
+            host.check_ports(own, {3000, 9090})
 
 
 @pytest.mark.parametrize(
@@ -163,8 +179,8 @@ def test_a_program_that_listens_is_found_and_one_that_is_connected_is_not(host: 
         ("auto", 0, False, "none", False, "run on the CPU"),
         ("auto", 2, True, "none", True, r"2 NVIDIA GPUs: docker-compose\.gpu\.yml is added"),
         ("auto", 2, False, "none", False, "install nvidia-container-toolkit"),
-        ("auto", 2, True, "cpu", False, "override"),
-        ("auto", 0, False, "cpu", False, "override"),
+        ("auto", 2, True, "cpu", False, "override.*GPU=on"),
+        ("auto", 0, False, "cpu", False, "override.*CPU$"),
         ("auto", 2, True, "gpu", False, "override"),
         ("on", 2, True, "gpu", True, "is added"),
     ],
@@ -240,10 +256,19 @@ def test_a_program_that_is_asked_takes_nothing_of_the_standard_input() -> None:
 def test_two_settings_with_the_same_port_are_named() -> None:
     values = {"HTTP_PORT": "8443", "HTTPS_PORT": "8443"}
     with pytest.raises(Problem, match="HTTP_PORT and HTTPS_PORT are both 8443"):
-        up.check_ports(settings.check(values), {8443, 3000, 9090})
+        host.check_ports(settings.check(values), {8443, 3000, 9090})
     with pytest.raises(Problem, match="HTTP_PORT and GRAFANA_PORT are both 3000"):
-        up.check_ports(settings.check({"HTTP_PORT": "3000", "BIND_ADDRESS": "[::]"}), {3000, 9090})
-    up.check_ports(settings.check({"HTTP_PORT": "3000", "BIND_ADDRESS": "192.0.2.7"}), {3000, 9090})
+        host.check_ports(settings.check({"HTTP_PORT": "3000", "BIND_ADDRESS": "[::]"}), {3000, 9090})
+    host.check_ports(settings.check({"HTTP_PORT": "3000", "BIND_ADDRESS": "192.0.2.7"}), {3000, 9090})
+
+
+def test_traces_are_made_where_they_are_kept_and_only_there() -> None:
+    checks.traces_have_a_store(wanted=True, there=True)
+    checks.traces_have_a_store(wanted=False, there=False)
+    with pytest.raises(Problem, match="nothing takes the traces: add traces to COMPOSE_PROFILES"):
+        checks.traces_have_a_store(wanted=True, there=False)
+    with pytest.raises(Problem, match=r"none are made: set TRACE_SAMPLE=0\.1"):
+        checks.traces_have_a_store(wanted=False, there=True)
 
 
 def test_a_profile_that_no_service_has_is_named() -> None:

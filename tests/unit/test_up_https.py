@@ -152,14 +152,24 @@ def test_the_wait_for_a_certificate_ends_with_the_reason(url: str, monkeypatch: 
         up.wait_for_certificate(fleet, Gateway(fleet, "https://127.0.0.1:9", "own.example"), None)
 
 
-def test_the_token_service_goes_with_its_profile() -> None:
-    fleet = Fleet("gateway", "tokens")
-    services = {"gateway": Service(image="a"), "tokens": Service(image="b")}
+@pytest.mark.parametrize(
+    ("name", "profile"),
+    [
+        ("tokens", "tokens"),
+        ("webui", "webui"),
+        ("node-exporter", "hardware"),
+        ("traces", "traces"),
+        ("alertmanager", "alerts"),
+    ],
+)
+def test_what_a_profile_started_goes_with_it(name: str, profile: str) -> None:
+    fleet = Fleet("gateway", name)
+    services = {"gateway": Service(image="a"), name: Service(image="b")}
     up.remove_left_out(fleet, Config.model_validate({"services": services, "x-pins": {}}), print)
     assert fleet.said == []
-    del services["tokens"]
+    del services[name]
     up.remove_left_out(fleet, Config.model_validate({"services": services, "x-pins": {}}), print)
-    assert fleet.said == [("--profile", "tokens", "rm", "--stop", "--force", "tokens")]
+    assert fleet.said == [("--profile", profile, "rm", "--stop", "--force", name)]
 
 
 def test_the_first_key_is_shown_though_what_comes_next_fails(

@@ -22,7 +22,7 @@ import yaml
 
 import up
 from models import served
-from stack import checks, compose, gateway, images, settings
+from stack import checks, compose, gateway, host, images, settings
 from stack.compose import Build, Compose, Config, Container, Service, Volume
 from stack.console import Problem
 from stack.gateway import Gateway
@@ -87,10 +87,10 @@ def test_the_disk_that_is_needed_is_that_of_the_images_that_are_missing(
 ) -> None:
     usage = types.SimpleNamespace(free=needed * checks.GIB)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    up.check_disk(missing)
+    host.check_disk(missing)
     usage.free -= 1
     with pytest.raises(Problem, match=f"{needed:.1f} GiB are needed"):
-        up.check_disk(missing)
+        host.check_disk(missing)
 
 
 def test_all_replicas_of_a_plan_are_counted_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_all_replicas_of_a_plan_are_counted_into_the_memory(monkeypatch: pytest.
     config.services |= {f"vllm-{n}": config.services["vllm-0"] for n in range(1, 200)}
     monkeypatch.setattr(served, "memory", lambda _: 2**40)
     with pytest.raises(Problem, match="200 replicas and the rest need 204800"):
-        up.check_memory(config)
+        host.check_memory(config)
 
 
 @pytest.mark.parametrize(("deploy", "says"), [({}, "GPU=off: the replicas run on"), (DEVICES, None)])
@@ -107,14 +107,14 @@ def test_what_the_override_does_decides_not_that_it_is_there(
 ) -> None:
     override = tmp_path / "docker-compose.override.yml"
     override.touch()
-    monkeypatch.setattr(up, "OVERRIDE", override)
+    monkeypatch.setattr(host, "OVERRIDE", override)
     monkeypatch.setattr(Compose, "config", lambda _: stack_of(Service(image="replica", deploy=deploy)))
     wanted = settings.check({"GPU": "off"})
     if says:
-        assert up.choose_gpus(wanted)[1].startswith(says)
+        assert host.choose_gpus(wanted)[1].startswith(says)
     else:
         with pytest.raises(Problem, match="puts the replicas on GPUs"):
-            up.choose_gpus(wanted)
+            host.choose_gpus(wanted)
 
 
 def test_the_gpu_file_on_a_host_with_one_gpu_is_refused_with_the_model_to_plan(
@@ -123,13 +123,14 @@ def test_the_gpu_file_on_a_host_with_one_gpu_is_refused_with_the_model_to_plan(
     config = stack_of(replica(tmp_path, (ROOT / "vllm/engine.gpu.yaml").read_text()))
     config.services["vllm-1"] = config.services["vllm-0"].model_copy()
     for name, service in yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text())["services"].items():
-        config.services[name].deploy = service["deploy"]
-    monkeypatch.setattr(up, "listed_gpus", lambda: "GPU 0: NVIDIA L4 (UUID: GPU-1)\nGPU 1: NVIDIA L4 (UUID: GPU-2)\n")
-    up.check_pins(config)
-    monkeypatch.setattr(up, "listed_gpus", lambda: "GPU 0: NVIDIA L4 (UUID: GPU-1)\n")
+        if name in config.services:
+            config.services[name].deploy = service["deploy"]
+    monkeypatch.setattr(host, "listed_gpus", lambda: "GPU 0: NVIDIA L4 (UUID: GPU-1)\nGPU 1: NVIDIA L4 (UUID: GPU-2)\n")
+    host.check_pins(config)
+    monkeypatch.setattr(host, "listed_gpus", lambda: "GPU 0: NVIDIA L4 (UUID: GPU-1)\n")
     with pytest.raises(Problem, match=r"GPU 1.*`make plan ARGS=deepseek-ai/DeepSeek-R1-Distill-Qwen-1\.5B`"):
-        up.check_pins(config)
-    up.check_pins(stack_of(Service(image="replica")))
+        host.check_pins(config)
+    host.check_pins(stack_of(Service(image="replica")))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,9 @@ def test_the_launcher_of_each_kind_of_replica_is_asked_before_a_container_is_tou
     assert raised.value.what.splitlines() == ["vllm-0: .env: A is 1", "vllm-0: B is 2", "vllm-2: C is 3"]
     assert asked == ["vllm-0", "vllm-2"]
     said.clear()
-    Compose().check_launch(config, "make up")
+    assert Compose().check_launch(config, "make up") == "accepted for vllm-0, vllm-1, vllm-2"
+    config.services.clear()
+    assert Compose().check_launch(config, "make up") == "there are none here"
 
 
 def test_a_launcher_that_cannot_be_asked_is_a_problem_with_dockers_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,8 +255,23 @@ def test_a_replica_needs_its_own_memory_its_cache_and_its_weights(
     for unknown in ("", *(f"kv_cache_gb: {size}\n" for size in ("lots", ".inf", ".nan", "[1]", "inf", "{a: 1}"))):
         assert served.memory(replica(tmp_path, f"model: x/y\n{unknown}")) == own
     on_gpus = replica(tmp_path, "model: a/b\nkv_cache_gb: 1\n")
-    on_gpus.deploy = {"resources": {"reservations": {"devices": [{"driver": "nvidia"}]}}}
+    on_gpus.deploy = DEVICES
     assert served.memory(on_gpus) == own
+    # at level 1 the weights are here while it sleeps, and at level 2 nowhere
+    for text, level, more in (("", "1", 5), ("", "2", 0), ("sleep_level: 1\n", "", 5)):
+        on_gpus = replica(tmp_path, f"model: a/b\n{text}", SLEEP_LEVEL=level)
+        on_gpus.deploy = DEVICES
+        assert served.memory(on_gpus) == own + more * checks.GIB
+
+
+def test_too_little_memory_for_weights_that_sleep_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models that take turns on a GPU are both in the host's memory while nobody asks."""
+    config = stack_of(Service(image="replica", environment={"SLEEP_LEVEL": "1"}, deploy=DEVICES))
+    config.services["vllm-1"] = config.services["vllm-0"]
+    monkeypatch.setattr(served, "weights", lambda _: 2**40)
+    with pytest.raises(Problem, match=r"need 205\d\.\d GiB \(2048\.0 for the weights of those that sleep\)") as found:
+        host.check_memory(config)
+    assert "SLEEP_LEVEL=2" in found.value.fix
 
 
 DOWNLOAD = """\
@@ -332,6 +350,21 @@ def test_the_stack_is_ready_when_all_are_healthy_and_the_gateway_has_every_repli
 def test_a_replica_that_docker_calls_healthy_counts_only_once_the_gateway_sends_to_it() -> None:
     containers = {"vllm-0": container("vllm-0")}
     assert up.not_ready(["vllm-0"], containers, {"vllm-0": "loading"}, {}) == ["vllm-0 loading"]
+
+
+def test_a_replica_that_sleeps_is_up() -> None:
+    containers = {"vllm-0": container("vllm-0")}
+    assert up.not_ready(["vllm-0"], containers, {"vllm-0": "asleep"}, {}) == []
+
+
+def test_what_the_autoscaler_has_stopped_is_not_waited_for() -> None:
+    """And one that it drains may end at any moment of the wait."""
+    containers = {"vllm-0": container("vllm-0"), "vllm-1": container("vllm-1", "exited", "")}
+    assert up.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready", "vllm-1": "stopped"}, {}) == []
+    missing = up.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready", "vllm-1": "draining"}, {})
+    assert missing == ["vllm-1 draining"]
+    with pytest.raises(Problem, match="vllm-1 stops instead of starting"):
+        up.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready", "vllm-1": "loading"}, {})
 
 
 def test_a_replica_that_the_gateway_does_not_name_is_not_ready() -> None:
@@ -574,8 +607,18 @@ def test_the_question_is_put_with_a_key_that_the_gateway_has_still_to_learn(monk
     assert asked == [("GET", "Bearer sk-1")] * 3 + [("POST", "Bearer sk-1")]
 
 
-def test_a_gateway_that_asks_for_keys_is_asked_inside_its_container(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = httpx.Response(401, json={}, request=httpx.Request("GET", "http://x"))
+def test_who_is_let_in_by_nobody_hears_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = httpx.Response(503, json={"error": {"code": "keys_gone"}}, request=httpx.Request("GET", "http://x"))
+    monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: answer)
+    with pytest.raises(Problem, match=r"answered 503: .*keys_gone"):
+        Gateway(Compose(), "http://x").first_answer("?")
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_a_gateway_that_asks_for_keys_is_asked_inside_its_container(
+    monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    answer = httpx.Response(status, json={}, request=httpx.Request("GET", "http://x"))
     monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: answer)
     monkeypatch.setattr(Compose, "ask", lambda *_: '{"replicas": [{"name": "vllm-0", "state": "ready"}]}')
     assert [one.name for one in Gateway(Compose(), "http://x").published() or ()] == ["vllm-0"]

@@ -9,11 +9,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import hub
-from stack import settings
+from stack import hours, settings
 from stack.console import Problem
 
 EXAMPLE = "# The gateway's port\n#HTTP_PORT=80\nMODEL=\n# BIND_ADDRESS=127.0.0.1\n# a sentence with A=B in it\n"
 KNOWN = {"HTTP_PORT", "MODEL", "BIND_ADDRESS"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("08:00-18:00", "'08:00-18:00' is no entry: write it as qwen=Mon-Fri 08:00-18:00"),
+        ("qwen=Mo 08:00-18:00", "Mo is no day"),
+        ("qwen=Mon 08:00-25:00", "25:00 is no time of a day"),
+        ("qwen=Mon 08:00-08:00", "ends when it begins"),
+    ],
+)
+def test_hours_of_models_that_are_none_are_refused(text: str, says: str) -> None:
+    with pytest.raises(Problem, match="AWAKE") as refused:
+        hours.check(settings.check({"AWAKE": text}).awake)
+    assert says in str(refused.value)
+    hours.check(settings.check({"AWAKE": "qwen=Mon-Fri 08:00-18:00; llama=Sat,Sun 22:00-06:00"}).awake)
+    hours.check(settings.check({}).awake)
+
+
+def test_seconds_of_rest_are_a_number() -> None:
+    assert settings.check({}).sleep_after_seconds == 600
+    with pytest.raises(Problem, match="SLEEP_AFTER_SECONDS=0"):
+        settings.check({"SLEEP_AFTER_SECONDS": "0"})
 
 
 def test_the_example_names_the_settings_commented_out_or_not() -> None:

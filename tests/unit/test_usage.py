@@ -118,11 +118,12 @@ app.command()(usage.main)
 def test_the_table_and_the_csv_say_the_same() -> None:
     table = CliRunner().invoke(app, ["--days", "2"])
     assert "2026-03-01   alice          0   86,400        0            0" in table.stdout
+    assert "audio" not in table.stdout
     done = CliRunner().invoke(app, ["--days", "2", "--csv", "--by", "model,key"])
     assert list(csv.reader(io.StringIO(done.stdout))) == [
-        ["day", "model", "key", "requests", "prompt", "cached", "completion"],
-        ["2026-03-01", "a", "alice", "0", "86400", "0", "0"],
-        ["2026-03-02", "a", "alice", "0", "3600", "0", "0"],
+        ["day", "model", "key", "requests", "prompt", "cached", "completion", "audio_seconds"],
+        ["2026-03-01", "a", "alice", "0", "86400", "0", "0", "0"],
+        ["2026-03-02", "a", "alice", "0", "3600", "0", "0", "0"],
     ]
 
 
