@@ -38,11 +38,11 @@ def alone_in(replicas: list[Replica], name: str) -> str:
     return ", ".join(sorted(served - others))
 
 
-def check_rest(replicas: list[Replica], name: str, by_hand: str) -> None:
+def check_rest(compose: Compose, replicas: list[Replica], name: str, by_hand: str) -> None:
     """A Problem where nothing would serve a model while the named replica is away."""
     if models := alone_in([one for one in replicas if one.name == name or one.serves], name):
         stopped = next((one.name for one in replicas if one.state == "stopped"), "")
-        start = f"start one that the autoscaler has stopped (docker compose start {stopped}), " if stopped else ""
+        start = f"start one that the autoscaler has stopped ({compose.line('start', stopped)}), " if stopped else ""
         raise Problem(
             f"{name} is the only ready replica of {models}: rolling it would stop the service",
             f"{start}wait until another one is ready (`make status`), or accept the gap: {by_hand}",
@@ -79,7 +79,7 @@ def recreate(compose: Compose, name: str, within_s: float, shown: Step) -> None:
             state = container.status if container else "it is gone"
             raise Problem(
                 f"{name} did not come back ({state}): {compose.last_words(name)}",
-                f"see `docker compose logs {name}`, correct it, run `make roll` again; the others serve on",
+                f"see `{compose.line('logs', name)}`, correct it, run `make roll` again; the others serve on",
             )
         shown.say(container.status)
         return container.well
@@ -87,7 +87,7 @@ def recreate(compose: Compose, name: str, within_s: float, shown: Step) -> None:
     if not wait_for(is_well, within_s):
         raise Problem(
             f"{name} was not ready within {within_s:.0f} s: {compose.last_words(name)}",
-            f"see `docker compose logs {name}`; give it longer with ARGS='--ready-seconds …'; the others serve on",
+            f"see `{compose.line('logs', name)}`; give it longer with ARGS='--ready-seconds …'; the others serve on",
         )
 
 
@@ -152,7 +152,7 @@ def roll_behind_gateway(
     asked = known_names(names, [replica.name for replica in replicas])
     host_of = ways([one for one in replicas if one.name in asked], known, named=bool(names))
     by_hand = {
-        name: shlex.join(hosts.over_ssh(host, "roll", name) if host else compose.command(*RECREATE, name))
+        name: shlex.join(hosts.over_ssh(host, "roll", name)) if host else compose.line(*RECREATE, name)
         for name, host in host_of.items()
     }
     lone = {name: models for name in host_of if (models := alone_in(replicas, name))}
@@ -173,7 +173,7 @@ def roll_behind_gateway(
             with step(f"{name}: made anew, and left to the autoscaler"):
                 compose.ask("up", "--no-start", "--force-recreate", "--no-deps", name)
             continue
-        check_rest(gateway.replicas(), name, by_hand[name])
+        check_rest(compose, gateway.replicas(), name, by_hand[name])
         host = host_of[name]
         with back_in_the_route(gateway, name):
             with step(f"{name}: drain") as shown:

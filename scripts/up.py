@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,7 +99,11 @@ def open_mounts(config: Config) -> None:
 
 
 def not_ready(
-    services: list[str], containers: Mapping[str, Container], states: Mapping[str, str], began: Mapping[str, Container]
+    compose: Compose,
+    services: list[str],
+    containers: Mapping[str, Container],
+    states: Mapping[str, str],
+    began: Mapping[str, Container],
 ) -> list[str]:
     """What is still missing, in words; empty when every service is healthy and every replica ready, or asleep.
 
@@ -109,7 +112,7 @@ def not_ready(
     """
     missing = []
     for service in services:
-        container = containers.get(service)
+        container, log = containers.get(service), compose.line("logs", service)
         if states.get(service) == "stopped":
             continue  # by the autoscaler, which starts it when it is needed
         if states.get(service) == "draining":
@@ -118,11 +121,9 @@ def not_ready(
             continue
         if container is None or stays_down(container, began.get(service)):
             what = "stops instead of starting" if container else "was removed"
-            raise Problem(
-                f"{service} {what}", f"see why (docker compose logs {service}), correct it, and run `make up` again"
-            )
+            raise Problem(f"{service} {what}", f"see why ({log}), correct it, and run `make up` again")
         if container.health == "unhealthy":
-            raise Problem(f"{service} runs but is unwell", f"see why: docker compose logs {service}")
+            raise Problem(f"{service} runs but is unwell", f"see why: {log}")
         state = states.get(service, "not in the route yet") if is_replica(service) else "ready"
         if not container.well:
             missing.append(f"{service} {states.get(service) or container.health or container.state}")
@@ -144,7 +145,7 @@ def wait_until_ready(compose: Compose, gateway: Gateway | None, services: list[s
         if not gateway:
             states = dict.fromkeys(services, "ready")
         try:
-            missing = not_ready(services, compose.containers(), states, began)
+            missing = not_ready(compose, services, compose.containers(), states, began)
         except Problem as problem:
             service = problem.what.split()[0]
             raise Problem(f"{problem.what}: {compose.last_words(service)}", problem.fix) from None
@@ -181,7 +182,7 @@ def wait_for_certificate(compose: Compose, gateway: Gateway, before: Container |
     raise Problem(
         f"no certificate after {CERTIFICATE_S} s: {compose.last_words('acme')}",
         "HTTPS_DOMAIN has to point at this host, and port 80 has to be reachable from the authority;"
-        f" see `{shlex.join(compose.command('logs', 'acme'))}`",
+        f" see `{compose.line('logs', 'acme')}`",
     )
 
 
@@ -191,7 +192,7 @@ def remove_left_out(compose: Compose, config: Config, say: Say) -> None:
     for name, profile in BY_PROFILE.items():
         if name in running and name not in config.services:
             remove = ("--profile", profile, "rm", "--stop", "--force", name)
-            work(compose.command(*remove), say, fix="see `docker compose logs`")
+            work(compose.command(*remove), say, fix=f"see `{compose.line('logs', name)}`")
 
 
 @contextmanager
@@ -430,7 +431,7 @@ def up(join_file: Path | None = None, replicas: int | None = None) -> None:
         remove_left_out(compose, config, shown.say)
         start = ("--progress", "plain", "up", "--detach", "--remove-orphans")
         running = [name for name in services if name not in stopped]
-        work(compose.command(*start, *running), shown.say, fix="see `docker compose logs`")
+        work(compose.command(*start, *running), shown.say, fix=f"see `{compose.line('logs')}`")
         if stopped:
             # as the files have them now, for when the autoscaler starts them
             compose.ask("up", "--no-start", "--no-deps", *stopped)

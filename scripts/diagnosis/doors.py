@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import socket
 import ssl
 import stat
@@ -114,7 +113,7 @@ def look_at_certificate(seen: Seen, found: Found) -> str:
         return words or "the gateway serves none now"
     left = served.not_valid_after_utc - now()
     ends = f"it ends on {served.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
-    renewing = f"{shlex.join(seen.compose.command('logs', 'acme'))} says why it is not renewed"
+    renewing = f"{seen.compose.line('logs', 'acme')} says why it is not renewed"
     fix = renewing if by_authority else certificate.RENEW
     if left <= (RENEWED if by_authority else NEAR):
         found.wrong("certificate", ends if left > timedelta() else ends.replace("ends", "ended"), fix)

@@ -129,28 +129,35 @@ def look_at_container(name: str, seen: Seen, found: Found) -> bool:
     state = container.state
     if state.status in AT_REST and not state.error:
         what, fix = AT_REST[state.status]
-        found.wrong(name, what, fix.replace("SERVICE", name))
+        found.wrong(name, what, to_do(fix, name, seen))
         return False
     if not container.runs:
         death = death_of(container, before_start=False)
         how = "it starts again and again" if state.status == "restarting" else f"it is {state.status}"
         what = f"{how}: {death.why}. Its log says: {death.line}"
-        found.wrong(name, what, death.fix.replace("SERVICE", name), container.ended)
+        found.wrong(name, what, to_do(death.fix, name, seen), container.ended)
         return False
     if container.restarts >= LOOP_RESTARTS and now() - state.started < LOOP_FOR:
         death = death_of(container, before_start=True)
         what = f"it starts again and again ({container.restarts} times): {death.why}. Its log says: {death.line}"
-        found.wrong(name, what, death.fix.replace("SERVICE", name), state.started)
+        found.wrong(name, what, to_do(death.fix, name, seen), state.started)
         return False
     if container.restarts:
         death = death_of(container, before_start=True)
         what = f"Docker has started it again {times(container.restarts)}, last: {death.why}. Its log says: {death.line}"
-        found.note(name, what, death.fix.replace("SERVICE", name), state.started)
+        found.note(name, what, to_do(death.fix, name, seen), state.started)
     if failing := container.failing:
         what = f"it runs, but its health check fails: {shortened(failing.output) or 'it says nothing'}"
-        found.wrong(name, what, f"docker compose logs --tail 50 {name}", failing.start)
+        found.wrong(name, what, to_do("docker compose logs --tail 50 SERVICE", name, seen), failing.start)
         return False
     return True
+
+
+def to_do(fix: str, name: str, seen: Seen) -> str:
+    """What to do about a service, with commands that find it where they are pasted."""
+    on = seen.fleet[name].on if name in seen.fleet else ""
+    compose = f"on {on}, docker compose" if on else seen.compose.line()
+    return fix.replace("docker compose", compose).replace("SERVICE", name)
 
 
 def times(count: int) -> str:
@@ -199,10 +206,10 @@ def look_at_gateway(seen: Seen, found: Found) -> str:
 
 
 FIXES = {
-    "wedged": "it gets no requests while others are ready; if it stays so: docker compose restart NAME",
-    "loading": "wait; docker compose logs --follow NAME shows how far it is",
+    "wedged": "it gets no requests while others are ready; if it stays so: docker compose restart SERVICE",
+    "loading": "wait; docker compose logs --follow SERVICE shows how far it is",
     "draining": "docs/guide.md#drain-by-hand-try-a-canary says how to put it back",
-    "unreachable": "docker compose logs --tail 50 NAME",
+    "unreachable": "docker compose logs --tail 50 SERVICE",
 }
 
 
@@ -225,7 +232,7 @@ def look_at_replicas(seen: Seen, found: Found) -> str:
             continue
         condition = f'gateway_replica_state{{replica="{name}",state="ready"}} == 1'
         what = f"it is {replica.state}" + (f": {replica.reason}" if replica.reason else "")
-        fix = FIXES.get(replica.state, FIXES["unreachable"]).replace("NAME", name)
+        fix = to_do(FIXES.get(replica.state, FIXES["unreachable"]), name, seen)
         started = seen.containers[name].state.started if name in seen.containers else None
         loads = replica.state == "loading" and started is not None and now() - started < LOADING
         say = found.note if loads or replica.state == "draining" else found.wrong

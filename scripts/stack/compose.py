@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,10 @@ class Compose:
     def command(self, *args: str) -> list[str]:
         """A `docker compose` command line."""
         return ["docker", "compose", *(word for file in self.files for word in ("-f", file)), *args]
+
+    def line(self, *args: str) -> str:
+        """A `docker compose` command line to paste: a plain one does not know what `further` files add."""
+        return shlex.join(self.command(*args))
 
     def ask(self, *args: str, timeout_s: float = 60) -> str:
         """The output of a `docker compose` command; its failure, or no end within `timeout_s`, is a Problem."""

@@ -31,6 +31,7 @@ from access.store import Secrets
 from diagnosis import deaths, doors, fleet, gpus, looks, machine, seen, show, watch
 from diagnosis.findings import MOST, Diagnosis, Exit, Finding, Found, Look, now
 from stack import certificate, host, images, settings
+from stack.compose import REPLICAS_FILE, Compose
 from stack.console import Problem
 from stack.gateway import Replica
 from stack.prometheus import Prometheus
@@ -278,10 +279,24 @@ def test_a_replica_on_another_host_is_looked_at_too() -> None:
     """It has no container here; the gateway knows it."""
     one = of({})
     one.fleet = {"vllm-0": Replica(name="vllm-0", state="ready"), "vllm-far": Replica(name="vllm-far", state="wedged")}
+    one.fleet["vllm-far"].on = "gpu-b"
     one.has -= {"prometheus"}
     found = Found()
     assert fleet.look_at_replicas(one, found) == "1 of 2 ready"
-    assert [each.subject for each in found.all] == ["vllm-far"]
+    (far,) = found.all
+    assert (far.subject, far.fix.partition("so: ")[2]) == ("vllm-far", "on gpu-b, docker compose restart vllm-far")
+
+
+def test_a_command_to_paste_has_the_files_that_the_stack_was_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain one finds neither replicas that --replicas added, nor links."""
+    log(monkeypatch)
+    for state in ({"Status": "paused"}, {"Status": "restarting", "ExitCode": 1}):
+        one = of(state, service="vllm-2")
+        one.compose = Compose(REPLICAS_FILE)
+        found = Found()
+        fleet.look_at_container("vllm-2", one, found)
+        assert "docker compose -f docker-compose.yml" in found.all[0].fix
+        assert f"-f {REPLICAS_FILE} " in found.all[0].fix
 
 
 def test_a_fleet_that_sleeps_is_well() -> None:

@@ -100,7 +100,7 @@ def test_what_the_autoscaler_has_stopped_is_made_anew_and_left_stopped(
     alone = Fleet({"vllm-0": "chat", "vllm-1": "chat"}, stopped="vllm-1")
     assert run(monkeypatch, alone) == 1
     assert alone.drained == []
-    assert "start one that the autoscaler has stopped (docker compose start vllm-1)" in heard(capsys)
+    assert "-f docker-compose.gpu.yml start vllm-1)" in heard(capsys)
 
 
 def test_the_only_replica_of_a_model_is_left_as_it_is_and_the_others_are_rolled(

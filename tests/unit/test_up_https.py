@@ -115,6 +115,9 @@ class Fleet(Compose):
         self.said.append(args)
         return ["true"]
 
+    def line(self, *args: str) -> str:
+        return " ".join(args)
+
     def last_words(self, service: str) -> str:
         return f"{service}: no such domain"
 

@@ -344,32 +344,32 @@ def container(service: str, state: str = "running", health: str = "healthy", res
 
 def test_the_stack_is_ready_when_all_are_healthy_and_the_gateway_has_every_replica() -> None:
     containers = {name: container(name) for name in ("gateway", "vllm-0")}
-    assert up.not_ready(["gateway", "vllm-0"], containers, {"vllm-0": "ready"}, {}) == []
+    assert up.not_ready(Compose(), ["gateway", "vllm-0"], containers, {"vllm-0": "ready"}, {}) == []
 
 
 def test_a_replica_that_docker_calls_healthy_counts_only_once_the_gateway_sends_to_it() -> None:
     containers = {"vllm-0": container("vllm-0")}
-    assert up.not_ready(["vllm-0"], containers, {"vllm-0": "loading"}, {}) == ["vllm-0 loading"]
+    assert up.not_ready(Compose(), ["vllm-0"], containers, {"vllm-0": "loading"}, {}) == ["vllm-0 loading"]
 
 
 def test_a_replica_that_sleeps_is_up() -> None:
     containers = {"vllm-0": container("vllm-0")}
-    assert up.not_ready(["vllm-0"], containers, {"vllm-0": "asleep"}, {}) == []
+    assert up.not_ready(Compose(), ["vllm-0"], containers, {"vllm-0": "asleep"}, {}) == []
 
 
 def test_what_the_autoscaler_has_stopped_is_not_waited_for() -> None:
     """And one that it drains may end at any moment of the wait."""
     containers = {"vllm-0": container("vllm-0"), "vllm-1": container("vllm-1", "exited", "")}
-    assert up.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready", "vllm-1": "stopped"}, {}) == []
-    missing = up.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready", "vllm-1": "draining"}, {})
+    assert up.not_ready(Compose(), ["vllm-0", "vllm-1"], containers, {"vllm-0": "ready", "vllm-1": "stopped"}, {}) == []
+    missing = up.not_ready(Compose(), ["vllm-0", "vllm-1"], containers, {"vllm-0": "ready", "vllm-1": "draining"}, {})
     assert missing == ["vllm-1 draining"]
     with pytest.raises(Problem, match="vllm-1 stops instead of starting"):
-        up.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready", "vllm-1": "loading"}, {})
+        up.not_ready(Compose(), ["vllm-0", "vllm-1"], containers, {"vllm-0": "ready", "vllm-1": "loading"}, {})
 
 
 def test_a_replica_that_the_gateway_does_not_name_is_not_ready() -> None:
     containers = {name: container(name) for name in ("vllm-0", "vllm-1")}
-    missing = up.not_ready(["vllm-0", "vllm-1"], containers, {"vllm-0": "ready"}, {})
+    missing = up.not_ready(Compose(), ["vllm-0", "vllm-1"], containers, {"vllm-0": "ready"}, {})
     assert missing == ["vllm-1 not in the route yet"]
 
 
@@ -431,7 +431,7 @@ def test_a_new_plan_makes_the_gateway_read_its_fleet_again(tmp_path: Path, monke
 
 def test_a_service_that_still_starts_is_waited_for() -> None:
     containers = {"prometheus": container("prometheus", health="starting")}
-    assert up.not_ready(["prometheus"], containers, {}, {}) == ["prometheus starting"]
+    assert up.not_ready(Compose(), ["prometheus"], containers, {}, {}) == ["prometheus starting"]
 
 
 @pytest.mark.parametrize(
@@ -445,11 +445,11 @@ def test_a_service_that_still_starts_is_waited_for() -> None:
 )
 def test_a_service_that_waiting_will_not_bring_up_is_a_problem(containers: dict[str, Container], message: str) -> None:
     with pytest.raises(Problem, match=message):
-        up.not_ready(["vllm-0"], containers, {}, {})
+        up.not_ready(Compose(), ["vllm-0"], containers, {}, {})
 
 
 def test_a_service_of_the_users_without_a_health_check_is_ready_when_it_runs() -> None:
-    assert up.not_ready(["mine"], {"mine": container("mine", health="")}, {}, {}) == []
+    assert up.not_ready(Compose(), ["mine"], {"mine": container("mine", health="")}, {}, {}) == []
 
 
 def test_a_service_of_the_users_that_is_built_is_left_to_compose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,10 +468,10 @@ def test_a_service_of_the_users_that_is_built_is_left_to_compose(monkeypatch: py
 def test_a_service_that_starts_again_and_again_is_a_problem_though_it_runs_whenever_one_looks() -> None:
     began = {"vllm-0": container("vllm-0", health="starting", restarts=3)}
     once = {"vllm-0": container("vllm-0", health="starting", restarts=4)}
-    assert up.not_ready(["vllm-0"], once, {}, began) == ["vllm-0 starting"]
+    assert up.not_ready(Compose(), ["vllm-0"], once, {}, began) == ["vllm-0 starting"]
     again = {"vllm-0": container("vllm-0", health="starting", restarts=5)}
     with pytest.raises(Problem, match="vllm-0 stops instead of starting"):
-        up.not_ready(["vllm-0"], again, {}, began)
+        up.not_ready(Compose(), ["vllm-0"], again, {}, began)
 
 
 def test_a_crash_loop_ends_the_wait_with_the_last_words_of_its_service(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,8 +488,11 @@ def test_a_crash_loop_ends_the_wait_with_the_last_words_of_its_service(monkeypat
 
     monkeypatch.setattr(Gateway, "published", lambda _: None)
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    with pytest.raises(Problem, match="vllm-0 stops instead of starting: vllm-0: out of memory"):
-        up.wait_until_ready(Crashing(), Gateway(Crashing()), ["vllm-0"], print)
+    crashing = Crashing(compose.REPLICAS_FILE)
+    with pytest.raises(Problem, match="vllm-0 stops instead of starting: vllm-0: out of memory") as told:
+        up.wait_until_ready(crashing, Gateway(crashing), ["vllm-0"], print)
+    # a plain command would not know a replica that only --replicas added
+    assert f"-f {compose.REPLICAS_FILE} logs vllm-0" in told.value.fix
 
 
 def test_docker_is_asked_how_often_it_started_each_container_again(monkeypatch: pytest.MonkeyPatch) -> None:
