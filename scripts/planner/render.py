@@ -479,6 +479,11 @@ def signed(body: str, what: str, by: str = "make plan") -> str:
     return "\n".join(lines) + "\n" + body
 
 
+def is_signed(path: Path) -> bool:
+    """Whether `signed` gave the file its header, and it still has it; what is below may have changed."""
+    return path.exists() and HEADER.match(path.read_bytes().decode(errors="replace")) is not None
+
+
 def changed_by_hand(path: Path) -> bool:
     """Whether a person wrote or changed the file. A file that is not there was not changed."""
     if not path.exists():

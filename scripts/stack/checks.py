@@ -14,8 +14,9 @@ from stack.console import Problem
 Version = tuple[int, ...]
 Address = IPv4Address | IPv6Address
 Choice = Literal["auto", "on", "off"]
-# docker-compose.override.yml: not there, or there without GPUs for replicas, or with some
-Override = Literal["none", "cpu", "gpu"]
+# docker-compose.override.yml: it says nothing of GPUs (or is not there), is a plan for the CPU, gives replicas GPUs and
+# the image for them, or gives them GPUs and leaves the image to docker-compose.gpu.yml
+Override = Literal["none", "cpu", "gpu", "pins"]
 
 # The oldest that the stack was run with, and what it needs of them.
 OLDEST_DOCKER: Version = (20, 10)  # BuildKit's bind mounts; unprivileged users may open port 80 in a container
@@ -164,22 +165,23 @@ def gpu_choice(wanted: Choice, gpus: int, override: Override, *, toolkit: bool) 
     `gpus`: how many the driver lists; `toolkit`: whether Docker can give them to containers.
     """
     file = "docker-compose.override.yml"
+    on_gpus = override in ("gpu", "pins")
     if wanted == "off":
-        if override == "gpu":
+        if on_gpus:
             fix = f"remove {file} (`make plan` writes it again), or take GPU=off out of .env"
             raise Problem(f"GPU=off, but {file} puts the replicas on GPUs", fix)
         return False, "GPU=off: the replicas run on the CPU"
     who, otherwise = ("GPU=on", "set GPU=off") if wanted == "on" else (file, f"remove {file}")
-    needed = wanted == "on" or override == "gpu"
+    needed = wanted == "on" or on_gpus
     if needed and not gpus:
         fix = f"install the driver until `nvidia-smi -L` lists one, or {otherwise}"
         raise Problem(f"{who} asks for GPUs, but there is no NVIDIA driver with a GPU", fix)
     install = "install nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker`, restart Docker"
     if needed and not toolkit:
         raise Problem(f"{who} asks for GPUs, but Docker has no NVIDIA container toolkit", f"{install}, or {otherwise}")
-    if override != "none" and wanted == "auto":
-        if override == "gpu":
-            return False, f"{file} decides: the replicas run on GPUs"
+    if override == "gpu" and wanted == "auto":
+        return False, f"{file} decides: the replicas run on GPUs"
+    if override == "cpu" and wanted == "auto":
         hint = "; GPU=on in .env adds docker-compose.gpu.yml" if gpus and toolkit else ""
         return False, f"{file} decides: the replicas run on the CPU{hint}"
     if gpus and not toolkit:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from models import served
+from planner import render
 from stack import checks, docker, images, settings
 from stack.compose import ACME_FILE, GPU_FILE, OVERRIDE, TLS_FILE, WEBUI_FILE, Build, Compose, Config, running
 from stack.shell import ask
@@ -78,12 +79,17 @@ def listed_gpus() -> str:
 
 def choose_gpus(wanted: settings.Settings) -> tuple[bool, str]:
     """Whether the GPU file is added, and why."""
-    gpus = checks.gpus_listed(listed_gpus())
-    override: checks.Override = "none"
-    if OVERRIDE.exists():
-        config = Compose().config()
-        override = "gpu" if any(config.services[name].on_gpus for name in config.replicas) else "cpu"
-    return checks.gpu_choice(wanted.gpu, gpus, override, toolkit=docker.gpu_toolkit())
+    override = read_override() if OVERRIDE.exists() else "none"
+    return checks.gpu_choice(wanted.gpu, checks.gpus_listed(listed_gpus()), override, toolkit=docker.gpu_toolkit())
+
+
+def read_override() -> checks.Override:
+    """What the override file makes of the replicas. A person's may be about something else."""
+    config = Compose().config()
+    if on_gpus := [config.services[name] for name in config.replicas if config.services[name].on_gpus]:
+        whole = all(one.build is None or images.kind(one.build) == "gpu" for one in on_gpus)
+        return "gpu" if whole else "pins"
+    return "cpu" if render.is_signed(OVERRIDE) else "none"
 
 
 def further_files(wanted: settings.Settings, *, gpu: bool) -> list[str]:

@@ -182,6 +182,7 @@ def test_a_program_that_listens_is_found_and_one_that_is_connected_is_not(addres
         ("auto", 2, True, "cpu", False, "override.*GPU=on"),
         ("auto", 0, False, "cpu", False, "override.*CPU$"),
         ("auto", 2, True, "gpu", False, "override"),
+        ("auto", 2, True, "pins", True, "is added"),
         ("on", 2, True, "gpu", True, "is added"),
     ],
 )
@@ -195,7 +196,12 @@ def test_the_gpu_file_is_taken_where_docker_can_use_gpus(
 
 @pytest.mark.parametrize(
     ("wanted", "override", "who"),
-    [("on", "none", "GPU=on"), ("on", "cpu", "GPU=on"), ("auto", "gpu", r"docker-compose\.override\.yml")],
+    [
+        ("on", "none", "GPU=on"),
+        ("on", "cpu", "GPU=on"),
+        ("auto", "gpu", r"docker-compose\.override\.yml"),
+        ("auto", "pins", r"docker-compose\.override\.yml"),
+    ],
 )
 @pytest.mark.parametrize(
     ("gpus", "toolkit", "words"),
@@ -234,9 +240,10 @@ def test_gpus_that_are_there_and_slices_by_name_will_do() -> None:
     checks.gpus_are_there(["MIG-b1", "MIG-b2"], TWO_SLICES, "a/b")
 
 
-def test_a_plan_for_gpus_is_not_started_where_gpus_were_refused() -> None:
+@pytest.mark.parametrize("override", ["gpu", "pins"])
+def test_a_plan_for_gpus_is_not_started_where_gpus_were_refused(override: checks.Override) -> None:
     with pytest.raises(Problem, match=r"GPU=off, but docker-compose\.override\.yml puts the replicas on GPUs: remove"):
-        checks.gpu_choice("off", 2, "gpu", toolkit=True)
+        checks.gpu_choice("off", 2, override, toolkit=True)
 
 
 def test_a_program_that_is_asked_takes_nothing_of_the_standard_input() -> None:

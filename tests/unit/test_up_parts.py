@@ -22,6 +22,7 @@ import yaml
 
 import up
 from models import served
+from planner import render
 from stack import checks, compose, gateway, host, images, settings
 from stack.compose import Build, Compose, Config, Container, Service, Volume
 from stack.console import Problem
@@ -101,20 +102,36 @@ def test_all_replicas_of_a_plan_are_counted_into_the_memory(monkeypatch: pytest.
         host.check_memory(config)
 
 
-@pytest.mark.parametrize(("deploy", "says"), [({}, "GPU=off: the replicas run on"), (DEVICES, None)])
-def test_what_the_override_does_decides_not_that_it_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deploy: dict[str, Any], says: str | None
+REPLICA_ON = {kind: Build(context=Path("vllm"), args={"GPU_BASE": "b", "DEVICE": kind}) for kind in ("cpu", "gpu")}
+
+
+@pytest.mark.parametrize(
+    ("text", "deploy", "build", "expected"),
+    [
+        ("services: {traces: {image: jaeger}}\n", {}, REPLICA_ON["cpu"], "none"),
+        (render.signed("services: {}\n", "a plan"), {}, REPLICA_ON["cpu"], "cpu"),
+        (render.signed("services: {}\n", "a plan") + "# mine\n", {}, REPLICA_ON["cpu"], "cpu"),
+        (render.signed("services: {}\n", "a plan"), DEVICES, REPLICA_ON["gpu"], "gpu"),
+        ("services: {}\n", DEVICES, REPLICA_ON["gpu"], "gpu"),
+        # an image of the user's
+        ("services: {}\n", DEVICES, None, "gpu"),
+        # as in docs/models-on-demand.md
+        ("services: {}\n", DEVICES, REPLICA_ON["cpu"], "pins"),
+    ],
+)
+def test_what_the_override_says_decides_not_that_it_is_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    deploy: dict[str, Any],
+    build: Build | None,
+    expected: checks.Override,
 ) -> None:
     override = tmp_path / "docker-compose.override.yml"
-    override.touch()
+    override.write_text(text)
     monkeypatch.setattr(host, "OVERRIDE", override)
-    monkeypatch.setattr(Compose, "config", lambda _: stack_of(Service(image="replica", deploy=deploy)))
-    wanted = settings.check({"GPU": "off"})
-    if says:
-        assert host.choose_gpus(wanted)[1].startswith(says)
-    else:
-        with pytest.raises(Problem, match="puts the replicas on GPUs"):
-            host.choose_gpus(wanted)
+    monkeypatch.setattr(Compose, "config", lambda _: stack_of(Service(image="replica", build=build, deploy=deploy)))
+    assert host.read_override() == expected
 
 
 def test_the_gpu_file_on_a_host_with_one_gpu_is_refused_with_the_model_to_plan(
