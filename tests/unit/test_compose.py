@@ -93,6 +93,29 @@ def test_every_service_is_confined_checked_and_bounded(name: str) -> None:
     assert set(service["networks"]) == IN_NETWORKS.get(name, {"fleet"})
 
 
+def test_each_kind_of_container_has_a_user_of_its_own() -> None:
+    """Whoever gets out of one owns no file of another. Replicas and Triton share their caches."""
+    services = compose(BASE, settings={"COMPOSE_PROFILES": "*"})["services"]
+    folders: dict[str, set[str]] = {}
+    for service in services.values():
+        # below are users of the official images
+        if 10000 <= int(service["user"].partition(":")[0]) < 65534:
+            build = service["build"]
+            file = Path(build["context"], build.get("dockerfile", "Dockerfile"))
+            assert f"\nUSER {service['user']}\n" in file.read_text()
+            folders.setdefault(service["user"], set()).add(file.parent.name)
+    assert len(folders) > 3
+    assert [sorted(names) for names in folders.values() if len(names) > 1] == [["triton", "vllm"]]
+
+
+def test_the_gateway_makes_the_autoscalers_folder_for_its_user() -> None:
+    """The gateway is there first, and a volume takes over whose folder it is."""
+    autoscaler, gateway = ((ROOT / name / "Dockerfile").read_text() for name in ("autoscaler", "nginx"))
+    (user,) = re.findall(r"^USER (.*)$", autoscaler, re.MULTILINE)
+    assert f"chown {user} /var/lib/autoscaler" in autoscaler
+    assert f"chown {user} /var/lib/autoscaler" in gateway
+
+
 def test_no_registry_is_asked_for_an_image_that_is_built_here(services: dict[str, Any]) -> None:
     """Without a policy Compose pulls the name before it builds."""
     built = {name for name, service in services.items() if "build" in service}
