@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
-from math import isnan, nan
+from math import ceil, isnan, nan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +36,8 @@ COLUMNS = 24
 WIDTH_IN = 14.0
 ROW_IN = 0.27
 STEP_S = 5  # the scrape interval
+# the names beside state bars, in inches: a letter's width, about, and a line's height
+NAME_PT, LETTER_IN, NAME_IN = 7.5, 0.066, 0.125
 # As Grafana fills them in with All chosen: its window is four scrape intervals.
 VARIABLES = {"$__rate_interval": "20s", "$__range": "15m", "$model": ".*", "$replica": ".*", "$key": ".*"}
 BY_NAME = {dashboard.uid: dashboard for dashboard in DASHBOARDS if dashboard.folder == "dashboards"}
@@ -107,15 +109,23 @@ def draw_figure(axes: Axes, panel: Json, lines: Series) -> None:
         axes.text(0.5, 0.55, text, transform=axes.transAxes, ha="center", va="center", fontsize=19, color=colour)
 
 
-def draw_states(axes: Axes, panel: Json, times: Sequence[float], lines: Series) -> None:
-    """A bar for each line, in the colour of its state."""
+def cut(name: str, letters: int) -> str:
+    """A name in at most so many letters. Names differ most at their ends."""
+    return name if len(name) <= letters else f"…{name[1 - letters :]}"
+
+
+def draw_states(axes: Axes, panel: Json, times: Sequence[float], lines: Series, letters: int) -> None:
+    """A bar for each line, in the colour of its state, and its name in so many letters where there is room."""
     states = panel["fieldConfig"]["defaults"]["mappings"][0]["options"]
-    for row, (name, values) in enumerate(sorted(lines.items(), reverse=True)):
+    names = sorted(lines)
+    for row, values in enumerate(lines[name] for name in names):
         for start, end, value in zip(times, times[1:], values, strict=False):
             if not isnan(value):
                 axes.barh(row, end - start, left=start, height=0.8, color=COLOURS[states[str(int(value))]["color"]])
-        axes.text(times[0], row, f" {name}", va="center", fontsize=8, color="white")
-    axes.set_yticks([])
+    fit = max(1, int(axes.get_window_extent().height / axes.figure.dpi / NAME_IN))
+    named = range(0, len(names), max(1, ceil(len(names) / fit)))
+    axes.set_yticks(named, [cut(names[row], letters) for row in named])
+    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
 
 
 def draw_lines(axes: Axes, panel: Json, times: Sequence[float], lines: Series) -> None:
@@ -170,17 +180,21 @@ def draw(figure: Figure, panel: Json, rows: int, times: Sequence[float], lines: 
                 label = name.rpartition("/")[2]
                 axes.text(0.5, 0.08, label, transform=axes.transAxes, ha="center", fontsize=6, color="#5b6470")
         return None
-    inside = (x + 0.042, y + line * 1.9, width - 0.052, tall - 3.3 * line)
-    axes = figure.add_axes(inside)
+    # a state-timeline has long names on its left, up to a third of it, and no legend below
+    states = panel["type"] == "state-timeline"
+    letters = min(max(map(len, lines), default=0), int(width / 3 * WIDTH_IN / LETTER_IN))
+    left = max(0.042, (letters * LETTER_IN + 0.15) / WIDTH_IN) if states else 0.042
+    below = line * (1 if states else 1.9)
+    axes = figure.add_axes((x + left, y + below, width - left - 0.01, tall - 1.4 * line - below))
     minutes = [at for at in times if at % 60 == 0]
     marks = minutes[:: 1 + len(minutes) // 6]
     axes.set_xticks(marks, [datetime.fromtimestamp(at, UTC).strftime("%H:%M") for at in marks])
-    if panel["type"] == "state-timeline":
-        draw_states(axes, panel, times, lines)
+    if states:
+        draw_states(axes, panel, times, lines, letters)
     else:
         draw_lines(axes, panel, times, lines)
     axes.set_xlim(times[0], times[-1])
-    axes.tick_params(labelsize=7.5, length=0, colors="#5b6470")
+    axes.tick_params(labelsize=NAME_PT, length=0, colors="#5b6470")
     axes.spines[:].set_visible(False)
     return None
 
