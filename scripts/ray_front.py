@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from access.keys import gateways_key
-from stack.console import Problem, console
+from stack.console import Problem, console, one_line_for_mistakes
 from stack.shell import ROOT
 
 PORT = 8000
@@ -93,12 +93,9 @@ def main(
     ] = None,
 ) -> None:
     """Put the gateway in front of a Ray Serve application."""
-    try:
+    with one_line_for_mistakes():
         found = checked(hosts or [])
         lay_out(found)
-    except Problem as problem:
-        console.print(f"[red]{problem.what}[/]: {problem.fix}", soft_wrap=True)
-        raise typer.Exit(1) from None
     console.print(f"{', '.join(found) or 'no Ray Serve'} is behind the gateway after `make up`", highlight=False)
 
 

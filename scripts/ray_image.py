@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from stack.console import Problem, console
+from stack.console import Problem, console, one_line_for_mistakes
 from stack.images import BASE_LABEL, WHEEL_LIST, label_of, lay_further_wheels, present
 from stack.shell import ROOT, work
 
@@ -34,11 +34,8 @@ def build(pins: dict[str, str], gpu: bool) -> str:
 
 def main(gpu: Annotated[bool, typer.Option("--gpu", help="for NVIDIA GPUs")] = False) -> None:
     """Build the image of a Ray node."""
-    try:
+    with one_line_for_mistakes():
         image = build(yaml.safe_load(COMPOSE_FILE.read_text())["x-pins"], gpu)
-    except Problem as problem:
-        console.print(f"[red]{problem.what}[/]: {problem.fix}", soft_wrap=True)
-        raise typer.Exit(1) from None
     console.print(f"{image} is built")
 
 

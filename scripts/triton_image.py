@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from stack.compose import GPU_FILE, Compose
-from stack.console import Problem, console
+from stack.console import Problem, console, one_line_for_mistakes
 from stack.images import BASE_LABEL, label_of, lay_further_wheels, present
 from stack.shell import ROOT, work
 
@@ -34,11 +34,8 @@ def build(gpu: bool) -> str:
 
 def main(gpu: Annotated[bool, typer.Option("--gpu", help="for NVIDIA GPUs")] = False) -> None:
     """Build the image of Triton."""
-    try:
+    with one_line_for_mistakes():
         image = build(gpu)
-    except Problem as problem:
-        console.print(f"[red]{problem.what}[/]: {problem.fix}", soft_wrap=True)
-        raise typer.Exit(1) from None
     console.print(f"{image} is built")
 
 

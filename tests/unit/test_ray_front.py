@@ -3,12 +3,10 @@
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 import ray_front
 from access.keys import gateways_key
-from stack.console import Problem, console
+from stack.console import Problem
 
 
 @pytest.fixture
@@ -60,14 +58,3 @@ def test_what_is_no_host_of_a_cluster_is_refused(hosts: list[str], said: str) ->
     with pytest.raises(Problem, match="HOST_ADDRESS") as refused:
         ray_front.checked(hosts)
     assert said in refused.value.what
-
-
-def test_the_command_says_a_mistake_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "width", 300)
-    app = typer.Typer()
-    app.command()(ray_front.main)
-    done = CliRunner().invoke(app, ["here"])
-    assert done.exit_code == 1
-    assert done.stdout.splitlines() == [
-        "'here' is no address: name the HOST_ADDRESS of hosts that run docker-compose.ray.yml"
-    ]

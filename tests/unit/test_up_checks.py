@@ -9,11 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
+import ray_front
+import ray_image
+import triton_image
 import up
 from stack import checks, docker, host, settings
 from stack.console import Problem, one_line_for_mistakes
@@ -84,6 +88,24 @@ def test_a_file_that_is_refused_is_a_mistake_in_two_lines(
         raise error
     assert end.value.code == 1
     assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("main", "argument"), [(ray_front.main, ["gpu-b"]), (ray_image.main, False), (triton_image.main, False)]
+)
+def test_what_a_program_reads_of_a_command_has_no_mistakes_in_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], main: Callable[..., None], argument: object
+) -> None:
+    def refuse(*_: object) -> str:
+        raise Problem("wrong", "mend it")
+
+    for command, function in ((ray_front, "checked"), (ray_image, "build"), (triton_image, "build")):
+        monkeypatch.setattr(command, function, refuse)
+    with pytest.raises(SystemExit) as end:
+        main(argument)
+    assert end.value.code == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "wrong\nWhat to do: mend it\n")
 
 
 @pytest.mark.parametrize(("euid", "whose", "given"), [(0, 0, True), (0, 1, False), (1000, 0, False)])
