@@ -22,7 +22,7 @@ from planner.config import load_model
 from planner.machine import Hosts, Machine, join, load_machine
 from planner.model import Model
 from planner.nvml import read_machine
-from stack import settings
+from stack import checks, settings
 from stack.compose import Compose, running_files
 from stack.console import Problem, console, one_line_for_mistakes
 from stack.docker import docker_version
@@ -32,7 +32,6 @@ from stack.shell import ROOT
 
 PRESETS = ROOT / "presets"
 HOSTS = ROOT / "hosts"  # the parts of a fleet over several hosts
-HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 # A preset's settings that the planner decides too, by their names there and in Wish; those that are its alone.
 WISHED = {
     "MAX_MODEL_LEN": "context",
@@ -366,8 +365,12 @@ def _recorded(files: list[Path]) -> Machine:
     machines: dict[str, Machine] = {}
     for file in files:
         name = file.name.removesuffix(".json")
-        if not HOST_NAME.fullmatch(name):
-            raise Problem(f"--machine: {file} is no host's name", "call the file as the host is called: gpu-b.json")
+        try:
+            checks.host_has_a_name(name)
+        except Problem as problem:
+            raise Problem(
+                f"--machine {file}: {problem.what}", f"call the file as the host is called: {problem.fix}"
+            ) from None
         if name in machines:
             raise Problem(f"--machine: two hosts are called {name}", "call each file as its host is called")
         machines[name] = load_machine(file)

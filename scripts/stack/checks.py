@@ -18,6 +18,9 @@ Choice = Literal["auto", "on", "off"]
 # the image for them, or gives them GPUs and leaves the image to docker-compose.gpu.yml
 Override = Literal["none", "cpu", "gpu", "pins"]
 
+# What another host may be called.
+HOST = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+
 # The oldest that the stack was run with, and what it needs of them.
 OLDEST_DOCKER: Version = (20, 10)  # BuildKit's bind mounts; unprivileged users may open port 80 in a container
 OLDEST_COMPOSE: Version = (2, 24, 4)  # the tag `!override`
@@ -189,3 +192,9 @@ def gpu_choice(wanted: Choice, gpus: int, override: Override, *, toolkit: bool) 
     if gpus:
         return True, f"{gpus} NVIDIA GPUs: docker-compose.gpu.yml is added (GPU=off in .env prevents it)"
     return False, "none: the replicas run on the CPU"
+
+
+def host_has_a_name(name: str) -> None:
+    """A Problem where no host can be called so."""
+    if not HOST.fullmatch(name):
+        raise Problem(f"{name} is no name for a host", "write up to 32 small letters, digits and - between: gpu-b")

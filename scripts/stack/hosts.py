@@ -27,6 +27,7 @@ from pydantic import Field, ValidationError
 
 from access import audit
 from access.store import Mistake, Secrets, Strict, made, read, read_whole, why
+from stack import checks
 from stack import hosts_certificates as certificates
 from stack.compose import LINKS_FILE, OVERRIDE, Config
 from stack.console import Problem
@@ -34,7 +35,6 @@ from stack.gateway import fleet_folder, fleet_line
 from stack.hosts_certificates import Pair
 from stack.shell import ROOT
 
-HOST = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 # also a part of names in certificates
 REPLICA = re.compile(r"vllm-[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?")
 ADDRESS = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
@@ -148,8 +148,7 @@ def next_names(taken: Iterable[str], count: int) -> list[Member]:
 def check_host(host: Host, others: Sequence[Host], here: Iterable[str]) -> None:
     """A Problem where a host's name, address or replicas will not do, or are another's. `here`: the replicas of the
     gateway's own host."""
-    if not HOST.fullmatch(host.name):
-        raise Problem(f"{host.name} is no name for a host", "write up to 32 small letters, digits and - between: gpu-b")
+    checks.host_has_a_name(host.name)
     if not is_address(host.address):
         raise Problem(f"{host.address} is no address", "write the host's IP address or DNS name: 10.0.0.2")
     if host.ssh and not re.fullmatch(r"[^\s:]+:\S+", host.ssh):
@@ -426,7 +425,7 @@ def read_join(path: Path, now: float | None = None) -> Join:
     except Mistake as mistake:
         raise Problem(mistake.what, mistake.fix) from None
     odd = [name for name in join.replicas if not REPLICA.fullmatch(name)]
-    if odd or not HOST.fullmatch(join.host) or not re.fullmatch(rf"{join.host}-[0-9a-f]{{8}}", join.membership):
+    if odd or not checks.HOST.fullmatch(join.host) or not re.fullmatch(rf"{join.host}-[0-9a-f]{{8}}", join.membership):
         raise Problem(f"{path} has names that `make host` does not give", "carry it over again")
     late = join.made - (time.time() if now is None else now)
     if late > certificates.EARLIER.total_seconds():

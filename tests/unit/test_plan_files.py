@@ -462,12 +462,15 @@ def test_hosts_with_several_gpus_keep_their_groups_and_links() -> None:
     [
         (["gpu-a", "gpu-a"], "two hosts are called gpu-a"),
         (["gpu-a", "laptop"], "laptop has no GPU"),
-        (["gpu-a", "one box"], "no host's name"),
+        (["gpu-a", "one box"], "one box is no name for a host"),
+        # as `make host` would say, when the plan is made
+        (["gpu-a", "GPU-B"], "GPU-B is no name for a host"),
     ],
 )
 def test_hosts_that_make_no_fleet_are_told(tmp_path: Path, lab: list[str | Path], names: list[str], words: str) -> None:
     shutil.copy(MACHINES / "laptop.json", tmp_path / "laptop.json")
-    shutil.copy(MACHINES / "two-h200.json", tmp_path / "one box.json")
+    for name in ("one box", "GPU-B"):
+        shutil.copy(MACHINES / "two-h200.json", tmp_path / f"{name}.json")
     options = [word for name in names for word in ("--machine", tmp_path / f"{name}.json")]
     run = plan(MODELS / "Llama-3.1-8B-Instruct", *options)
     assert run.returncode == 1
