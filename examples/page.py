@@ -29,8 +29,12 @@ export ANTHROPIC_BASE_URL=http://localhost ANTHROPIC_API_KEY=sk-fleet-...
 export MODEL=HuggingFaceTB/SmolLM2-135M-Instruct
 ```
 
+`MODEL` is the default without a GPU; otherwise put in a name from `/v1/models`. Use another shell than for `make up`,
+which would take `MODEL` for its own setting.
+
 Python files name their own packages: `uv run examples/openai_chat.py`. Node files need
-`npm install openai @anthropic-ai/sdk`. Shell files fetch their tool with `npx` or `uvx`.
+`npm install openai @anthropic-ai/sdk` first: `node examples/openai_chat.mjs`. Shell files fetch their
+tool with `npx` or `uvx`: `sh examples/llm.sh`.
 
 """
 
