@@ -10,9 +10,8 @@ import prompts from './prefix.js';
 
 const counters = ngx.shared.counters;
 
-// What a replica would compute that another one knows of this very conversation counts twice: it takes time, and it takes room
-// in one more cache. A beginning that others share is worth its room there.
-const AGAIN = 2;
+// What a replica would compute that another one knows counts twice: it takes time, and it takes room in one more cache.
+const AGAIN = 3;
 const SHARED = 3;            // requests in flight with who knows a shared beginning, from where on an idle replica learns it too
 const ALIKE = 3000;          // characters of prompt: no reason to prefer the replica that has less to do
 const NEAR = 12000;          // characters of prompt that a replica may have more to do and still be a prompt's home
@@ -77,16 +76,16 @@ function soonest(list, loads, prompt, own) {
     const end = cuts.length - 1;
     let cost = Infinity;
     let chosen = -1;
-    let times = 1;
+    let known = -1;   // the last cut that anybody knows: what follows it is computed wherever it goes
     for (let at = end; at >= 0 && !(own && !(cuts[at] & prompts.OWN)); at--) {
-        const again = times * (cuts[end] - cuts[at]) / 4;
+        const again = known < 0 ? 0 : AGAIN * (cuts[known] - cuts[at]) / 4;
         // Who knows only less than this is no better, however idle.
         if (least + again >= cost) {
             break;
         }
         const packed = prompts.holdersAt(prompt, at);
-        if (packed && cuts[at] & prompts.OWN) {
-            times = AGAIN;
+        if (packed && known < 0) {
+            known = at;
         }
         for (let i = 0; packed && i < list.length; i++) {
             if (todo[i] + again < cost && prompts.holds(packed, list[i].id)) {
@@ -96,10 +95,10 @@ function soonest(list, loads, prompt, own) {
             }
         }
     }
-    if (!own && least + times * cuts[end] / 4 < cost) {
+    if (!own && least + (known < 0 ? 0 : AGAIN * cuts[known] / 4) < cost) {
         chosen = todo.indexOf(least);
         prompt.at = -1;
-    } else if (!own && times === 1 && least === 0 && busy[chosen] >= SHARED && !prompt.several) {
+    } else if (!own && least === 0 && busy[chosen] >= SHARED && !(cuts[known] & prompts.OWN) && !prompt.several) {
         // With several gateways, who is idle here may be busy for another.
         const idle = list[todo.indexOf(0)];
         while (prompt.at >= 0 && !prompts.holds(prompts.holdersAt(prompt, prompt.at), idle.id)) {
@@ -116,20 +115,29 @@ function soonest(list, loads, prompt, own) {
 
 // Of those that have about as little to do as the i-th, and were sent as much, the one that a hash of the prompt's beginning and
 // the replica's name says, by weight (rendezvous hashing): another gateway, which knows nothing of this one, says the same.
+// `prompt.away`: the one that the hash says of all has too much to do. What others share is not remembered there, or each gateway
+// would keep it in another replica's cache from then on.
 function atHome(list, todo, i, packed, prompt) {
     const beginning = prompts.beginning(prompt);
     let home = list[i];
+    let first = home;
     let least = Infinity;
+    let leastOfAll = Infinity;
     for (let one = 0; one < list.length; one++) {
         const replica = list[one];
-        if (todo[one] <= todo[i] + NEAR && (!packed || prompts.holds(packed, replica.id))) {
+        if (!packed || prompts.holds(packed, replica.id)) {
             const draw = -Math.log(prompts.draw(beginning, replica)) / replica.weight;
-            if (draw < least) {
+            if (draw < leastOfAll) {
+                leastOfAll = draw;
+                first = replica;
+            }
+            if (todo[one] <= todo[i] + NEAR && draw < least) {
                 least = draw;
                 home = replica;
             }
         }
     }
+    prompt.away = !packed && home !== first;
     return home;
 }
 
@@ -161,7 +169,7 @@ function remember(asked, prompt, replica) {
     const at = prompt.at;
     // The end is set each time, so that what is in use stays.
     for (let i = at < end ? at + 1 : end; i <= end; i++) {
-        if (cuts[i] & prompts.KEPT) {
+        if (cuts[i] & prompts.KEPT && (!prompt.away || cuts[i] & prompts.OWN)) {
             prompts.keepAt(prompt, i, replica.id);
         }
     }
