@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from lab.gpu import engines
@@ -57,7 +56,8 @@ awake, and one more follows; that comes once after the start and once after the 
 that sleep so far.
 """
 LOAD_NOTE = """**Both are asked at once**: {clients} clients of each model ask for {answer} tokens at a time, for so
-many seconds. A turn goes from a model's first token to its last before the other's.
+many seconds. A turn goes from a model's first token to its last before the other's. The last turn comes after the
+load, once nobody has asked for the other model for five seconds.
 """
 
 
@@ -195,7 +195,7 @@ def told(found: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
 def report(found: Mapping[str, Any]) -> str:
     """The tables: a row for each level and model, then one for each level."""
     levels = {name: said for name, said in found.items() if name.startswith("level")}
-    first = next((name for name, said in levels.items() if said.get("wakes")), "")
+    first = next((name for name, said in levels.items() if said.get("wakes")), "level 1")
     note = NOTE.format(share=SHARE, tokens=CHECKED, first=first)
     wakes, loads, lost = [], [], []
     for name, said in levels.items():
@@ -229,14 +229,14 @@ def report(found: Mapping[str, Any]) -> str:
                 f"{one['lost']}" + (" (!)" if one["lost"] else ""),
                 f"{len(one['turns'])}",
                 f"{one['longest_s']:.1f}" if one["longest_s"] is not None else "",
-                f"{median(between):.1f}" if between else "",
-                f"{max(between):.1f}" if between else "",
+                " ".join(f"{seconds:.1f}" for seconds in between),
             ])  # fmt: skip
             lost += [f"{name}, both at once: {why}" for why in one["why"]]
+            lost += [f"{name}: both models were awake at once"] if any(seconds < 0 for seconds in between) else []
     heads = ["", "weights, GiB", "s from start to sleep", "GiB in use", "waking: first token after s",
              "awake: after ms", "right answers", "different tokens in one"]  # fmt: skip
     result = f"### Models that take turns, {' and '.join(SHAPES)} on one GPU\n\n{note}\n{table(heads, wakes)}\n"
     if loads:
-        heads = ["", "s", "answers", "lost", "turns", "longest wait, s", "s between turns, median", "most"]
+        heads = ["", "s", "answers", "lost", "turns", "longest wait, s", "s between turns"]
         result += LOAD_NOTE.format(clients=CLIENTS, answer=ANSWER) + f"\n{table(heads, loads)}\n"
     return result + "".join(f"(!) {one}\n\n" for one in lost)

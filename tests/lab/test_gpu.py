@@ -157,7 +157,7 @@ def test_the_report_marks_wrong_answers_and_lost_requests() -> None:
     found = {"weights": {"a": 2.5}, "level 1": good, "level 2": good}
     text = turns.report(found)
     assert text.count("| 2.5 | 12 | 1.50 | 1.25 1.25 | 20 20 | 2 of 2 | 2 |") == 2
-    assert text.count("| 45 | 1 + 1 | 0 | 2 | 8.0 | 5.0 | 5.0 |") == 2
+    assert text.count("| 45 | 1 + 1 | 0 | 2 | 8.0 | 5.0 |") == 2
     assert "(!)" not in text
     # right at level 1, and the same wrong weights at each wake of level 2
     text = turns.report(found | {"level 2": taken({turns.FIRST: "mumumumumumu", turns.LAST: None}, lost=1)})
@@ -165,6 +165,8 @@ def test_the_report_marks_wrong_answers_and_lost_requests() -> None:
     assert "(!) level 2, a, last wake: it could not wake" in text
     assert "| 1 + 1 | 1 (!) |" in text
     assert "(!) level 2, both at once: reset" in text
+    overlap = {**good["load"], "between_s": [-1.0]}
+    assert "(!) level 1: both models were awake at once" in turns.report(found | {"level 1": {**good, "load": overlap}})
     # one that was cut off
     assert "2 of 2" in turns.report({"weights": {"a": 2.5}, "level 2": {"start": {}}, "level 1": good})
 
