@@ -551,7 +551,7 @@ def process_environment(settings: Settings, environment: dict[str, str], replica
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
         # begin.py reads it.
         "STREAM_KEEPALIVE_SECONDS": str(settings.stream_keepalive_seconds or ""),
-        **_sleep_environment(settings),
+        **sleep_environment(settings),
         "OTEL_SERVICE_NAME": "vllm-api",
         "OTEL_RESOURCE_ATTRIBUTES": f"service.instance.id={replica}",
         "OTEL_METRICS_EXPORTER": "prometheus",
@@ -577,7 +577,7 @@ def process_environment(settings: Settings, environment: dict[str, str], replica
     }
 
 
-def _sleep_environment(settings: Settings) -> dict[str, str]:
+def sleep_environment(settings: Settings) -> dict[str, str]:
     """What sleeper.py reads."""
     if settings.sleep_level is None:
         return {}

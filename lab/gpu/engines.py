@@ -11,6 +11,7 @@ import string
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -36,7 +37,16 @@ KNOWN = {
     "gpt-oss-20B": "gpt-oss-20b",
     "Gemma-4-E4B": "gemma-4-E4B-it",
 }
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "intermediate_size": 8192,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-1B": {**_LLAMA, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64,
+                 "tie_word_embeddings": True},
+    "Llama-3B": {**_LLAMA, "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128,
+                 "tie_word_embeddings": False},
     "Llama-8B": {},
     "Llama-70B": {},
     "gpt-oss-20B": {"swiglu_limit": 7.0, "rms_norm_eps": 1e-5, "rope_scaling": {
@@ -112,7 +122,7 @@ def four_characters() -> Iterator[str]:
 
 
 def write_model(folder: Path, shape: str) -> Path:
-    """A folder that vLLM serves with `--load-format dummy`: config.json, and a tokenizer of four characters a token.
+    """A model's folder without weights: config.json, and a tokenizer of four characters a token.
 
     That is what lab/sim/load.py calls a token. An answer's tokens are such too, so a conversation's next turn holds
     the very tokens of its last answer.
@@ -137,6 +147,56 @@ def write_model(folder: Path, shape: str) -> Path:
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>",
              "eos_token": "</s>", "pad_token": "</s>", "chat_template": CHAT_TEMPLATE}  # fmt: skip
     (path / "tokenizer_config.json").write_text(json.dumps(about))
+    return path
+
+
+WEIGHTS = "model.safetensors"
+
+
+def llama_weights(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama's checkpoint by their names there."""
+    hidden, inner, vocabulary = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    queries, keys = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
+    layer = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    names = ["model.embed_tokens.weight", *([] if config["tie_word_embeddings"] else ["lm_head.weight"])]
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(names, (vocabulary, hidden))
+    for number in range(config["num_hidden_layers"]):
+        found |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
+    return found | {"model.norm.weight": (hidden,)}
+
+
+def write_weights(path: Path) -> Path:
+    """Random weights on disk for the Llama in this folder, the same ones each time.
+
+    Each matrix keeps the size of what goes through it, so every weight has its part in every answer.
+    """
+    import torch  # noqa: PLC0415 - only a GPU host has it
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    tensors = {}
+
+    def fill(seed: int, name: str, shape: tuple[int, ...]) -> None:
+        if len(shape) == 1:
+            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+            return
+        random = torch.Generator().manual_seed(seed)
+        values = torch.empty(shape).normal_(0, shape[1] ** -0.5, generator=random)
+        tensors[name] = values.to(torch.bfloat16)
+
+    with ThreadPoolExecutor() as pool:
+        shapes = llama_weights(json.loads((path / "config.json").read_text()))
+        list(pool.map(fill, itertools.count(), shapes, shapes.values()))
+    save_file(tensors, path / WEIGHTS, {"format": "pt"})
     return path
 
 
@@ -170,13 +230,13 @@ def prepare() -> None:
     PROCESSES.set_forkserver_preload(PRELOAD)
 
 
-def serve(arguments: list[str], gpus: str, log: str) -> None:
-    """Becomes `vllm serve` in a process group of its own."""
+def serve(arguments: list[str], environment: Mapping[str, str], log: str) -> None:
+    """Becomes `vllm serve` in a process group of its own; `environment` comes on top of that of all engines."""
     os.setsid()
     with Path(log).open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    os.environ.update(environment)
     sys.argv[1:] = arguments
     import_module("vllm.entrypoints.cli.main").main()
 
@@ -184,7 +244,8 @@ def serve(arguments: list[str], gpus: str, log: str) -> None:
 class Engine:
     """One `vllm serve` on some of the GPUs, as the launcher starts a replica.
 
-    `host` is its loopback address, `settings` the launcher's beside the model, `extra` further arguments of vLLM.
+    `host` is its loopback address, `settings` the launcher's beside the model, `extra` further arguments of vLLM. A
+    model without weights on disk gets random ones.
     """
 
     def __init__(
@@ -200,11 +261,11 @@ class Engine:
         if mistakes.lines:
             raise RuntimeError("\n".join(mistakes.lines))
         command = launch.serve_command(read, str(model), None)
-        self.arguments = [*command, "--host", host, "--load-format", "dummy", *NEEDS.get(self.name, ()), *extra]
+        dummy = () if (model / WEIGHTS).exists() else ("--load-format", "dummy")
+        self.arguments = [*command, "--host", host, *dummy, *NEEDS.get(self.name, ()), *extra]
+        self.environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), **launch.sleep_environment(read)}
         self.log_path = folder / f"{self.name}-{'-'.join(map(str, gpus))}-{host}-{time.monotonic_ns()}.log"
-        self.process = PROCESSES.Process(
-            target=serve, args=(self.arguments, ",".join(map(str, gpus)), str(self.log_path))
-        )
+        self.process = PROCESSES.Process(target=serve, args=(self.arguments, self.environment, str(self.log_path)))
         self.process.start()
         self.started = time.monotonic()
 

@@ -12,7 +12,7 @@ from functools import partial
 from lab.bench import peers, workloads
 from lab.bench.peers import OURS, PEERS
 from lab.bench.workloads import Sizes
-from lab.gpu import fair, plans, sleep
+from lab.gpu import fair, plans, sleep, turns
 from lab.gpu.engines import QUICK, Engine
 from lab.gpu.plans import Layout
 from lab.gpu.run import PER_GPU, Fleet, Load, Run, alone, cpu_seconds
@@ -197,6 +197,7 @@ PARTS: dict[str, tuple[float, Callable[[Run], None]]] = {
     "layouts": (75, measure_layouts),
     "fair": (120, fair.measure),
     "sleep": (60, sleep.measure),
+    "turns": (60, turns.measure),
 }
 # One GPU is enough for the others.
 SEVERAL = {"route", "layouts"}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lab.bench.workloads import Cell
-from lab.gpu import fair, plans, sleep
+from lab.gpu import fair, plans, sleep, turns
 from lab.gpu.engines import MAX_LENGTH
 from lab.gpu.measure import (
     FAMILIES,
@@ -212,6 +212,8 @@ def section(found: Mapping[str, Any]) -> str:
         text += fair.report(found["fair"])
     if "sleep" in found:
         text += sleep.report(found["sleep"])
+    if "turns" in found:
+        text += turns.report(found["turns"])
     if failures := found.get("failures"):
         text += "### What is missing\n\n" + "".join(f"- {name}: {why}\n" for name, why in failures.items()) + "\n"
     return text

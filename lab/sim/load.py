@@ -41,6 +41,8 @@ class Outcome:
     why: str = ""
     cached_tokens: int = 0
     prompt_tokens: int = 0
+    # why the gateway chose the replica
+    reason: str | None = None
 
     @property
     def begun(self) -> bool:
@@ -89,6 +91,7 @@ async def stream(
         async with await asyncio.wait_for(sending, patience) as answer:
             outcome.status = answer.status
             outcome.replica = answer.headers.get("x-replica")
+            outcome.reason = answer.headers.get("x-route-reason")
             outcome.retry_after = answer.headers.get("retry-after")
             if answer.status != 200:
                 outcome.why = (await asyncio.wait_for(answer.text(), patience))[:200]

@@ -3,10 +3,11 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lab.gpu.engines import Engine, config_of
+from lab.gpu.engines import WEIGHTS, Engine, config_of
 from lab.waiting import until
 from stack.shell import ROOT
 
@@ -22,7 +23,7 @@ Actual usage is 16.5 GiB for weight, 1.03 GiB for peak activation. Current kv ca
 SHAPE = ["--step-ms", "10", "--prefill-ms", "0.02", "--kv-blocks", "60000", "--max-running", "256"]
 
 
-def serve(arguments: list[str], _gpus: str, log: str) -> None:
+def serve(arguments: list[str], environment: Mapping[str, str], log: str) -> None:
     """Becomes the simulated replica, in a process group of its own."""
     os.setsid()
     Path(log).write_text(LOG)
@@ -33,6 +34,9 @@ def serve(arguments: list[str], _gpus: str, log: str) -> None:
     model = arguments[arguments.index("--served-model-name") + 1]
     os.chdir(ROOT)
     command = [sys.executable, "-m", "lab.sim.replica", "--host", host, "--port", "8000", "--model", model, *SHAPE]
+    if "SLEEP_LEVEL" in environment:
+        gpus = [str(Path(log).with_name(name)) for name in environment["SHARED_GPUS"].split(",")]
+        command += ["--sleeps", "--wake-seconds", environment["WAKE_SECONDS"], "--gpus", *gpus]
     os.execve(sys.executable, command, os.environ)  # noqa: S606 - no shell is wanted
 
 
@@ -44,6 +48,12 @@ def write_model(folder: Path, shape: str) -> Path:
     return path
 
 
+def write_weights(path: Path) -> Path:
+    """Weights that nobody reads."""
+    (path / WEIGHTS).write_bytes(b"weights")
+    return path
+
+
 class StandIn(Engine):
     """An engine whose cache stays."""
 
@@ -52,7 +62,9 @@ class StandIn(Engine):
         return super().facts() | {"used": [130.42 for _ in self.gpus]}
 
     def post(self, path: str, timeout_s: float = 60.0) -> None:
-        """It never sleeps."""
+        """It knows no more of vLLM's than how to sleep, and that only where the launcher says so."""
+        if "SLEEP_LEVEL" in self.environment:
+            super().post(path, timeout_s)
 
     def forget(self) -> None:
         """Waits until it is idle."""

@@ -1,6 +1,7 @@
 """lab/gpu without GPUs: what the planner makes of its shapes, its report, and one run over simulated replicas."""
 
 import json
+import math
 import os
 from functools import partial
 from itertools import combinations
@@ -12,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab.bench.peers import OURS, PEERS
-from lab.gpu import engines, fair, measure, plans, report
+from lab.gpu import engines, fair, measure, plans, report, turns
 from lab.gpu import run as runs
 from lab.gpu.engines import SHAPES, config_of
 from lab.gpu.plans import Layout
 from lab.gpu.run import Run
 from lab.report import DOCS
+from lab.sim.load import Outcome
 from planner.config import read_model
 from planner.machine import Link, Machine, load_machine
 from stack.shell import ROOT
@@ -37,6 +39,14 @@ def machine(gpus: int) -> Machine:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_planner_knows_every_key_of_each_shape(shape: str) -> None:
     assert read_model(config_of(shape), shape).parameters > 1e9
+
+
+@pytest.mark.parametrize("shape", turns.SHAPES)
+def test_a_llamas_checkpoint_has_all_of_its_parameters(shape: str) -> None:
+    config = config_of(shape)
+    written = sum(map(math.prod, engines.llama_weights(config).values()))
+    # the planner leaves out the last norm
+    assert written - config["hidden_size"] == read_model(config, shape).parameters
 
 
 @pytest.mark.parametrize("shape", measure.FAMILIES)
@@ -113,6 +123,54 @@ def test_the_memory_of_unequal_stages_is_that_of_the_one_with_the_least_left() -
     assert (found["weights"], found["kv"], found["kv_tokens"]) == (16.5, 110.79, 920144)
 
 
+def answered(*times: tuple[float, float], why: str = "") -> list[Outcome]:
+    """Requests sent at 0 whose first and last tokens came then; cut for that reason, where there is one."""
+    return [Outcome(0.0, first=first, last=last, ended=last, done=not why, why=why) for first, last in times]
+
+
+def test_a_turn_lasts_from_a_models_first_token_to_its_last() -> None:
+    ours, theirs = answered((1, 3), (2, 4), (30, 31)), answered((8, 20), (9, 12))
+    found = turns.told({"a": ours, "b": [*theirs, Outcome(0.0, ended=50.0, why="asleep")]})
+    assert found == {
+        "answers": {"a": 3, "b": 2}, "lost": 1, "why": ["asleep"],
+        "turns": ["a", "b", "a"], "longest_s": 50, "between_s": [4, 10],
+    }  # fmt: skip
+
+
+def test_models_that_are_awake_at_once_show_as_turns_that_overlap() -> None:
+    assert turns.told({"a": answered((1, 3), (4, 6)), "b": answered((2, 5))})["between_s"] == [-1, -1]
+
+
+def taken(answers: dict[str, str | None], lost: int = 0) -> dict[str, Any]:
+    """The results of a level, by the answer of each wake."""
+    wakes = {
+        when: {"reason": "wake", "wake_s": 1.25, "awake_s": 0.02, "answer": answer,
+                 "lost": [] if answer else ["it could not wake"]}
+        for when, answer in answers.items()
+    }  # fmt: skip
+    load = turns.told({"a": answered((1, 3)), "b": [*answered((8, 9)), *answered((8, 9), why="reset")[:lost]]})
+    return {"start": {"a": {"s": 12.0, "gib": 1.5}}, "wakes": {"a": wakes}, "load": {"seconds": 45.0, **load}}
+
+
+def test_the_report_marks_wrong_answers_and_lost_requests() -> None:
+    good = taken({turns.FIRST: "bagebagekilo", turns.LAST: "bagebagekilo"})
+    found = {"weights": {"a": 2.5}, "level 1": good, "level 2": good}
+    text = turns.report(found)
+    assert text.count("| 2.5 | 12 | 1.50 | 1.25 1.25 | 20 20 | 2 of 2 | 2 |") == 2
+    assert text.count("| 45 | 1 + 1 | 0 | 2 | 8.0 | 5.0 |") == 2
+    assert "(!)" not in text
+    # right at level 1, and the same wrong weights at each wake of level 2
+    text = turns.report(found | {"level 2": taken({turns.FIRST: "mumumumumumu", turns.LAST: None}, lost=1)})
+    assert "| 0 of 2 (!) |" in text
+    assert "(!) level 2, a, last wake: it could not wake" in text
+    assert "| 1 + 1 | 1 (!) |" in text
+    assert "(!) level 2, both at once: reset" in text
+    overlap = {**good["load"], "between_s": [-1.0]}
+    assert "(!) level 1: both models were awake at once" in turns.report(found | {"level 1": {**good, "load": overlap}})
+    # one that was cut off
+    assert "2 of 2" in turns.report({"weights": {"a": 2.5}, "level 2": {"start": {}}, "level 1": good})
+
+
 def test_what_there_is_no_number_for_is_null() -> None:
     found = runs.strict({"full": {"requests": 0, "ttft_p50": float("nan")}, "used": [1.5]})
     assert found == {"full": {"requests": 0, "ttft_p50": None}, "used": [1.5]}
@@ -141,6 +199,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(runs, "SENDERS", 1)
     monkeypatch.setattr(engines, "serve", stand_in.serve)
     monkeypatch.setattr(engines, "write_model", stand_in.write_model)
+    monkeypatch.setattr(engines, "write_weights", stand_in.write_weights)
     monkeypatch.setattr(engines, "PRELOAD", [])
     monkeypatch.setattr(engines, "find_spec", lambda _: True)
     monkeypatch.setattr(engines, "used_memory", lambda gpus: [0 for _ in gpus])
@@ -158,6 +217,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(measure, name, value)
     for name, value in {"CLIENTS": 8, "SECONDS": 1.5, "SETTLE": 0.5, "STEPS": (2048,)}.items():
         monkeypatch.setattr(fair, name, value)
+    monkeypatch.setattr(turns, "LEVELS", {level: turns.Level(3, 60) for level in turns.LEVELS})
     found = Run(machine(4), tmp_path / "out", tmp_path / "work", 300)
     yield found
     found.close()
@@ -207,11 +267,23 @@ def test_a_run_measures_all_and_goes_on_where_an_engine_does_not_start(
     assert phases[fair.SHARED]["flood"]["requests"] > 8
     assert len(found["sleep"]) == 5
 
+    for level in ("level 1", "level 2"):
+        for wakes in (said := found["turns"][level])["wakes"].values():
+            assert [(one["reason"], one["lost"]) for one in wakes.values()] == [("wake", [])] * 2
+            assert len({one["answer"] for one in wakes.values()}) == 1
+        assert said["wakes"].keys() == said["start"].keys() == set(turns.SHAPES)
+        assert all(said["load"]["answers"].values())
+        assert not said["load"]["lost"]
+        assert sorted(said["load"]["turns"]) == sorted(turns.SHAPES)
+        assert all(between > 0 for between in said["load"]["between_s"])
+
     text = report.section({**found, "date": "2026-01-01 00:00", "machine": run.machine.model_dump(mode="json")})
     assert "1 × tp 1 × pp 4: not measured" in text
     assert "4 behind the gateway give" in text
     assert "| 2,048 in a step, 512 in |" in text
     assert "| level 2, 2 |" in text
+    assert "| level 2, Llama-3B |" in text
+    assert "(!)" not in text.partition("### Models that take turns")[2]
     print(text)
 
 
