@@ -13,6 +13,7 @@ import limits from './limits.js';
 import metrics from './metrics.js';
 import objectives from './objectives.js';
 import prefix from './prefix.js';
+import route from './route.js';
 import settings from './settings.js';
 import sleep from './sleep.js';
 import stream from './stream.js';
@@ -172,6 +173,22 @@ async function cutsIn(data) {
     return prompt.cuts.map((cut, i) => [Math.floor(cut / 4), cut % 4, prefix.key(prompt, i)]);
 }
 
+// The characters of prompt that the replicas have to compute of these bodies, in base64, which come at once.
+async function chosen(bodies) {
+    const requests = bodies.map((data) => {
+        const bytes = Buffer.from(data, 'base64');
+        const variables = { content_type: 'application/json', content_length: String(bytes.length), remote_addr: '192.0.2.1' };
+        const readRequestArrayBuffer = async () => new Uint8Array(bytes).buffer;
+        return { method: 'POST', uri: '/v1/chat/completions', headersIn: {}, headersOut: {}, variables, readRequestArrayBuffer };
+    });
+    await Promise.all(requests.map(route.choose));
+    return requests.map(({ chosen: { replica, work }, variables }) => {
+        fleet.leave(replica, work);
+        budget.over(variables);
+        return work;
+    });
+}
+
 // What a module says is wrong with a file's text, or ''.
 function complaint(module, text) {
     try {
@@ -220,6 +237,7 @@ async function call(r) {
         : asked.name === 'overtaken' ? overtaken(...asked.arguments)
         : asked.name === 'timed' ? await timed(asked.module, ...asked.arguments)
         : asked.name === 'read' ? await read(...asked.arguments)
+        : asked.name === 'chosen' ? await chosen(...asked.arguments)
         : asked.name === 'cutsIn' ? await cutsIn(...asked.arguments)
         : asked.name === 'signatures' ? await signatures(...asked.arguments)
         : asked.name === 'complaint' ? complaint(MODULES[asked.module], ...asked.arguments)

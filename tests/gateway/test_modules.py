@@ -645,6 +645,21 @@ def test_a_prompt_is_as_long_as_its_parts(call: Call, sizes: list[list[int]]) ->
     assert places[-1] == parts + sum(len(rest) for rest in rests if rest != "[]")
 
 
+def test_bodies_that_come_at_once_do_not_mix(call: Call) -> None:
+    """One is looked at before the next is read: texts.js knows only of the last whether it has long texts."""
+
+    def body(size: int) -> str:
+        tools = [{"description": "x" * size}, *[{"description": "y" * 500}] * 4]
+        # a prompt that nobody knows, of the same length each time
+        asked = {"model": "sim", "cache_salt": secrets.token_hex(8), "tools": tools, "messages": [{"content": "hi"}]}
+        return base64.b64encode(json.dumps(asked).encode()).decode()
+
+    sizes = [5000, 10, 3000, 10]
+    alone = [call("route", "chosen", [body(size)])[0] for size in sizes]
+    assert alone[0] - alone[1] == 5000 - 10
+    assert call("route", "chosen", [body(size) for size in sizes]) == alone
+
+
 def test_what_a_client_writes_is_no_stand_in(call: Call) -> None:
     """Only the gateway knows how stand-ins begin."""
     sent = json.dumps({"model": "m", "messages": [{"role": "user", "content": "long " * 1000}]})
