@@ -130,6 +130,7 @@ class Replica:
         self.faults = Faults()
         self.seen: deque[tuple[bytes, bytes]] = deque(maxlen=100)
         self.generations = 0
+        self.tokens = 0
         self.started = time.time()
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "abort": 0}
         self.ttft = Histogram(TTFT_BUCKETS)
@@ -283,6 +284,7 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set before anything else happens
         self.buffer = bytearray()
         self.request: Request | None = None
+        self.passed_on = False
         self.task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -335,7 +337,8 @@ class Connection(asyncio.Protocol):
         replica = self.replica
         generates = path in DIALECTS
         # A gateway names each request that it passes on; what it asks for itself has no id.
-        if generates or b"\r\nx-request-id:" in head.lower():
+        self.passed_on = b"\r\nx-request-id:" in head.lower()
+        if generates or self.passed_on:
             replica.seen.append((head, body))
         if generates:
             replica.generations += 1
@@ -390,9 +393,8 @@ class Connection(asyncio.Protocol):
             {"head": head.decode("latin-1"), "body": text.decode("utf-8", "replace")} for head, text in replica.seen
         ]
         faults = {f.name: getattr(replica.faults, f.name) for f in fields(Faults)}
-        self._send_json(
-            200, {"generations": replica.generations, "finished": replica.finished, "faults": faults, "seen": seen}
-        )
+        counts = {"generations": replica.generations, "tokens": replica.tokens, "finished": replica.finished}
+        self._send_json(200, {**counts, "faults": faults, "seen": seen})
 
     def _tokenize(self, body: bytes) -> None:
         try:
@@ -407,7 +409,7 @@ class Connection(asyncio.Protocol):
     def _begin(self, method: str, path: str, head: bytes, body: bytes) -> None:
         """Generates, if the replica has sleep mode as soon as it is awake; as vllm/sleeper.py has it."""
         naps = self.replica.naps
-        if naps and b"\r\nx-request-id:" in head.lower():
+        if naps and self.passed_on:
             self.task = asyncio.create_task(self._in_turn(naps, method, path, head, body))
         elif naps and naps.told().is_sleeping:
             self._send_json(*error(503, "it sleeps"), more="x-refusal: asleep\r\n")
@@ -508,6 +510,7 @@ class Connection(asyncio.Protocol):
                 self.transport.abort()
                 return False
             each(index)
+            replica.tokens += self.passed_on
         replica.e2e.observe(last - request.arrived)
         replica.finished["length"] += 1
         self.request = None

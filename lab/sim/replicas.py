@@ -91,7 +91,8 @@ class Sim:
             get(self.url + "/_sim", json.dumps({"fault": fault, **values}).encode())
 
     def state(self) -> dict[str, Any]:
-        """What the replica saw: `generations`, `finished`, `faults`, and of the last requests `seen` head and body."""
+        """What the replica saw: `generations`, `finished`, `faults`, of the last requests `seen` head and body, and the
+        `tokens` that it made for requests that a gateway passed on."""
         state: dict[str, Any] = json.loads(get(self.url + "/_sim"))
         return state
 

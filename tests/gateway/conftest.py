@@ -68,8 +68,9 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Secrets:
 
 @contextmanager
 def token_service(gateway: Gateway, secrets: Secrets) -> Iterator[None]:
-    """The token service, where the gateway looks for it."""
-    app = service.build(secrets.users.parent)
+    """The token service, where the gateway looks for it. The clock of its waits stands: who has to wait still has to at
+    the next try, however long that takes here."""
+    app = service.build(secrets.users.parent, lambda: 0.0)
     server = uvicorn.Server(uvicorn.Config(app, gateway.host, 8000, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()

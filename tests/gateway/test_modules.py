@@ -399,18 +399,27 @@ def test_a_long_body_keeps_its_session_and_where_its_prompt_begins(call: Call) -
     assert found["body"]["prompt"].startswith('[1][{"content": "zzz')
 
 
+def quickest(call: Call, *cases: tuple[Any, ...]) -> list[float]:
+    """The milliseconds that each of these calls takes, the least of ten. They take turns: a slow host slows all of
+    them, and a busy one some of the ten."""
+    rounds = [[call(module, "timed", *given)[1] for module, *given in cases] for _ in range(10)]
+    return [min(taken) for taken in zip(*rounds, strict=True)]
+
+
 def test_odd_heads_and_bodies_take_no_time(call: Call) -> None:
-    """Each took a worker 0.1 to 0.8 s."""
-    for content_type in ("multipart/form-data; boundary=a" + " " * n + "x" for n in (900, 15_000)):
-        _, ms = call("body", "timed", content_type, base64.b64encode(b"x").decode())
-        assert ms < 20
-    parts: list[dict[str, Any]] = [{}] * 40_000
-    _, ms = call("prefix", "timed", {"messages": [{"role": "user", "content": parts}]}, "m")
-    assert ms < 50
-    for spelt in ("%41", "%2541", "%25252541", "%ff"):
-        runs = [call("door", "timed", (spelt * 5000)[:16_000]) for _ in range(20)]
-        assert {found for found, _ in runs} == {""}
-        assert min(ms for _, ms in runs) < 20, runs  # 2 on a quiet machine; it may be busy in some of them
+    """No odd one takes much longer than a plain one of its length; each took a worker 0.1 to 0.8 s."""
+    body = base64.b64encode(b"x").decode()
+    for length in (900, 15_000):
+        heads = ["multipart/form-data; boundary=a" + filling * length + "x" for filling in "a "]
+        plain, odd = quickest(call, *(("body", head, body) for head in heads))
+        assert odd < 3 * plain, (plain, odd)
+    parts: list[list[Any]] = [[[{}] * 40_000], [{}] * 40_000]
+    plain, odd = quickest(call, *(("prefix", {"messages": [{"role": "user", "content": some}]}, "m") for some in parts))
+    assert odd < 2 * plain, (plain, odd)
+    spelt = ["%41", "%2541", "%25252541", "%ff"]
+    plain, *odds = quickest(call, *(("door", (one * 16_000)[:16_000]) for one in ["a", *spelt]))
+    assert max(odds) < 10 * plain, (plain, odds)
+    assert {call("door", "timed", (one * 16_000)[:16_000])[0] for one in spelt} == {""}
     for key in ("api_key=", "%61pi_key=", "%2561pi%255Fkey%253D", "%ff&%61pi_key=%ff"):
         assert call("door", "timed", f"/?{key}")[0] == "url"
 
@@ -634,6 +643,21 @@ def test_a_prompt_is_as_long_as_its_parts(call: Call, sizes: list[list[int]]) ->
     rests = [json.dumps(message["content"][32:], separators=(",", ":")) for message in messages]
     parts = sum(sum(parts[:32]) + len(parts[:32]) + 1 for parts in sizes)
     assert places[-1] == parts + sum(len(rest) for rest in rests if rest != "[]")
+
+
+def test_bodies_that_come_at_once_do_not_mix(call: Call) -> None:
+    """One is looked at before the next is read: texts.js knows only of the last whether it has long texts."""
+
+    def body(size: int) -> str:
+        tools = [{"description": "x" * size}, *[{"description": "y" * 500}] * 4]
+        # a prompt that nobody knows, of the same length each time
+        asked = {"model": "sim", "cache_salt": secrets.token_hex(8), "tools": tools, "messages": [{"content": "hi"}]}
+        return base64.b64encode(json.dumps(asked).encode()).decode()
+
+    sizes = [5000, 10, 3000, 10]
+    alone = [call("route", "chosen", [body(size)])[0] for size in sizes]
+    assert alone[0] - alone[1] == 5000 - 10
+    assert call("route", "chosen", [body(size) for size in sizes]) == alone
 
 
 def test_what_a_client_writes_is_no_stand_in(call: Call) -> None:

@@ -62,6 +62,16 @@ def test_a_conversations_next_turn_hits_prompt_and_answer(fleet: Replicas) -> No
     assert usage["prompt_tokens_details"]["cached_tokens"] >= total - 2 * BLOCK
 
 
+def test_the_tokens_of_a_gateways_own_requests_are_told_from_its_clients(fleet: Replicas) -> None:
+    """Only the clients' have an id."""
+    sim = fleet["vllm-0"]
+    body = json.dumps({"model": "sim", "prompt": "a", "max_tokens": 3}).encode()
+    for headers in ({}, {"X-Request-Id": "r1"}, {}):
+        get(sim.url + "/v1/completions", body, headers={"Content-Type": "application/json", **headers})
+    assert sim.state()["tokens"] == 3
+    assert sim.metrics()["vllm:generation_tokens_total"] == 9
+
+
 def test_a_full_queue_answers_503(fleet: Replicas) -> None:
     outcomes = ask(fleet["vllm-0"].url, max_tokens=40, count=8)
     statuses = [outcome.status for outcome in outcomes]
