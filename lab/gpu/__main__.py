@@ -88,10 +88,10 @@ def report(results: Annotated[list[Path], typer.Argument(help="gpu.json of each 
         machines = reports.joined([json.loads(path.read_text()) for path in results])
     except ValueError as error:
         raise typer.BadParameter(f"{error}; name the calls that belong together", param_hint="RESULTS") from error
+    except KeyError as error:
+        raise typer.BadParameter(f"one has no {error}; name gpu.json of each call", param_hint="RESULTS") from error
     for found in machines:
-        (DOCS / f"gpus-{len(found['machine']['gpus'])}.json").write_text(
-            json.dumps(found, indent=1, allow_nan=False) + "\n"
-        )
+        (DOCS / f"{reports.machine_of(found)}.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     reports.write()
     print(f"wrote {reports.REPORT.relative_to(ROOT)}")
 

@@ -55,22 +55,27 @@ up; its lengths × {share:g}. The same requests for each, with empty caches.
 """
 
 
+def machine_of(found: Mapping[str, Any]) -> str:
+    """What machines are told apart by, as it stands in the names of their files."""
+    return f"gpus-{len(found['machine']['gpus'])}-cores-{found['machine']['cpu_cores']}"
+
+
 def joined(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results of each machine, of one call or of several for different parts; machines differ in their number of
-    GPUs. ValueError where calls of a machine differ in more than their parts."""
-    found: dict[int, dict[str, Any]] = {}
+    """The results of each machine, of one call or of several for different parts. ValueError where calls of a machine
+    differ in more than their parts."""
+    found: dict[str, dict[str, Any]] = {}
     for one in calls:
-        gpus = len(one["machine"]["gpus"])
-        if gpus not in found:
-            found[gpus] = one | {"dates": [one["date"]]}
+        name = machine_of(one)
+        if name not in found:
+            found[name] = one | {"dates": [one["date"]]}
             continue
-        before = found[gpus]
+        before = found[name]
         same = [{**call["machine"], "memory_free": 0, "versions": call["versions"]} for call in (before, one)]
         twice = before["seconds"].keys() & one["seconds"].keys()
         if same[0] != same[1] or twice:
-            raise ValueError(f"two calls on {gpus} GPUs: {', '.join(twice) or 'their machine or versions differ'}")
+            raise ValueError(f"two calls on {name}: {', '.join(twice) or 'their machine or versions differ'}")
         merged = {key: before.get(key, {}) | one.get(key, {}) for key in ("seconds", "failures")}
-        found[gpus] = before | one | merged | {"dates": [*before["dates"], one["date"]]}
+        found[name] = before | one | merged | {"dates": [*before["dates"], one["date"]]}
     for one in found.values():
         one.pop("date")
     return list(found.values())
@@ -222,5 +227,5 @@ def section(found: Mapping[str, Any]) -> str:
 def write() -> None:
     """Writes docs/benchmarks/gpu.md from the results beside it, those of the smallest machine first."""
     found = [json.loads(path.read_text()) for path in DOCS.glob("gpus-*.json")]
-    found.sort(key=lambda one: len(one["machine"]["gpus"]))
+    found.sort(key=lambda one: (len(one["machine"]["gpus"]), one["machine"]["cpu_cores"]))
     REPORT.write_text("\n".join([INTRO, *map(section, found)]).rstrip() + "\n")

@@ -36,7 +36,7 @@ class Level:
     whole_s: float
 
 
-LEVELS = {1: Level(45, 90), 2: Level(30, 70)}
+LEVELS = {1: Level(60, 140), 2: Level(60, 140)}
 WEIGHTS_S, START_S = 60.0, 60.0
 # What is kept of a level's time for what follows the load, and the shortest load.
 AFTER_S, LEAST_S = 16.0, 5.0

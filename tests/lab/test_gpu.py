@@ -92,7 +92,7 @@ def test_predictions_are_within_eight_percent_of_what_was_measured_or_there_is_a
 
 
 def test_a_prediction_that_is_off_is_found_in_the_report() -> None:
-    found = json.loads(json.dumps(RESULTS["gpus-4"]))
+    found = json.loads(json.dumps(RESULTS["gpus-4-cores-64"]))
     found["layouts"]["Llama-70B"]["1 × tp 4"]["memory"]["kv_tokens"] *= 0.9
     assert far(report.section(found)) - report.REASONS.keys() == {("Llama-70B, 1 × tp 4", "KV tokens")}
 
@@ -104,14 +104,15 @@ def test_each_plan_was_the_best_that_was_measured() -> None:
 
 
 def test_calls_on_one_machine_are_one_part_of_the_report() -> None:
-    call = {"date": "a", "machine": {"gpus": [1, 2], "memory_free": 1}, "versions": {}, "seconds": {"families": 1}}
+    call = {"date": "a", "machine": {"gpus": [1, 2], "cpu_cores": 8, "memory_free": 1}, "versions": {}, "seconds": {"families": 1}}
     other = call | {"date": "b", "seconds": {"layouts": 2}, "failures": {"x": "y"}}
-    larger = call | {"machine": {"gpus": [1, 2, 3]}}
-    one, two = report.joined([call, larger, other])
+    more_gpus = call | {"machine": {"gpus": [1, 2, 3], "cpu_cores": 8}}
+    more_cores = call | {"machine": {"gpus": [1, 2], "cpu_cores": 16}}
+    one, two, three = report.joined([call, more_gpus, more_cores, other])
     assert one["dates"] == ["a", "b"]
     assert one["seconds"] == {"families": 1, "layouts": 2}
     assert one["failures"] == {"x": "y"}
-    assert two["dates"] == ["a"]
+    assert two["dates"] == three["dates"] == ["a"]
     with pytest.raises(ValueError, match="families"):
         report.joined([call, call])
     with pytest.raises(ValueError, match="versions"):

@@ -30,19 +30,22 @@ def findings(told: dict[str, Any], level: str) -> list[str]:
 
 
 def test_the_running_stack_is_well_and_every_look_is_made(stack: Stack) -> None:
-    """Exit status 0, and no look that could not be made. An alert that an earlier test caused has time to end."""
+    """No look that could not be made. An alert that an earlier test caused has time to end, but for the one on books:
+    tests before this one, in this run or the last, take replicas away for good and part them for a day. test_books.py
+    holds the books where nothing dies."""
     last: list[Any] = []
 
-    def well() -> bool:
+    def wrong() -> list[str]:
         last[:] = doctor()
-        return bool(last[0] == 0)
+        return [one for one in findings(last[1], "wrong") if not one.startswith("BooksDoNotBalance:")]
 
     try:
-        until(well, "make doctor finds nothing wrong", 180)
+        until(lambda: not wrong(), "make doctor finds nothing wrong", 180)
     except TimeoutError:
         raise AssertionError(findings(last[1], "wrong")) from None
-    told = last[1]
-    assert told["verdict"] == "well"
+    status, told = last
+    well = not findings(told, "wrong")
+    assert (status, told["verdict"]) == ((0, "well") if well else (1, "wrong"))
     assert [look["name"] for look in told["looks"] if look["state"] == "not looked"] == []
     results = {look["name"]: look["result"] for look in told["looks"]}
     count = len(stack.replicas())
