@@ -10,7 +10,8 @@ import prompts from './prefix.js';
 
 const counters = ngx.shared.counters;
 
-// What a replica would compute that another one knows counts twice: it takes time, and it takes room in one more cache.
+// What a replica would compute that another one knows counts three times: it takes time, it takes room in one more cache, and
+// two replicas that know the same share what comes of it from then on.
 const AGAIN = 3;
 const SHARED = 3;            // requests in flight with who knows a shared beginning, from where on an idle replica learns it too
 const ALIKE = 3000;          // characters of prompt: no reason to prefer the replica that has less to do
