@@ -124,7 +124,8 @@ async function signIn(r) {
     }
     const reply = await r.subrequest('/token', { method: 'POST', body: r.requestText || '' });
     if (reply.status === 429) {
-        page(r, 429, `Too many wrong passwords. Wait ${parseInt(reply.headersOut['Retry-After'], 10) || 60} seconds.`);
+        const seconds = parseInt(reply.headersOut['Retry-After'], 10) || 60;
+        page(r, 429, `Too many wrong passwords. Wait ${seconds === 1 ? 'a second' : `${seconds} seconds`}.`);
     } else if (reply.status >= 500) {
         page(r, 503, 'Nobody can sign in at the moment. Try again in a minute.');
     } else if (reply.status !== 200) {

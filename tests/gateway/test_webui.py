@@ -170,7 +170,7 @@ def test_a_wrong_password_is_told_and_guessing_is_slowed(door: Door) -> None:
     assert (unknown.status_code, "script" in unknown.text) == (401, False)
     answers = [door.sign_in("carol", "wrong " * 4)[1] for _ in range(8)]
     assert [answer.status_code for answer in answers] == [401] * 5 + [429] * 3
-    assert "Too many wrong passwords. Wait 1 seconds." in answers[-1].text
+    assert "Too many wrong passwords. Wait a second." in answers[-1].text
     assert door.sign_in(password="x" * 9000)[1].status_code == 413
 
 

@@ -104,7 +104,12 @@ def test_each_plan_was_the_best_that_was_measured() -> None:
 
 
 def test_calls_on_one_machine_are_one_part_of_the_report() -> None:
-    call = {"date": "a", "machine": {"gpus": [1, 2], "cpu_cores": 8, "memory_free": 1}, "versions": {}, "seconds": {"families": 1}}
+    call = {
+        "date": "a",
+        "machine": {"gpus": [1, 2], "cpu_cores": 8, "memory_free": 1},
+        "versions": {},
+        "seconds": {"families": 1},
+    }
     other = call | {"date": "b", "seconds": {"layouts": 2}, "failures": {"x": "y"}}
     more_gpus = call | {"machine": {"gpus": [1, 2, 3], "cpu_cores": 8}}
     more_cores = call | {"machine": {"gpus": [1, 2], "cpu_cores": 16}}
