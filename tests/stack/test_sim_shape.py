@@ -28,12 +28,11 @@ async def ask(url: str, model: str, prompts: list[str], max_tokens: int) -> list
 
 
 async def shape(url: str, model: str) -> dict[str, float]:
-    """Seconds to the first token of short and long prompts, new and seen; seconds a token alone and in a batch. What
-    else runs on this host only adds, so it is the least of some rounds; of batches, where tokens may come together,
-    the middle one."""
+    """Seconds to the first token of short and long prompts, new and seen; seconds a token alone and in a batch. The
+    middle of rounds that take turns, as others use this host."""
     rng = random.Random()
     rounds = []
-    for _ in range(4):
+    for _ in range(5):
         few, many = text(rng, 20), text(rng, 500)
         alone = (await ask(url, model, [few], ANSWER))[0]
         long = (await ask(url, model, [many], 1))[0]
@@ -49,8 +48,7 @@ async def shape(url: str, model: str) -> dict[str, float]:
                 "itl in a batch": median(map(itl, batch)),
             }
         )
-    of = {"itl in a batch": median}
-    return {name: of.get(name, min)(one[name] for one in rounds) for name in rounds[0]}
+    return {name: median(one[name] for one in rounds) for name in rounds[0]}
 
 
 def itl(outcome: Outcome) -> float:
